@@ -1,0 +1,215 @@
+"""What a broker must do for the daemon: nine verbs, each a generator of traps, and the tuples they speak in.
+
+    open     make ourselves known as an epoch of an owner; recover at once what our own dead epochs hold
+    enqueue  add jobs, idempotent by id
+    reserve  lease the best ready jobs of a queue, by lane
+    settle   end leases: ack, release or bury, fenced by token
+    renew    say that this epoch lives
+    sweep    move what is due, recover what dead epochs hold, expire results
+    wait     park until something may have become ready
+    stats    how many jobs stand where
+    close    give up the epoch
+
+Rule 1. A token (epoch, id, reservation number) settles once, until its job is reserved again; a stale one changes nothing.
+Rule 2. Every verb that changes something may be repeated after a lost reply, and then changes nothing more. The broker
+        itself repeats it: BrokerUnavailable reaches the caller only where waiting for the connection is the caller's business.
+Rule 3. Time is the broker's own; `delay_s` and friends are relative to it.
+Rule 4. Anything may stand in the store. What is no job (no envelope, garbage) is leased like one with `envelope=None` or
+        garbage in it, so that the runtime buries it with the reason; no verb raises because of it.
+
+Who runs jobs, and why one is released, is the runtime's business and must not be known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
+
+from ..kernel.traps import Trap
+
+T = TypeVar("T")
+Verb = Generator[Trap, Any, T]
+
+MAX_BATCH: Final = 500  # jobs in one command (Lua's unpack fails near 8,000; a batch must not hold the broker long)
+PRIORITY_STEP_S: Final = 3600.0  # the head start of one point of priority, seconds
+MAX_CERTIFICATES: Final = 10  # kept with a job
+LEASE_S: Final = 15.0  # of an epoch; renewed every third of it
+
+
+class Owner(NamedTuple):
+    """Who leases. `epoch` is one boot; `identity` is equal for two epochs only when the later may take the earlier for dead.
+
+    `identity` is "" where nothing can prove that (no lock, a memory broker).
+    """
+
+    epoch: str
+    identity: str
+
+
+class NewJob(NamedTuple):
+    """A job to enqueue. Due `delay_s` seconds from the broker's now, or `at` (seconds since 1970), which wins."""
+
+    id: str
+    queue: str
+    lane: str
+    priority: int
+    envelope: bytes
+    delay_s: float = 0.0
+    at: float | None = None
+
+
+class Token(NamedTuple):
+    """What proves a lease."""
+
+    epoch: str
+    id: str
+    number: int  # of the reservation; rises with each one of this job
+
+
+class Counters(NamedTuple):
+    """How often a job's runs ended how. See DELIVERY for the limits."""
+
+    attempts: int = 0  # by the job's own doing
+    crashes: int = 0  # its process died
+    recoveries: int = 0  # its supervisor died, through no fault of the job
+    deferrals: int = 0  # nobody here knew the job, or could read its version
+
+
+class Lease(NamedTuple):
+    """A reserved job."""
+
+    token: Token
+    queue: str
+    lane: str
+    envelope: bytes | None  # None: the store has no readable envelope
+    counters: Counters
+    available_at: float  # seconds since 1970 by the broker's clock
+
+
+class Reserved(NamedTuple):
+    """What `reserve` returns. `next_due_s`: seconds until the queue's earliest delayed job; None: there is none."""
+
+    leases: list[Lease]
+    next_due_s: float | None
+
+
+class Settlement(NamedTuple):
+    """The end of one lease. `verb`: "ack" | "release" | "bury"; the other fields say how."""
+
+    token: Token
+    queue: str
+    verb: str
+    counters: Counters = Counters()  # the new values (release, bury)
+    delay_s: float = 0.0  # release: due then
+    lane: str | None = None  # release: into that lane, at its old place; None: where it was
+    certificate: bytes | None = None  # JSON of this attempt; appended to the job's own. None: nothing to add
+    result: bytes | None = None  # ack: JSON kept for keep_s seconds
+    keep_s: float = 0.0
+
+
+SETTLED: Final = "settled"
+STALE: Final = "stale"  # the token is no longer good: settled before, reserved again, or gone
+
+
+class QueueStats(NamedTuple):
+    ready: int = 0
+    delayed: int = 0
+    leased: int = 0
+    dead: int = 0
+
+
+class Capabilities(NamedTuple):
+    """What a broker can promise. The runtime asks for these, never for a class."""
+
+    durable: bool  # jobs survive the death of the daemon
+    remote: bool  # reached over a connection that can be lost
+    shared: bool  # other processes can reach it
+
+
+class Broker(Protocol):
+    """A queue's store, for the daemon."""
+
+    address: str  # for people: the URL without secrets
+    capabilities: Capabilities
+
+    def open(self, owner: Owner, queues: Sequence[str], lease_s: float) -> Verb[dict[str, int]]:
+        """Connect, check the version, register the epoch, recover what dead epochs of `owner.identity` hold.
+
+        Returns how many jobs it recovered, by queue. Raises BrokerRefused; waits for a broker that is not there.
+        """
+
+    def enqueue(self, jobs: Sequence[NewJob]) -> Verb[list[bool]]:
+        """Add `jobs`; for each whether it is new (False: a job of that id exists). Raises QueueFull, and then adds none."""
+
+    def reserve(self, queue: str, wants: Mapping[str, int]) -> Verb[Reserved]:
+        """Lease up to `wants[lane]` of the best ready jobs of each lane of `queue`; moves due jobs first. Never waits for jobs.
+
+        An epoch that expired meanwhile is registered again in the same step, so that no lease is ever without an owner.
+        """
+
+    def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
+        """End leases; SETTLED or STALE for each, in order."""
+
+    def renew(self) -> Verb[None]:
+        """Prolong the epoch's expiry to one lease from now, in every queue."""
+
+    def sweep(self) -> Verb[dict[str, int]]:
+        """Recover what expired epochs hold (recoveries + 1) and drop expired results. Recovered jobs by queue."""
+
+    def wait(self, timeout_s: float | None) -> Verb[bool]:
+        """Park until a doorbell rings, or `timeout_s` seconds; whether it rang. A ring that came before counts."""
+
+    def stats(self) -> Verb[dict[str, QueueStats]]:
+        """Counts by queue."""
+
+    def publish(self, key: str, value: bytes) -> Verb[None]:
+        """Keep a small document (the manifest, limits) where clients can read it."""
+
+    def close(self) -> Verb[None]:
+        """Give up the epoch, so that what it still holds is recoverable at once, and the connection. Never raises."""
+
+
+def place(available_at: float, priority: int) -> float:
+    """Where a ready job stands: lower is earlier. A point of priority is a head start of PRIORITY_STEP_S."""
+    return available_at - priority * PRIORITY_STEP_S
+
+
+class Row(NamedTuple):
+    """A job as clients and operators see it."""
+
+    id: str
+    queue: str
+    state: str
+    lane: str
+    priority: int
+    available_at: float
+    counters: Counters
+    envelope: bytes | None
+    result: bytes | None = None
+    certificates: tuple[bytes, ...] = ()
+
+
+class Store(Protocol):
+    """The blocking protocol, for clients and operators. Implementations live in kqueue.client. Thread- and fork-safe."""
+
+    address: str
+
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
+        """As Broker.enqueue. `max_depth` > 0: QueueFull when ready + delayed would exceed it."""
+
+    def show(self, id: str, queue: str | None = None) -> Row | None:
+        """One job with its certificates; None: there is none. `queue` saves a search where queues are stored apart."""
+
+    def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
+        """Jobs, without certificates; best place (or oldest) first."""
+
+    def stats(self) -> dict[str, QueueStats]:
+        """Counts by queue."""
+
+    def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
+        """Bury a job that waits; whether it did."""
+
+    def document(self, key: str) -> bytes | None:
+        """What the daemon published under `key`."""
+
+    def close(self) -> None: ...

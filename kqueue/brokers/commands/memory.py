@@ -1,0 +1,253 @@
+"""The reference: a broker's whole semantics as plain structures. No I/O, no loop; a lock, because clients have threads.
+
+The other brokers must behave as this one does; the conformance suite holds them to it. `clock` is the broker's own time (seconds
+since 1970), so that a test can move it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from ...errors import QueueFull
+from ..base import (
+    MAX_BATCH,
+    MAX_CERTIFICATES,
+    SETTLED,
+    STALE,
+    Counters,
+    Lease,
+    NewJob,
+    Owner,
+    QueueStats,
+    Reserved,
+    Row,
+    Settlement,
+    Token,
+    place,
+)
+
+
+class _Job:
+    """A job and all that changes about it."""
+
+    __slots__ = (
+        "available_at", "certificates", "counters", "envelope", "epoch", "expires_at", "id", "lane", "number", "priority",
+        "queue", "result", "state",
+    )  # fmt: skip
+
+    def __init__(self, new: NewJob, available_at: float) -> None:
+        self.id = new.id
+        self.queue = new.queue
+        self.lane = new.lane
+        self.priority = new.priority
+        self.envelope: bytes | None = new.envelope
+        self.available_at = available_at
+        self.state = ""
+        self.counters = Counters()
+        self.number = 0  # of the last reservation; raised by a settlement too, so that a token settles once
+        self.epoch = ""  # that holds it
+        self.certificates: list[bytes] = []
+        self.result: bytes | None = None
+        self.expires_at = 0.0  # when a done job's result goes
+
+    def row(self) -> Row:
+        return Row(
+            self.id, self.queue, self.state, self.lane, self.priority, self.available_at, self.counters, self.envelope,
+            self.result, tuple(self.certificates),
+        )  # fmt: skip
+
+
+class MemoryStore:
+    """Jobs of all queues. Each method is atomic."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.clock = clock
+        self.documents: dict[str, bytes] = {}
+        self.bells: list[Callable[[], None]] = []  # rung after something may have become ready; called with the lock held
+        self._lock = threading.RLock()
+        self._jobs: dict[str, _Job] = {}
+        # Heaps, whose entries are skipped when the job stands elsewhere by the time they surface.
+        self._ready: dict[tuple[str, str], list[tuple[float, str]]] = {}  # (queue, lane) -> (place, id)
+        self._delayed: dict[str, list[tuple[float, str]]] = {}  # queue -> (available_at, id)
+        self._done: list[tuple[float, str]] = []  # (expires_at, id)
+        self._leased: dict[str, set[str]] = {}  # epoch -> ids
+        self._epochs: dict[str, tuple[float, str]] = {}  # epoch -> (expiry, identity)
+
+    # -- the daemon's verbs -----------------------------------------------------------------------------------------
+
+    def open(self, owner: Owner, lease_s: float) -> dict[str, int]:
+        with self._lock:
+            dead = [epoch for epoch, (_, identity) in self._epochs.items() if identity and identity == owner.identity]
+            self._epochs[owner.epoch] = (self.clock() + lease_s, owner.identity)
+            return self._recover(dead)
+
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
+        with self._lock:
+            if max_depth:
+                for queue in {job.queue for job in jobs}:
+                    stats = self.stats().get(queue, QueueStats())
+                    if stats.ready + stats.delayed + sum(job.queue == queue for job in jobs) > max_depth:
+                        raise QueueFull(f"queue {queue!r} holds {stats.ready + stats.delayed} jobs, allowed are {max_depth}")
+            fresh = []
+            for new in jobs:
+                fresh.append(new.id not in self._jobs)
+                if fresh[-1]:
+                    job = _Job(new, self.clock() + new.delay_s if new.at is None else new.at)
+                    self._jobs[new.id] = job
+                    self._stand(job)
+            self._ring()
+            return fresh
+
+    def reserve(self, owner: Owner, lease_s: float, queue: str, wants: Mapping[str, int]) -> Reserved:
+        with self._lock:
+            now = self.clock()
+            epoch = owner.epoch
+            self._epochs.setdefault(epoch, (now + lease_s, owner.identity))
+            self._move_due(queue)
+            leases = []
+            for lane, want in wants.items():
+                heap = self._ready.get((queue, lane), [])
+                while heap and want > 0:
+                    at, id = heapq.heappop(heap)
+                    job = self._jobs.get(id)
+                    if job is None or job.state != "ready" or job.lane != lane or at != place(job.available_at, job.priority):
+                        continue  # it stands elsewhere by now
+                    job.state, job.epoch, job.number = "leased", epoch, job.number + 1
+                    self._leased.setdefault(epoch, set()).add(id)
+                    token = Token(epoch, id, job.number)
+                    leases.append(Lease(token, queue, lane, job.envelope, job.counters, job.available_at))
+                    want -= 1
+            return Reserved(leases, self._next_due_s(queue, now))
+
+    def settle(self, batch: Sequence[Settlement]) -> list[str]:
+        with self._lock:
+            return [self._settle(item) for item in batch]
+
+    def renew(self, owner: Owner, lease_s: float) -> None:
+        with self._lock:
+            self._epochs[owner.epoch] = (self.clock() + lease_s, owner.identity)
+
+    def sweep(self) -> dict[str, int]:
+        with self._lock:
+            now = self.clock()
+            for queue in list(self._delayed):
+                self._move_due(queue)
+            while self._done and self._done[0][0] <= now:
+                at, id = heapq.heappop(self._done)
+                if id in self._jobs and self._jobs[id].expires_at == at:
+                    del self._jobs[id]
+            return self._recover([epoch for epoch, (expiry, _) in self._epochs.items() if expiry <= now])
+
+    def stats(self) -> dict[str, QueueStats]:
+        with self._lock:
+            counts: dict[str, QueueStats] = {}
+            for job in self._jobs.values():
+                if job.state != "done":
+                    stats = counts.get(job.queue, QueueStats())
+                    counts[job.queue] = stats._replace(**{job.state: getattr(stats, job.state) + 1})
+            return counts
+
+    def close(self, epoch: str) -> None:
+        with self._lock:
+            if epoch in self._epochs:
+                self._epochs[epoch] = (self.clock(), self._epochs[epoch][1])
+
+    # -- for clients ------------------------------------------------------------------------------------------------
+
+    def show(self, id: str) -> Row | None:
+        with self._lock:
+            job = self._jobs.get(id)
+            return None if job is None else job.row()
+
+    def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
+        with self._lock:
+            jobs = [j for j in self._jobs.values() if state in (None, j.state) and queue in (None, j.queue)]
+            jobs.sort(key=lambda j: (place(j.available_at, j.priority), j.id))
+            return [job.row() for job in jobs[:limit]]
+
+    def cancel(self, id: str, certificate: bytes) -> bool:
+        with self._lock:
+            job = self._jobs.get(id)
+            if job is None or job.state not in ("ready", "delayed"):
+                return False
+            job.certificates = [*job.certificates, certificate][-MAX_CERTIFICATES:]
+            job.state, job.number = "dead", job.number + 1
+            return True
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _stand(self, job: _Job) -> None:
+        """Put `job` where its available_at says: ready, or delayed."""
+        if job.available_at > self.clock():
+            job.state = "delayed"
+            heapq.heappush(self._delayed.setdefault(job.queue, []), (job.available_at, job.id))
+        else:
+            job.state = "ready"
+            heap = self._ready.setdefault((job.queue, job.lane), [])
+            heapq.heappush(heap, (place(job.available_at, job.priority), job.id))
+
+    def _move_due(self, queue: str) -> None:
+        delayed = self._delayed.get(queue, [])
+        while delayed and delayed[0][0] <= self.clock():
+            at, id = heapq.heappop(delayed)
+            if self._is_delayed(id, at):
+                self._stand(self._jobs[id])
+
+    def _next_due_s(self, queue: str, now: float) -> float | None:
+        delayed = self._delayed.get(queue, [])
+        while delayed and not self._is_delayed(delayed[0][1], delayed[0][0]):
+            heapq.heappop(delayed)
+        return max(0.0, delayed[0][0] - now) if delayed else None
+
+    def _is_delayed(self, id: str, at: float) -> bool:
+        job = self._jobs.get(id)
+        return job is not None and job.state == "delayed" and job.available_at == at
+
+    def _settle(self, item: Settlement) -> str:
+        job = self._jobs.get(item.token.id)
+        if job is None or job.number != item.token.number or job.epoch != item.token.epoch or job.state in ("done", "dead"):
+            return STALE
+        self._leased.get(job.epoch, set()).discard(job.id)
+        job.number += 1
+        job.epoch = ""
+        if item.certificate is not None:
+            job.certificates = [*job.certificates, item.certificate][-MAX_CERTIFICATES:]
+        if item.verb == "ack":
+            if item.keep_s > 0:
+                job.state, job.result, job.expires_at = "done", item.result, self.clock() + item.keep_s
+                heapq.heappush(self._done, (job.expires_at, job.id))
+            else:
+                del self._jobs[job.id]
+        elif item.verb == "bury":
+            job.state, job.counters = "dead", item.counters
+        else:
+            job.counters = item.counters
+            job.lane = item.lane or job.lane
+            if item.delay_s > 0:
+                job.available_at = self.clock() + item.delay_s
+            self._stand(job)
+            self._ring()
+        return SETTLED
+
+    def _recover(self, epochs: Sequence[str]) -> dict[str, int]:
+        recovered: dict[str, int] = {}
+        for epoch in epochs:
+            held = self._leased.get(epoch, set())
+            while held and sum(recovered.values()) < MAX_BATCH:
+                job = self._jobs[held.pop()]
+                job.counters = job.counters._replace(recoveries=job.counters.recoveries + 1)
+                recovered[job.queue] = recovered.get(job.queue, 0) + 1
+                self._stand(job)
+            if not held:
+                self._leased.pop(epoch, None)
+                self._epochs.pop(epoch, None)
+        if recovered:
+            self._ring()
+        return recovered
+
+    def _ring(self) -> None:
+        for bell in self.bells:
+            bell()

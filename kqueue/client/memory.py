@@ -1,0 +1,37 @@
+"""The memory broker for clients: the same process only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..brokers.base import NewJob, QueueStats, Row
+from ..brokers.commands.memory import MemoryStore
+
+
+class MemoryClient:
+    """A MemoryStore behind the blocking protocol (`brokers.base.Store`)."""
+
+    def __init__(self, store: MemoryStore, address: str = "memory://") -> None:
+        self.address = address
+        self._store = store
+
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
+        return self._store.enqueue(jobs, max_depth)
+
+    def show(self, id: str, queue: str | None = None) -> Row | None:
+        return self._store.show(id)
+
+    def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
+        return self._store.list(state, queue, limit)
+
+    def stats(self) -> dict[str, QueueStats]:
+        return self._store.stats()
+
+    def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
+        return self._store.cancel(id, certificate)
+
+    def document(self, key: str) -> bytes | None:
+        return self._store.documents.get(key)
+
+    def close(self) -> None:
+        """Nothing to close."""

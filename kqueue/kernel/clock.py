@@ -1,0 +1,41 @@
+"""Clocks: the real one, and one for tests in which an hour passes as soon as nobody has anything to do."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .poller import Poller
+
+
+class Clock:
+    """The machine's monotonic clock. Durations never come from wall time, which jumps."""
+
+    def monotonic(self) -> float:
+        """Seconds since some fixed moment."""
+        return time.monotonic()
+
+    def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
+        """Wait for events up to `timeout_s` seconds (None: without end)."""
+        return poller.select(timeout_s)
+
+
+class VirtualClock(Clock):
+    """Time that jumps to the next timer whenever nothing else is left to do. Starts at 0.
+
+    Real I/O still happens in real time: what is ready is served before time moves, what is not ready is passed over.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
+        if timeout_s is None:
+            return poller.select(None)
+        events = poller.select(0)
+        if not events:
+            self.now += timeout_s
+        return events

@@ -1,0 +1,298 @@
+"""The loop: tasks are ready, parked or ended; the kernel steps the ready ones and sleeps until a parked one may go on.
+
+    spawn -> ready -> (step) -> parked -> wake -> ready -> ... -> ended | abandoned
+
+A turn of the loop is: wait for events, wake whom they concern, wake whose timer is due, then step every task that was ready
+at that moment, once. A task that a step makes ready has its turn next time, so nobody starves. Within a step, a
+trap that answers at once resumes the task directly, at most MAX_IMMEDIATE times.
+
+Cancelling is one `throw`. The task may still use traps while it cleans up, for its grace; after that it is abandoned: the
+kernel never resumes it, and keeps a reference, because letting a generator that yields in a `finally` be collected
+raises in a place nobody can catch. Whoever owns the work learns of it by `on_end`.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, copy_context
+from typing import Any, Final
+
+from .clock import Clock
+from .poller import Poller
+from .timers import ANY_WAIT, Timer, Timers
+from .traps import PARKED, Trap
+
+MAX_IMMEDIATE: Final = 64
+LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
+
+Steps = Generator[Any, Any, Any] | Coroutine[Any, Any, Any]
+
+
+class Abandoned(Exception):
+    """A cancelled task did not end within its grace, and will never be resumed."""
+
+
+class Task:
+    """One generator or coroutine that the kernel drives."""
+
+    __slots__ = (
+        "context", "ended", "error", "generator", "grace_s", "joiners", "name", "on_end", "parked", "undo", "value",
+        "wait_number",
+    )  # fmt: skip
+
+    def __init__(self, generator: Steps, name: str, context: Context) -> None:
+        self.generator = generator
+        self.name = name
+        self.context = context  # every step runs in it, so context variables never leak into another task
+        self.value: Any = None  # what the next step sends; once ended, what it returned
+        self.error: BaseException | None = None  # what the next step throws; once ended, what it raised
+        self.parked = False  # False: in the ready queue, being stepped, or ended
+        self.ended = False
+        self.wait_number = 0  # rises with every wake, so that timers of earlier waits are stale
+        self.undo: Callable[[], None] | None = None  # takes back what the trap registered; None: nothing
+        self.joiners: deque[Task] = deque()
+        self.on_end: Callable[[Task], None] | None = None  # called once, whatever the end; None: nobody cares
+        self.grace_s: float | None = None  # set by the first cancel; None: never cancelled
+
+    def __repr__(self) -> str:
+        state = "ended" if self.ended else "parked" if self.parked else "ready"
+        return f"<Task {self.name!r} {state}>"
+
+    def where(self) -> str:
+        """The innermost line at which it stands, as "file:line in function"; empty when it has ended."""
+        inner: Any = self.generator
+        place = ""
+        while inner is not None:
+            frame = getattr(inner, "gi_frame", None) or getattr(inner, "cr_frame", None)
+            if frame is not None:
+                place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+            inner = getattr(inner, "gi_yieldfrom", None) or getattr(inner, "cr_await", None)
+        return place
+
+
+class Kernel:
+    """Drives tasks until `run`'s own task has ended.
+
+    `max_slice_s` (seconds): a step longer than that is reported to `on_slow(task, seconds)`; 0 turns it off.
+    `on_crash(task)` hears of a task that raised and that nobody joined; the default prints the traceback.
+    """
+
+    def __init__(self, *, clock: Clock | None = None, max_slice_s: float = 0.0) -> None:
+        self.clock = clock or Clock()
+        self.poller = Poller()
+        self.timers = Timers()
+        self.current: Task | None = None
+        self.abandoned: list[Task] = []
+        self.max_slice_s = max_slice_s
+        self.on_slow: Callable[[Task, float], None] = lambda task, seconds: None
+        self.on_crash: Callable[[Task], None] = _print_crash
+        self.turns = 0
+        self._ready: deque[Task] = deque()
+        self._turn_s: deque[float] = deque(maxlen=LAG_SAMPLES)
+
+    # -- what traps and owners call ---------------------------------------------------------------------------------
+
+    def spawn(self, generator: Steps, *, name: str = "", context: Context | None = None) -> Task:
+        """Make `generator` a task and put it at the back of the ready queue."""
+        if not hasattr(generator, "send"):
+            raise TypeError(f"spawn() takes a generator or a coroutine, not {type(generator).__name__}")
+        task = Task(generator, name or getattr(generator, "__name__", "task"), context or copy_context())
+        self._ready.append(task)
+        return task
+
+    def wake(self, task: Task, value: Any = None, error: BaseException | None = None) -> None:
+        """Resume a parked task with `value`, or by raising `error` at its trap. Does nothing for one that is not parked."""
+        if not task.parked:
+            return
+        self._take_back(task)
+        task.parked = False
+        task.wait_number += 1
+        task.value = value
+        task.error = error
+        self._ready.append(task)
+
+    def wake_at(self, task: Task, when: float, value: Any = None) -> None:
+        """Wake `task` from the wait it is about to begin with `value` at `when` (clock seconds), unless something else does."""
+        self.timers.add(when, Timer(task, task.wait_number, value, None))
+
+    def unpark(
+        self, queue: deque[Task], value: Any = None, *, error: BaseException | None = None, count: int | None = None
+    ) -> int:
+        """Wake up to `count` tasks (None: all) that stand in `queue`, the longest waiting first. Returns how many."""
+        woken = 0
+        while queue and woken != count:
+            self.wake(queue[0], value, error)  # its undo takes it out of the queue
+            woken += 1
+        return woken
+
+    def throw_at(self, task: Task, when: float, error: BaseException, grace_s: float) -> Timer:
+        """Cancel `task` with `error` and `grace_s` at `when`, whatever it waits for then. `Timer.cancel` takes it back."""
+        timer = Timer(task, ANY_WAIT, grace_s, error)
+        self.timers.add(when, timer)
+        return timer
+
+    def cancel(self, task: Task, error: BaseException, grace_s: float = 1.0) -> None:
+        """Raise `error` at the trap where `task` stands; if it has not ended `grace_s` seconds later, abandon it.
+
+        A value that was already on its way to the task is dropped. A second cancel of the same task throws again,
+        but does not prolong its grace.
+        """
+        if task.ended:
+            return
+        if task.grace_s is None:
+            task.grace_s = grace_s
+            why = Abandoned(f"{task.name} ignored its cancellation for {grace_s:g} s")
+            self.timers.add(self.clock.monotonic() + grace_s, Timer(task, ANY_WAIT, None, why))
+        if task is self.current:
+            raise error
+        if task.parked:
+            self.wake(task, error=error)
+        else:
+            task.value, task.error = None, error
+
+    def lag_s(self) -> list[float]:
+        """How long the last turns kept everybody else waiting, in seconds, sorted."""
+        return sorted(self._turn_s)
+
+    # -- driving ----------------------------------------------------------------------------------------------------
+
+    def run(self, main: Steps) -> Any:
+        """Drive everything until `main` has ended; returns its value or raises its error. Other tasks stay as they are."""
+        task = self.spawn(main)
+        task.on_end = lambda ended: None  # its error is raised here, so it is not a crash
+        while not task.ended:
+            self.turn()
+        if task.error is not None:
+            raise task.error
+        return task.value
+
+    def turn(self) -> None:
+        """One turn of the loop."""
+        clock = self.clock
+        events = clock.select(self.poller, self._patience_s())
+        began = clock.monotonic()
+        if events:
+            for task, value in list(self.poller.ready(events)):
+                self.wake(task, value)
+        for timer in self.timers.pop_due(began):
+            self._fire(timer)
+        for _ in range(len(self._ready)):
+            self._step(self._ready.popleft())
+        self.turns += 1
+        self._turn_s.append(clock.monotonic() - began)
+
+    def close(self) -> None:
+        """Release the selector. Tasks that have not ended are kept referenced, never closed."""
+        self.poller.close()
+
+    def _patience_s(self) -> float | None:
+        if self._ready:
+            return 0
+        deadline = self.timers.next_deadline()
+        if deadline is None:
+            return None
+        return max(0.0, deadline - self.clock.monotonic())
+
+    def _fire(self, timer: Timer) -> None:
+        task = timer.task
+        if task is None:
+            return
+        if isinstance(timer.error, Abandoned):
+            self._abandon(task, timer.error)
+        elif timer.error is not None:
+            self.cancel(task, timer.error, grace_s=timer.value)
+        else:
+            self.wake(task, timer.value)
+
+    def _step(self, task: Task) -> None:
+        """Run `task` until it parks, gives way or ends."""
+        if task.ended:
+            return
+        self.current = task
+        began = self.clock.monotonic() if self.max_slice_s else 0.0
+        value, error = task.value, task.error
+        task.value = task.error = None
+        generator, run = task.generator, task.context.run
+        try:
+            for _ in range(MAX_IMMEDIATE):
+                if error is None:
+                    trap = run(generator.send, value)
+                else:
+                    thrown, error = error, None
+                    trap = run(generator.throw, thrown)
+                if trap is None:
+                    value = None
+                    break
+                if not isinstance(trap, Trap):
+                    error = TypeError(_instead(trap))
+                    continue
+                try:
+                    value = trap.arm(self, task)
+                except Exception as refusal:  # raised at the line that yielded the trap
+                    self._take_back(task)
+                    error = refusal
+                    continue
+                if value is PARKED:
+                    task.parked = True
+                    return
+            task.value, task.error = value, error
+            self._ready.append(task)
+        except StopIteration as end:
+            self._end(task, end.value, None)
+        except BaseException as failure:
+            self._end(task, None, failure)
+        finally:
+            self.current = None
+            if began and (took := self.clock.monotonic() - began) > self.max_slice_s:
+                self.on_slow(task, took)
+
+    def _end(self, task: Task, value: Any, error: BaseException | None) -> None:
+        task.ended = True
+        task.parked = False
+        task.value, task.error = value, error
+        heard = self.unpark(task.joiners, value, error=error)
+        if task.on_end is not None:
+            task.on_end(task)
+        elif error is not None and not heard and task.grace_s is None:
+            self.on_crash(task)
+
+    def _abandon(self, task: Task, why: Abandoned) -> None:
+        self._take_back(task)
+        self.abandoned.append(task)
+        self._end(task, None, why)
+
+    def _take_back(self, task: Task) -> None:
+        undo, task.undo = task.undo, None
+        if undo is not None:
+            undo()
+
+
+def _print_crash(task: Task) -> None:
+    from traceback import print_exception  # only when something is wrong already
+
+    print(f"kernel: task {task.name!r} crashed", file=sys.stderr)
+    if task.error is not None:
+        print_exception(task.error)
+
+
+def _instead(thing: Any) -> str:
+    """What to write instead of yielding `thing`."""
+    kind = type(thing).__name__
+    if isinstance(thing, types.GeneratorType):
+        return f"a job yielded a generator; write `yield from {thing.__name__}(...)`"
+    if isinstance(thing, types.CoroutineType):
+        return f"a job yielded a coroutine; write `await {thing.__name__}(...)` in an `async def` job"
+    if isinstance(thing, (int, float)) and not isinstance(thing, bool):
+        return f"a job yielded {thing!r}; to wait that long write `yield sleep({thing!r})`"
+    if type(thing).__module__.startswith(("asyncio", "_asyncio", "concurrent.futures")):
+        return (
+            f"an inline job awaited {kind} of asyncio, which does not run here; use kqueue.sleep and kqueue.io, "
+            f"or declare the job isolated=True"
+        )
+    return (
+        f"a job yielded {kind}; it may yield kqueue.sleep(...), kqueue.offload(...), another trap, "
+        f"or nothing at all (a bare `yield` lets the others run)"
+    )

@@ -1,0 +1,84 @@
+"""How one attempt of a job ended, and the death certificate that says so.
+
+A strategy returns an `Outcome` and nothing else; what becomes of the job then is the runtime's to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+CAUSES: Final = ("ok", "exception", "timeout", "memory", "cpu", "signal", "exit", "lost", "cancelled", "refused")
+ENDED_BY: Final = ("job", "supervisor", "kernel", "operator", "shutdown")
+
+
+class Outcome(NamedTuple):
+    """How one attempt ended: what a strategy returns, and what the death certificate says."""
+
+    cause: str  # one of CAUSES
+    ended_by: str = "job"  # one of ENDED_BY
+    result: bytes | None = None  # JSON; None: there is none
+    error: Mapping[str, Any] | None = None  # class, message, traceback, and `mro` by name
+    exit_code: int | None = None
+    signal: str | None = None
+    pid: int | None = None  # of the child; None: it ran inline
+    duration_s: float = 0.0
+    cpu_user_s: float = 0.0
+    cpu_system_s: float = 0.0
+    max_memory_mib: float = 0.0  # peak resident memory of the child; 0: not measured (inline)
+    limits: Mapping[str, float] = {}  # those that applied
+    output: str = ""  # the last 8 KiB of stdout and stderr
+
+    @property
+    def ok(self) -> bool:
+        return self.cause == "ok"
+
+    def summary(self) -> str:
+        """One line for a log: "timeout after 30 s", "ValueError: no such file", …"""
+        if self.error is not None:
+            message = str(self.error.get("message", "")).split("\n", 1)[0]
+            return f"{self.error.get('class')}: {message}" if message else str(self.error.get("class"))
+        if self.signal is not None:
+            return f"{self.cause}: {self.signal}"
+        return self.cause if self.exit_code is None else f"{self.cause}: status {self.exit_code}"
+
+    def certificate(self, *, attempt: int, strategy: str, ended_at: float) -> dict[str, Any]:
+        """The death certificate: all there is to say, as JSON values. `ended_at`: seconds since 1970."""
+        fields = self._asdict()
+        fields.pop("result")
+        for name in ("duration_s", "cpu_user_s", "cpu_system_s", "max_memory_mib"):
+            fields[name] = round(fields[name], 4)
+        if self.error is not None:
+            fields["error"] = {key: value for key, value in self.error.items() if key != "mro"}
+        fields.update(limits=dict(self.limits), ended_at=round(ended_at, 3))
+        return {"attempt": attempt, "strategy": strategy, **fields}
+
+
+def describe_error(error: BaseException, *, skip_frames: int = 0) -> dict[str, Any]:
+    """Class, message, traceback and `mro` of `error`, as JSON values. The first `skip_frames` frames are KQueue's own.
+
+    Locals never stand in it; the message is cut at 4 KiB and the traceback at 16 KiB, since both can be huge.
+    """
+    from traceback import format_exception
+
+    trace = error.__traceback__
+    for _ in range(skip_frames):
+        trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
+    try:
+        message = str(error)
+    except Exception as broken:
+        message = f"(its __str__ raised {type(broken).__name__})"
+    lines = "".join(format_exception(type(error), error, trace))
+    return {
+        "class": type(error).__name__,
+        "message": _cut(message, 4096),
+        "traceback": _cut(lines, 16384),
+        "mro": [base.__name__ for base in type(error).__mro__ if base is not object],
+    }
+
+
+def _cut(text: str, size: int) -> str:
+    text = text.encode("utf-8", "replace").decode()
+    if len(text) <= size:
+        return text
+    return f"{text[: size // 2]}\n… {len(text) - size} characters left out …\n{text[-size // 2 :]}"

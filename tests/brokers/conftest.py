@@ -1,0 +1,98 @@
+"""Rigs: each broker with what the conformance suite needs around it. A new broker is one more class in RIGS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kqueue.brokers.base import Broker, NewJob, Owner, Store
+from kqueue.brokers.commands.memory import MemoryStore
+from kqueue.brokers.memory import MemoryBroker
+from kqueue.client.memory import MemoryClient
+from kqueue.ids import new_id
+from kqueue.kernel import Kernel, sleep
+
+
+class Rig:
+    """One empty store, brokers on it, a blocking client on it, and a way to let time pass."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self.kernel = Kernel()
+        self.opened: list[Broker] = []
+
+    def make_broker(self) -> Broker:
+        raise NotImplementedError
+
+    def make_client(self) -> Store:
+        raise NotImplementedError
+
+    def do(self, verb: Any) -> Any:
+        """Drive one verb to its end on the rig's kernel."""
+        return self.kernel.run(verb)
+
+    def broker(self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",)) -> Any:
+        """A broker, opened as a new epoch. `broker.recovered` is what `open` recovered."""
+        broker = self.make_broker()
+        owner = Owner(epoch or new_id(), identity)
+        broker.recovered = self.do(broker.open(owner, list(queues), lease_s))  # type: ignore[attr-defined]
+        self.opened.append(broker)
+        return broker
+
+    def elapse(self, seconds: float) -> None:
+        """Let the broker's time pass."""
+
+        def pause() -> Iterator[Any]:
+            yield sleep(seconds)
+
+        self.kernel.run(pause())  # type: ignore[arg-type]
+
+    def corrupt(self, id: str, garbage: bytes) -> None:
+        """Overwrite the envelope of a job behind the broker's back."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        for broker in self.opened:
+            self.do(broker.close())
+        self.kernel.close()
+
+
+class MemoryRig(Rig):
+    name = "memory"
+
+    def __init__(self, tmp_path: Any, request: pytest.FixtureRequest) -> None:
+        super().__init__()
+        self.now = 1_790_000_000.0
+        self.store = MemoryStore(clock=lambda: self.now)
+
+    def make_broker(self) -> Broker:
+        return MemoryBroker(self.store)
+
+    def make_client(self) -> Store:
+        return MemoryClient(self.store)
+
+    def elapse(self, seconds: float) -> None:
+        self.now += seconds
+
+    def corrupt(self, id: str, garbage: bytes) -> None:
+        self.store._jobs[id].envelope = garbage
+
+
+RIGS = [MemoryRig]
+
+
+@pytest.fixture(params=RIGS, ids=lambda rig: rig.name)
+def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[Any]:
+    rig = request.param(tmp_path, request)
+    yield rig
+    rig.close()
+
+
+def new_job(id: str | None = None, **fields: Any) -> NewJob:
+    """A job to enqueue, with defaults for what a test does not care about."""
+    id = id or new_id()
+    defaults: dict[str, Any] = {"queue": "q", "lane": "inline", "priority": 0, "envelope": b'{"id":"%s"}' % id.encode()}
+    return NewJob(id=id, **{**defaults, **fields})

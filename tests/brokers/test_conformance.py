@@ -1,0 +1,447 @@
+"""What every broker promises. One suite, all brokers (see RIGS in conftest)."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
+from kqueue.errors import QueueFull
+
+from .conftest import new_job
+
+
+def reserve(rig: Any, broker: Any, queue: str = "q", **wants: int) -> list[Lease]:
+    leases: list[Lease] = rig.do(broker.reserve(queue, wants or {"inline": 10, "isolated": 10})).leases
+    return leases
+
+
+def settle(rig: Any, broker: Any, lease: Lease, verb: str, **how: Any) -> str:
+    how.setdefault("counters", lease.counters)
+    (answer,) = rig.do(broker.settle([Settlement(lease.token, lease.queue, verb, **how)]))
+    return str(answer)
+
+
+# -- enqueue ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_comes_back_as_the_very_bytes_that_were_enqueued(rig: Any) -> None:
+    broker = rig.broker()
+    envelope = bytes(range(256)) * 3
+    assert rig.do(broker.enqueue([new_job("a", envelope=envelope)])) == [True]
+    (lease,) = reserve(rig, broker)
+    assert (lease.envelope, lease.lane, lease.queue, lease.token.id) == (envelope, "inline", "q", "a")
+    assert lease.counters == Counters()
+
+
+def test_enqueue_is_idempotent_by_id(rig: Any) -> None:
+    broker = rig.broker()
+    assert rig.do(broker.enqueue([new_job("a"), new_job("b")])) == [True, True]
+    assert rig.do(broker.enqueue([new_job("b"), new_job("c"), new_job("c")])) == [False, True, False]
+    assert sorted(lease.token.id for lease in reserve(rig, broker)) == ["a", "b", "c"]
+
+
+def test_a_client_and_the_daemon_enqueue_the_same_way(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    assert client.enqueue([new_job("a", priority=3)]) == [True]
+    assert client.enqueue([new_job("a")]) == [False]
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["a"]
+
+
+def test_a_full_queue_refuses_the_whole_batch(rig: Any) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("a"), new_job("b", delay_s=100)], max_depth=3)
+    with pytest.raises(QueueFull, match="'q'.*3"):
+        client.enqueue([new_job("c"), new_job("d")], max_depth=3)
+    assert client.enqueue([new_job("c")], max_depth=3) == [True]
+    assert client.enqueue([new_job("z", queue="other")], max_depth=3) == [True], "depth counts per queue"
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_of_one_priority_run_in_the_order_of_their_ids(rig: Any) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(id, at=1000.0) for id in ("c", "a", "b")]))
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["a", "b", "c"]
+
+
+def test_priority_is_a_head_start_so_nothing_starves(rig: Any) -> None:
+    broker = rig.broker()
+    hour = 3600.0
+    rig.do(
+        broker.enqueue(
+            [
+                new_job("plain", at=100 * hour),
+                new_job("urgent", at=102 * hour, priority=3),
+                new_job("urgent-too-late", at=104 * hour, priority=3),
+                new_job("low", at=99.5 * hour, priority=-2),
+            ]
+        )
+    )
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["urgent", "plain", "urgent-too-late", "low"]
+
+
+def test_lanes_and_limits_are_apart(rig: Any) -> None:
+    broker = rig.broker()
+    jobs = [new_job(f"i{n}", at=1.0) for n in range(4)] + [new_job(f"x{n}", lane="isolated", at=1.0) for n in range(4)]
+    rig.do(broker.enqueue(jobs))
+    assert [lease.token.id for lease in reserve(rig, broker, inline=0, isolated=2)] == ["x0", "x1"]
+    assert [lease.token.id for lease in reserve(rig, broker, inline=3, isolated=1)] == ["i0", "i1", "i2", "x2"]
+    assert reserve(rig, broker, inline=0, isolated=0) == []
+
+
+def test_queues_are_apart(rig: Any) -> None:
+    broker = rig.broker(queues=("q", "mail"))
+    rig.do(broker.enqueue([new_job("a"), new_job("b", queue="mail")]))
+    assert [lease.token.id for lease in reserve(rig, broker, "mail")] == ["b"]
+    assert [lease.token.id for lease in reserve(rig, broker, "q")] == ["a"]
+
+
+def test_a_reserved_job_is_not_reserved_again(rig: Any) -> None:
+    one, two = rig.broker(), rig.broker()
+    rig.do(one.enqueue([new_job() for _ in range(20)]))
+    ids = [lease.token.id for broker in (one, two, one) for lease in reserve(rig, broker, inline=9)]
+    assert len(ids) == len(set(ids)) == 20
+
+
+# -- delays -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_delayed_job_waits_and_says_how_long(rig: Any) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job("later", delay_s=100), new_job("soon", delay_s=0.3)]))
+    reserved = rig.do(broker.reserve("q", {"inline": 5}))
+    assert reserved.leases == []
+    assert 0 < reserved.next_due_s <= 0.3
+    rig.elapse(0.35)
+    reserved = rig.do(broker.reserve("q", {"inline": 5}))
+    assert [lease.token.id for lease in reserved.leases] == ["soon"]
+    assert 90 < reserved.next_due_s <= 100
+    assert rig.do(broker.stats())["q"]._asdict() == {"ready": 0, "delayed": 1, "leased": 1, "dead": 0}
+
+
+def test_nothing_delayed_means_nothing_due(rig: Any) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job()]))
+    assert rig.do(broker.reserve("q", {"inline": 5})).next_due_s is None
+
+
+# -- settling ---------------------------------------------------------------------------------------------------------
+
+
+def test_ack_ends_a_job(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    assert settle(rig, broker, lease, "ack") == SETTLED
+    assert client.show("a", "q") is None
+    assert sum(rig.do(broker.stats()).get("q", ())) == 0
+
+
+def test_a_kept_result_stays_for_its_time(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    assert settle(rig, broker, lease, "ack", result=b"[1]", keep_s=0.3, certificate=b'{"cause":"ok"}') == SETTLED
+    row = client.show("a", "q")
+    assert (row.state, row.result, row.certificates) == ("done", b"[1]", (b'{"cause":"ok"}',))
+    rig.elapse(0.35)
+    rig.do(broker.sweep())
+    assert client.show("a", "q") is None
+
+
+def test_release_with_a_delay_keeps_counters_and_certificates(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a", priority=2)]))
+    (lease,) = reserve(rig, broker)
+    counters = Counters(attempts=1, crashes=2, recoveries=3, deferrals=4)
+    assert settle(rig, broker, lease, "release", delay_s=0.3, counters=counters, certificate=b"{}") == SETTLED
+    row = client.show("a", "q")
+    assert (row.state, row.counters, row.certificates, row.priority) == ("delayed", counters, (b"{}",), 2)
+    assert reserve(rig, broker) == []
+    rig.elapse(0.35)
+    (again,) = reserve(rig, broker)
+    assert again.counters == counters
+    assert again.envelope == lease.envelope
+    assert again.token.number > lease.token.number
+
+
+def test_release_without_a_delay_keeps_its_place(rig: Any) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job("a", at=10.0), new_job("b", at=20.0)]))
+    (lease,) = reserve(rig, broker, inline=1)
+    settle(rig, broker, lease, "release")
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["a", "b"]
+
+
+def test_release_into_the_other_lane(rig: Any) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    settle(rig, broker, lease, "release", lane="isolated")
+    assert reserve(rig, broker, inline=5) == []
+    (again,) = reserve(rig, broker, isolated=5)
+    assert (again.lane, again.counters) == ("isolated", Counters())
+
+
+def test_bury_keeps_the_job_and_its_last_ten_certificates(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a")]))
+    for n in range(12):
+        (lease,) = reserve(rig, broker)
+        verb = "bury" if n == 11 else "release"
+        assert settle(rig, broker, lease, verb, certificate=b"%d" % n, counters=Counters(attempts=n + 1)) == SETTLED
+    row = client.show("a", "q")
+    assert (row.state, row.counters.attempts) == ("dead", 12)
+    assert row.certificates == tuple(b"%d" % n for n in range(2, 12))
+    assert reserve(rig, broker) == []
+    assert rig.do(broker.stats())["q"].dead == 1
+
+
+@pytest.mark.parametrize("verb", ["ack", "release", "bury"])
+@pytest.mark.parametrize("then", ["ack", "release", "bury"])
+def test_a_token_settles_once(rig: Any, verb: str, then: str) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    assert settle(rig, broker, lease, verb, keep_s=60) == SETTLED
+    before = client.show("a", "q")
+    assert settle(rig, broker, lease, then, certificate=b"late", counters=Counters(attempts=9)) == STALE
+    assert client.show("a", "q") == before
+
+
+def test_a_token_of_an_earlier_reservation_changes_nothing(rig: Any) -> None:
+    one, two = rig.broker(), rig.broker()
+    rig.do(one.enqueue([new_job("a")]))
+    (old,) = reserve(rig, one)
+    settle(rig, one, old, "release")
+    (new,) = reserve(rig, two)
+    assert settle(rig, one, old, "ack") == STALE
+    assert settle(rig, two, new, "ack") == SETTLED
+
+
+def test_a_batch_is_answered_in_order(rig: Any) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(id, at=1.0) for id in "abc"]))
+    a, b, c = reserve(rig, broker)
+    settle(rig, broker, b, "ack")
+    batch = [Settlement(lease.token, "q", "ack") for lease in (a, b, c)]
+    assert rig.do(broker.settle(batch)) == [SETTLED, STALE, SETTLED]
+    assert rig.do(broker.settle([])) == []
+
+
+def test_more_than_one_batch_of_everything(rig: Any) -> None:
+    broker = rig.broker()
+    assert all(rig.do(broker.enqueue([new_job() for _ in range(1201)])))
+    leases = reserve(rig, broker, inline=2000)
+    while more := reserve(rig, broker, inline=2000):
+        leases += more
+    assert len({lease.token.id for lease in leases}) == 1201
+    assert set(rig.do(broker.settle([Settlement(lease.token, "q", "ack") for lease in leases]))) == {SETTLED}
+
+
+# -- epochs -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_expired_epoch_s_jobs_are_ready_again(rig: Any) -> None:
+    dead, alive = rig.broker(lease_s=0.4), rig.broker(lease_s=30)
+    rig.do(dead.enqueue([new_job("a")]))
+    (old,) = reserve(rig, dead)
+    assert rig.do(alive.sweep()) == {}
+    rig.elapse(0.5)
+    assert rig.do(alive.sweep()) == {"q": 1}
+    (new,) = reserve(rig, alive)
+    assert new.counters == Counters(recoveries=1)
+    assert settle(rig, dead, old, "ack") == STALE
+    assert settle(rig, alive, new, "ack") == SETTLED
+
+
+def test_expiry_makes_a_job_eligible_and_no_more(rig: Any) -> None:
+    slow, other = rig.broker(lease_s=0.3), rig.broker(lease_s=30)
+    rig.do(slow.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, slow)
+    rig.elapse(0.4)
+    assert rig.do(other.sweep()) == {"q": 1}
+    assert settle(rig, slow, lease, "ack") == SETTLED, "nobody has reserved it since"
+    assert reserve(rig, other) == []
+
+
+def test_renewal_keeps_everything_the_epoch_holds(rig: Any) -> None:
+    broker, other = rig.broker(lease_s=0.5), rig.broker(lease_s=30)
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    for _ in range(3):
+        rig.elapse(0.3)
+        rig.do(broker.renew())
+        assert rig.do(other.sweep()) == {}
+    assert settle(rig, broker, lease, "ack") == SETTLED
+
+
+def test_an_epoch_that_expired_and_reserves_again_is_an_owner_again(rig: Any) -> None:
+    broker, other = rig.broker(lease_s=0.3), rig.broker(lease_s=30)
+    rig.elapse(0.4)
+    rig.do(other.sweep())
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    assert rig.do(other.sweep()) == {}
+    rig.elapse(0.4)
+    assert rig.do(other.sweep()) == {"q": 1}, "and can die again"
+    assert lease.token.id == "a"
+
+
+def test_the_next_epoch_of_one_identity_recovers_at_once(rig: Any) -> None:
+    first = rig.broker(identity="boot:8:42")
+    rig.do(first.enqueue([new_job("a"), new_job("b")]))
+    assert len(reserve(rig, first)) == 2
+    stranger = rig.broker(identity="boot:8:43")
+    assert sum(stranger.recovered.values()) == 0
+    second = rig.broker(identity="boot:8:42")
+    assert second.recovered == {"q": 2}
+    assert [lease.counters.recoveries for lease in reserve(rig, second)] == [1, 1]
+
+
+def test_without_an_identity_nothing_is_recovered_at_once(rig: Any) -> None:
+    first = rig.broker()
+    rig.do(first.enqueue([new_job("a")]))
+    reserve(rig, first)
+    assert sum(rig.broker().recovered.values()) == 0
+
+
+def test_closing_gives_up_what_is_held(rig: Any) -> None:
+    broker, other = rig.broker(), rig.broker()
+    rig.do(broker.enqueue([new_job("a")]))
+    reserve(rig, broker)
+    rig.do(broker.close())
+    rig.opened.remove(broker)
+    rig.elapse(0.01)
+    assert rig.do(other.sweep()) == {"q": 1}
+
+
+# -- doorbells --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dispatch_rings_a_waiting_daemon(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    assert reserve(rig, broker) == []
+    dispatch = threading.Timer(0.05, lambda: client.enqueue([new_job("a")]))
+    dispatch.start()
+    assert rig.do(broker.wait(10.0)) is True
+    dispatch.join()
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["a"]
+
+
+def test_a_ring_between_reserve_and_wait_is_not_missed(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    assert reserve(rig, broker) == []
+    client.enqueue([new_job("a")])
+    assert rig.do(broker.wait(10.0)) is True
+
+
+def test_a_delayed_dispatch_rings_too_so_that_the_timer_can_be_set(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    assert reserve(rig, broker) == []
+    client.enqueue([new_job("a", delay_s=50)])
+    assert rig.do(broker.wait(10.0)) is True
+
+
+def test_a_release_by_another_daemon_rings(rig: Any) -> None:
+    one, two = rig.broker(), rig.broker()
+    rig.do(one.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, one)
+    assert reserve(rig, two) == []
+    rig.do(two.wait(0.05))  # rings that are older than that look
+    settle(rig, one, lease, "release")
+    assert rig.do(two.wait(10.0)) is True
+
+
+def test_silence_ends_by_the_timeout(rig: Any) -> None:
+    broker = rig.broker()
+    assert reserve(rig, broker) == []
+    rig.do(broker.wait(0.02))
+    assert rig.do(broker.wait(0.05)) is False
+
+
+# -- looking ----------------------------------------------------------------------------------------------------------
+
+
+def test_list_and_show_see_every_state(rig: Any) -> None:
+    broker, client = rig.broker(queues=("q", "mail")), rig.make_client()
+    rig.do(broker.enqueue([new_job("leased"), new_job("dead"), new_job("done")]))
+    for lease in reserve(rig, broker):
+        if lease.token.id == "dead":
+            settle(rig, broker, lease, "bury", certificate=b'{"cause":"timeout"}')
+        if lease.token.id == "done":
+            settle(rig, broker, lease, "ack", keep_s=60, result=b"1")
+    client.enqueue([new_job("ready"), new_job("delayed", delay_s=60), new_job("elsewhere", queue="mail")])
+    states = {row.id: row.state for row in client.list(None, None, 100)}
+    expected = {id: id for id in ("leased", "dead", "done", "ready", "delayed")} | {"elsewhere": "ready"}
+    assert states == expected
+    assert [row.id for row in client.list("dead", None, 100)] == ["dead"]
+    assert [row.id for row in client.list("ready", "mail", 100)] == ["elsewhere"]
+    assert len(client.list(None, None, 2)) == 2
+    assert {id: client.show(id).state for id in expected} == expected
+    assert client.show("dead", "q").certificates == (b'{"cause":"timeout"}',)
+    assert client.show("nobody") is None
+    assert client.stats()["q"]._asdict() == {"ready": 1, "delayed": 1, "leased": 1, "dead": 1}
+
+
+def test_list_is_in_the_order_of_reservation(rig: Any) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("late", at=20.0), new_job("early", at=10.0), new_job("urgent", at=3600.0 * 3, priority=5)])
+    assert [row.id for row in client.list("ready", "q", 10)] == ["urgent", "early", "late"]
+
+
+def test_cancel_buries_what_waits_and_only_that(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("run")]))
+    (lease,) = reserve(rig, broker)
+    client.enqueue([new_job("wait"), new_job("later", delay_s=50)])
+    assert [client.cancel(id, b'{"cause":"cancelled"}') for id in ("wait", "later", "run", "nobody", "wait")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    assert reserve(rig, broker) == []
+    assert client.show("wait").state == client.show("later", "q").state == "dead"
+    assert client.show("wait").certificates == (b'{"cause":"cancelled"}',)
+    assert settle(rig, broker, lease, "ack") == SETTLED
+
+
+def test_documents_reach_clients(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    assert client.document("manifest") is None
+    rig.do(broker.publish("manifest", b'{"a":1}'))
+    rig.do(broker.publish("manifest", b'{"a":2}'))
+    assert client.document("manifest") == b'{"a":2}'
+
+
+# -- garbage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_envelope_is_leased_and_can_be_buried(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("bad"), new_job("good")]))
+    rig.corrupt("bad", b"\xff\x00garbage")
+    leases = {lease.token.id: lease for lease in reserve(rig, broker)}
+    assert set(leases) == {"bad", "good"}
+    assert leases["bad"].envelope == b"\xff\x00garbage"
+    assert settle(rig, broker, leases["bad"], "bury", certificate=b"{}") == SETTLED
+    assert client.show("bad", "q").state == "dead"
+
+
+# -- the client's own promises ----------------------------------------------------------------------------------------
+
+
+def test_a_client_serves_threads(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+
+    def dispatch(thread: int) -> None:
+        for n in range(25):
+            client.enqueue([new_job(f"t{thread}-{n}")])
+
+    threads = [threading.Thread(target=dispatch, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reserve(rig, broker, inline=500)) == 200
