@@ -1,0 +1,73 @@
+"""KQueue: one small daemon that runs your queue, light jobs inside itself, heavy jobs in limited children.
+
+This file is the list of what users may import. Each name is loaded when it is first asked for, so that a web server that dispatches
+does not load a runtime, and the supervisor no client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .job import BoundJob, JobHandle, KQueueJob, job, set_dispatcher
+
+if TYPE_CHECKING:
+    from .client import Client, connect, get, send
+    from .context import JobContext, current
+    from .errors import JobCancelled, JobFailed, JobTimedOut, KQueueError, OffloadError, QueueFull, ResultNotKept
+    from .execution.base import ExecutionStrategy
+    from .execution.inline import InlineExecutionStrategy
+    from .execution.isolated import IsolatedExecutionStrategy
+    from .execution.jobtraps import enqueue, offload, progress
+    from .job import JobOptions, JobState, KQueueJobInterface, dispatch_many
+    from .kernel.traps import Park, Trap, join, sleep, wait_io, wait_process
+    from .runtime import KQueueRuntime
+    from .security import SecurityConfig
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    ".client": ("Client", "connect", "get", "send"),
+    ".context": ("JobContext", "current"),
+    ".errors": ("JobCancelled", "JobFailed", "JobTimedOut", "KQueueError", "OffloadError", "QueueFull", "ResultNotKept"),
+    ".execution.base": ("ExecutionStrategy",),
+    ".execution.inline": ("InlineExecutionStrategy",),
+    ".execution.isolated": ("IsolatedExecutionStrategy",),
+    ".execution.jobtraps": ("enqueue", "offload", "progress"),
+    ".job": ("JobOptions", "JobState", "KQueueJobInterface", "dispatch_many"),
+    ".kernel.traps": ("Park", "Trap", "join", "sleep", "wait_io", "wait_process"),
+    ".runtime": ("KQueueRuntime",),
+    ".security": ("SecurityConfig",),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "BoundJob", "Client", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobCancelled", "JobContext",
+    "JobFailed", "JobHandle", "JobOptions", "JobState", "JobTimedOut", "KQueueError", "KQueueJob", "KQueueJobInterface",
+    "KQueueRuntime", "OffloadError", "Park", "QueueFull", "ResultNotKept", "SecurityConfig", "Trap", "connect", "current",
+    "dispatch_many", "enqueue", "get", "job", "join", "offload", "progress", "send", "sleep", "wait_io", "wait_process",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'kqueue' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(module, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+def _dispatch(jobs: Sequence[BoundJob]) -> list[JobHandle]:
+    from .client import default
+
+    return default().dispatch(jobs)
+
+
+set_dispatcher(_dispatch)

@@ -84,6 +84,10 @@ class Refused(KQueueError):
     """Admission refused the job; the message is the reason kept with it in the dead letters."""
 
 
+class OffloadError(KQueueError):
+    """An offloaded call failed with an error whose class is not built in; the message is "class: message"."""
+
+
 class JobCancelled(BaseException):
     """Raised inside a running job that is being stopped (shutdown, cancel). Clean up and let it pass."""
 

@@ -54,16 +54,16 @@ class Outcome(NamedTuple):
         return {"attempt": attempt, "strategy": strategy, **fields}
 
 
-def describe_error(error: BaseException, *, skip_frames: int = 0) -> dict[str, Any]:
-    """Class, message, traceback and `mro` of `error`, as JSON values. The first `skip_frames` frames are KQueue's own.
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """Class, message, traceback and `mro` of `error`, as JSON values. The traceback begins where KQueue's own frames end.
 
     Locals never stand in it; the message is cut at 4 KiB and the traceback at 16 KiB, since both can be huge.
     """
     from traceback import format_exception
 
     trace = error.__traceback__
-    for _ in range(skip_frames):
-        trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
+        trace = trace.tb_next
     try:
         message = str(error)
     except Exception as broken:
@@ -75,6 +75,9 @@ def describe_error(error: BaseException, *, skip_frames: int = 0) -> dict[str, A
         "traceback": _cut(lines, 16384),
         "mro": [base.__name__ for base in type(error).__mro__ if base is not object],
     }
+
+
+_OURS: Final = __file__.rpartition("/")[0] + "/"
 
 
 def _cut(text: str, size: int) -> str:

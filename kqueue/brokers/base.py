@@ -25,10 +25,15 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from ..kernel.traps import Trap
+from ..dispatch import NewJob
+
+__all__ = [
+    "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker", "Capabilities", "Counters",
+    "Lease", "NewJob", "Owner", "QueueStats", "Reserved", "Row", "Settlement", "Store", "Token", "Verb", "place",
+]  # fmt: skip
 
 T = TypeVar("T")
-Verb = Generator[Trap, Any, T]
+Verb = Generator[Any, Any, T]  # of traps; the clients, which share this file, know no kernel
 
 MAX_BATCH: Final = 500  # jobs in one command (Lua's unpack fails near 8,000; a batch must not hold the broker long)
 PRIORITY_STEP_S: Final = 3600.0  # the head start of one point of priority, seconds
@@ -44,18 +49,6 @@ class Owner(NamedTuple):
 
     epoch: str
     identity: str
-
-
-class NewJob(NamedTuple):
-    """A job to enqueue. Due `delay_s` seconds from the broker's now, or `at` (seconds since 1970), which wins."""
-
-    id: str
-    queue: str
-    lane: str
-    priority: int
-    envelope: bytes
-    delay_s: float = 0.0
-    at: float | None = None
 
 
 class Token(NamedTuple):
@@ -138,8 +131,11 @@ class Broker(Protocol):
         Returns how many jobs it recovered, by queue. Raises BrokerRefused; waits for a broker that is not there.
         """
 
-    def enqueue(self, jobs: Sequence[NewJob]) -> Verb[list[bool]]:
-        """Add `jobs`; for each whether it is new (False: a job of that id exists). Raises QueueFull, and then adds none."""
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
+        """Add `jobs`; for each whether it is new (False: a job of that id exists).
+
+        `max_depth` > 0: raises QueueFull, and adds none, when ready + delayed of a queue would exceed it.
+        """
 
     def reserve(self, queue: str, wants: Mapping[str, int]) -> Verb[Reserved]:
         """Lease up to `wants[lane]` of the best ready jobs of each lane of `queue`; moves due jobs first. Never waits for jobs.

@@ -62,8 +62,8 @@ class MemoryBroker:
         return self.store.open(owner, lease_s)
 
     @at_once
-    def enqueue(self, jobs: Sequence[NewJob]) -> list[bool]:
-        return self.store.enqueue(jobs)
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
+        return self.store.enqueue(jobs, max_depth)
 
     @at_once
     def reserve(self, queue: str, wants: Mapping[str, int]) -> Reserved:

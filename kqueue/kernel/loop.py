@@ -124,7 +124,10 @@ class Kernel:
         """Wake up to `count` tasks (None: all) that stand in `queue`, the longest waiting first. Returns how many."""
         woken = 0
         while queue and woken != count:
-            self.wake(queue[0], value, error)  # its undo takes it out of the queue
+            task = queue[0]
+            self.wake(task, value, error)
+            if queue and queue[0] is task:  # its undo did not take it out
+                queue.popleft()
             woken += 1
         return woken
 

@@ -193,12 +193,13 @@ class run(Trap):
         self.generator = generator
 
     def arm(self, kernel: Kernel, task: Task) -> Any:
-        inner = kernel.spawn(self.generator, name=f"{task.name}/{getattr(self.generator, '__name__', 'run')}")
+        name = f"{task.name}/{getattr(self.generator, '__name__', 'run')}"
+        inner = kernel.spawn(self.generator, name=name, context=task.context.copy())
         inner.joiners.append(task)
 
         def undo() -> None:
+            inner.joiners.remove(task)
             if not inner.ended:
-                inner.joiners.remove(task)
                 kernel.cancel(inner, GeneratorExit())
 
         task.undo = undo

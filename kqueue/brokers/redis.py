@@ -1,0 +1,332 @@
+"""Redis and Valkey behind the nine verbs: what to ask (commands.redis), whom (redis_transport), and when to ask it again.
+
+Rule 1. Every request carries a number, and the scripts remember each sender's last one. So a verb repeats a request whose reply was
+        lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way: one
+        reservation a queue, one settlement in all, and of enqueues as many as there are senders, each with a name of its own.
+Rule 2. A reply that says "not now" (LOADING, READONLY, OOM, …) is reported, waited out with backoff, and asked again.
+Rule 3. A reservation whose task was cancelled before its reply came is asked for again by the next one, and by `close`: no job is left
+        leased that nobody knows of. What comes back beyond what was wanted is released at no cost to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from hiredis import ReplyError
+
+from ..errors import BrokerRefused, BrokerUnavailable, KQueueError, QueueFull
+from ..kernel.traps import Park, sleep
+from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
+from .commands import redis as commands
+from .commands.redis_lua import LANES, SCRIPTS
+from .redis_transport import Command, News, RedisTransport, this_kernel
+
+if TYPE_CHECKING:
+    from ..kernel.loop import Kernel, Task
+
+POLL_S: Final = 1.0  # between looks, where the user may not hear doorbells
+SENDER_MEMORY_S: Final = 86400  # how long an outage may last whose repeated enqueues still add nothing twice
+
+
+class RedisBroker:
+    """A queue in Redis, for the daemon. `on_event(kind, text, retry_in_s)` hears "lost", "back" and "warning". Opens nothing yet."""
+
+    capabilities = Capabilities(durable=True, remote=True, shared=True)
+
+    def __init__(self, url: str, *, on_event: News = lambda kind, text, retry_in_s: None) -> None:
+        target = commands.parse_url(url)
+        self.address = target.address
+        self._transport = RedisTransport(target, SCRIPTS, self._heard_bell, self._connected, on_event)
+        self._kernel: Kernel | None = None
+        self._owner = Owner("", "")
+        self._queues: Sequence[str] = ()
+        self._lease_s = LEASE_S
+        self._opened = False  # from then on missing rights are no refusal, but reported and waited for
+        self._closing = False  # from then on nothing is asked twice
+        self._rang = False
+        self._listening: deque[Task] = deque()
+        self._look_at = 0.0  # clock seconds: when to look without a doorbell
+        self._idle: set[str] = set()  # queues in which our idle flag should stand
+        self._listed: set[str] = set()  # queues that kq:queues is known to hold
+        self._requests: dict[str, int] = {}  # queue -> number of the reservation that comes next, or is under way
+        self._unheard: set[str] = set()  # queues whose last reservation has had no reply
+        self._surplus: list[Lease] = []  # leases to be released
+        self._number = int.from_bytes(os.urandom(6), "big")  # of the last settlement; an epoch may be opened twice
+        self._turns: dict[str, _Turn] = {}  # by verb and queue
+        self._senders: list[commands.Sender] = []  # that are free
+
+    # -- the nine verbs ---------------------------------------------------------------------------------------------
+
+    def open(self, owner: Owner, queues: Sequence[str], lease_s: float) -> Verb[dict[str, int]]:
+        self._kernel = kernel = yield this_kernel()
+        self._owner, self._queues, self._lease_s = owner, list(queues), lease_s
+        channels = [commands.bell(queue) for queue in queues]
+        self._transport.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
+        try:
+            yield from self._list_queues(queues)
+            recovered = yield from self._repeat_while_more([commands.open_epoch(owner, lease_s, queue) for queue in queues])
+        except KQueueError:
+            self._transport.stop()
+            raise
+        self._opened = True
+        return recovered
+
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
+        queues = {job.queue: sum(other.queue == job.queue for other in jobs) for job in jobs} if max_depth else {}
+        if len(queues) > 1:  # no script may look into two queues, so this much can be overtaken
+            for queue, stats in (yield from self._stats(list(queues))).items():
+                if stats.ready + stats.delayed + queues[queue] > max_depth:
+                    raise QueueFull(commands.full(queue, stats.ready + stats.delayed, max_depth))
+        yield from self._list_queues({job.queue for job in jobs})
+        fresh = [False] * len(jobs)
+        sender = self._senders.pop() if self._senders else commands.Sender()
+        for positions in commands.batches(jobs):
+            batch = [jobs[position] for position in positions]
+            queue = batch[0].queue
+            room = (max_depth, queues.pop(queue)) if queue in queues else (0, 0)  # the first batch speaks for all of its queue
+            (reply,) = yield from self._ask([commands.enqueue(sender, SENDER_MEMORY_S, batch, *room)])
+            if isinstance(reply, int):
+                raise QueueFull(commands.full(queue, reply, max_depth))
+            for position, digit in zip(positions, reply, strict=True):
+                fresh[position] = digit == commands.YES
+        self._senders.append(sender)
+        return fresh
+
+    def reserve(self, queue: str, wants: Mapping[str, int]) -> Verb[Reserved]:
+        """At most MAX_BATCH at once. Fewer than asked for does not mean that there are no more; none does."""
+        turn = yield from self._take_turn(f"reserve {queue}")
+        try:
+            yield from self._release_surplus()
+            left = {lane: max(0, wants.get(lane, 0)) for lane in LANES}
+            leases: list[Lease] = []
+            while not leases:
+                repeated, next_due_s, found = yield from self._reserve(queue, _share(*left.values()))
+                for lease in found:
+                    wanted = left[lease.lane] > 0
+                    left[lease.lane] -= wanted
+                    (leases if wanted else self._surplus).append(lease)
+                if not repeated:
+                    break
+            return Reserved(leases, next_due_s)
+        finally:
+            self._give_turn(turn)
+
+    def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
+        answers = [""] * len(batch)
+        turn = yield from self._take_turn("settle")
+        try:
+            for parts in _rounds(batch):
+                calls, orders = [], []
+                for epoch, positions in parts:
+                    self._number += 1
+                    call, order = commands.settle(self._owner.epoch, self._number, epoch, [batch[p] for p in positions])
+                    calls.append(call)
+                    orders.append([positions[place] for place in order])
+                for order, reply in zip(orders, (yield from self._ask(calls)), strict=True):
+                    for position, answer in zip(order, commands.read_settled(reply), strict=True):
+                        answers[position] = answer
+        finally:
+            self._give_turn(turn)
+        return answers
+
+    def renew(self) -> Verb[None]:
+        yield from self._release_surplus()
+        flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
+        for queue, flag in zip(self._queues, flags, strict=True):
+            if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
+                self._ring([queue])
+
+    def sweep(self) -> Verb[dict[str, int]]:
+        return (yield from self._repeat_while_more([commands.sweep(self._lease_s, queue) for queue in self._queues]))
+
+    def wait(self, timeout_s: float | None) -> Verb[bool]:
+        if self._rang or self._kernel is None:
+            self._rang = False
+            return True
+        polls = self._transport.bells_refused
+        patience_s = timeout_s
+        if polls:
+            left_s = max(0.0, self._look_at - self._kernel.clock.monotonic())
+            patience_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        yield Park(self._listening, patience_s)
+        rang, self._rang = self._rang, False
+        now = self._kernel.clock.monotonic()
+        if polls and now >= self._look_at:
+            self._look_at = now + POLL_S
+            rang = True
+        return rang
+
+    def stats(self) -> Verb[dict[str, QueueStats]]:
+        return (yield from self._stats(self._queues))
+
+    def publish(self, key: str, value: bytes) -> Verb[None]:
+        yield from self._ask([("SET", commands.document_key(key), value)])
+
+    def close(self) -> Verb[None]:
+        """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""
+        try:
+            if self._transport.state == "ready" and self._opened:
+                self._closing = True
+                for queue in list(self._unheard):
+                    yield from self.reserve(queue, {})
+                yield from self._release_surplus()
+                yield from self._ask([commands.close(self._owner, queue) for queue in self._queues])
+        except KQueueError:
+            pass  # the epoch will expire
+        finally:
+            self._transport.stop()
+        yield  # lets the keeper end
+
+    # -- their parts ------------------------------------------------------------------------------------------------
+
+    def _reserve(self, queue: str, wants: Sequence[int]) -> Verb[tuple[bool, float | None, list[Lease]]]:
+        """One request: whether it was answered before, seconds until the next delayed job, the leases."""
+        request = self._requests.setdefault(queue, self._number)
+        self._unheard.add(queue)
+        call = commands.reserve(self._owner, self._lease_s, request, queue, wants)
+        ((how, due, *lanes),) = yield from self._ask([call])
+        self._unheard.discard(queue)
+        self._requests[queue] = request + 1
+        if how == b"short":
+            self._idle.add(queue)
+        return how == b"repeated", None if due is None else float(due), commands.read_leases(self._owner.epoch, queue, lanes)
+
+    def _release_surplus(self) -> Verb[None]:
+        surplus, self._surplus = self._surplus, []
+        try:
+            if surplus:
+                yield from self.settle([Settlement(lease.token, lease.queue, "release", lease.counters) for lease in surplus])
+        except BaseException:
+            self._surplus += surplus
+            raise
+
+    def _stats(self, queues: Sequence[str]) -> Verb[dict[str, QueueStats]]:
+        replies = yield from self._ask([commands.stats(queue) for queue in queues])
+        return {queue: commands.read_stats(reply) for queue, reply in zip(queues, replies, strict=True)}
+
+    def _repeat_while_more(self, calls: Sequence[commands.Call]) -> Verb[dict[str, int]]:
+        """Make each queue's call until it has nothing more to do; how many jobs they recovered."""
+        recovered: dict[str, int] = {}
+        left = list(zip(self._queues, calls, strict=True))
+        while left:
+            replies = yield from self._ask([call for _, call in left])
+            for (queue, _), (count, _) in zip(left, replies, strict=True):
+                recovered[queue] = recovered.get(queue, 0) + count
+            left = [part for part, (_, more) in zip(left, replies, strict=True) if more]
+        return {queue: count for queue, count in recovered.items() if count}
+
+    def _list_queues(self, queues: Iterable[str]) -> Verb[None]:
+        """Let clients find these queues."""
+        new = set(queues) - self._listed
+        if new:
+            yield from self._ask([("SADD", commands.QUEUES_KEY, *sorted(new))])
+            self._listed |= new
+
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, asked: Sequence[commands.Call | Command]) -> Verb[list[Any]]:
+        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused when that is useless."""
+        replies: list[Any] = [None] * len(asked)
+        left = list(range(len(asked)))
+        tries = 0
+        loading: list[Command] = []
+        while left:
+            try:
+                yield from self._transport.ready()
+                sent = [*loading, *(self._command(asked[position]) for position in left)]
+                answers = (yield from self._transport.call(sent))[len(loading) :]
+            except BrokerUnavailable:
+                if self._closing or self._transport.state == "stopped":
+                    raise
+                continue  # the transport reports it, and waits between its tries
+            again, trouble, unknown = [], "", False
+            for position, answer in zip(left, answers, strict=True):
+                if not isinstance(answer, ReplyError):
+                    replies[position] = answer
+                    continue
+                verdict = commands.judge(str(answer))
+                again.append(position)
+                if verdict.code == commands.NO_SCRIPT and not loading:
+                    unknown = True
+                elif verdict.later or (self._opened and verdict.code in commands.RIGHTS):
+                    trouble = verdict.text
+                else:
+                    raise BrokerRefused(f"{self.address}: {verdict.text}")
+            left = again
+            loading = self._transport.load() if unknown else []
+            if trouble:
+                if self._closing:
+                    raise BrokerUnavailable(f"{self.address}: {trouble}")
+                delay_s = self._transport.backoff_s(tries)
+                tries += 1
+                self._transport.report(trouble, delay_s)
+                yield sleep(delay_s)
+        if tries:
+            self._transport.report_well()
+        return replies
+
+    def _command(self, asked: commands.Call | Command) -> Command:
+        if isinstance(asked, commands.Call):
+            return ("EVALSHA", self._transport.digests[asked.script], *asked.args)
+        return asked
+
+    def _take_turn(self, name: str) -> Verb[_Turn]:
+        turn = self._turns.setdefault(name, _Turn())
+        while turn.taken:
+            yield Park(turn.waiting)
+        turn.taken = True
+        return turn
+
+    def _give_turn(self, turn: _Turn) -> None:
+        turn.taken = False
+        if self._kernel is not None:
+            self._kernel.unpark(turn.waiting)
+
+    # -- hearing ----------------------------------------------------------------------------------------------------
+
+    def _heard_bell(self, channel: bytes) -> None:
+        self._ring({queue for queue in self._idle if commands.bell(queue).encode() == channel})
+
+    def _connected(self) -> None:
+        self._listed.clear()  # it may be another server by now
+        if self._opened:
+            self._ring(self._idle)  # what rang meanwhile, nobody heard
+
+    def _ring(self, queues: Iterable[str]) -> None:
+        self._idle = self._idle.difference(queues)
+        self._rang = True
+        if self._kernel is not None:
+            self._kernel.unpark(self._listening)
+
+
+class _Turn:
+    """What only one task at a time may do."""
+
+    __slots__ = ("taken", "waiting")
+
+    def __init__(self) -> None:
+        self.taken = False
+        self.waiting: deque[Task] = deque()
+
+
+def _share(inline: int, isolated: int) -> tuple[int, int]:
+    """What to ask for at once of a want that may be more than MAX_BATCH, so that neither lane starves the other."""
+    first = min(inline, max(MAX_BATCH // 2, MAX_BATCH - isolated))
+    return first, min(isolated, MAX_BATCH - first)
+
+
+def _rounds(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[int]]]]:
+    """(epoch, positions) of what may be settled at once: one epoch, one queue, MAX_BATCH, and no queue twice in a round."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for position, item in enumerate(batch):
+        groups.setdefault((item.queue, item.token.epoch), []).append(position)
+    queues: dict[str, list[tuple[str, list[int]]]] = {}
+    for (queue, epoch), positions in groups.items():
+        for start in range(0, len(positions), MAX_BATCH):
+            queues.setdefault(queue, []).append((epoch, positions[start : start + MAX_BATCH]))
+    while queues:
+        yield [parts.pop(0) for parts in queues.values()]
+        queues = {queue: parts for queue, parts in queues.items() if parts}

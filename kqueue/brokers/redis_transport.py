@@ -1,0 +1,396 @@
+"""One connection to Redis that never blocks the loop: a state machine, kept by one task, and a FIFO of who waits for which reply.
+
+    idle --start--> connect --> handshake --> ready --> lost --backoff--> connect …
+    connect, handshake --> refused   when the server will not have us, and never had
+    any --stop--> stopped
+
+Rule 1. Requests are sent at once and in order, and replies are matched in order. Who stops waiting (a cancelled task) leaves its
+        place in the FIFO; the reply is read and dropped.
+Rule 2. When the connection is lost, everyone in the FIFO gets BrokerUnavailable, and nobody knows what the server still did.
+        Repeating is the caller's business, since only it knows how to do it without doing it twice.
+Rule 3. Silence of REPLY_TIMEOUT_S while somebody waits is a lost connection.
+Rule 4. Once ready, it never gives up: what would have been a refusal at the start (a password changed meanwhile) is reported and tried again.
+
+RESP3, so that doorbells (pushes) and replies share the connection. hiredis packs and parses. Nothing here may import redis-py (20 MB,
+asyncio), hashlib (the server computes the digests of scripts), or ssl unless the URL says TLS.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from hiredis import ProtocolError, PushNotification, Reader, ReplyError, pack_command
+
+from ..errors import BrokerRefused, BrokerUnavailable
+from ..kernel.traps import PARKED, READ, WRITE, Park, Trap, sleep, wait_io
+from .base import Verb
+from .commands.redis import OLDEST, Arg, Target, judge
+from .dial import dial
+
+if TYPE_CHECKING:
+    from ..kernel.loop import Kernel, Task
+
+REPLY_TIMEOUT_S: Final = 5.0
+CONNECT_TIMEOUT_S: Final = 5.0  # for all of resolve, connect, tls and handshake
+FIRST_BACKOFF_S: Final = 0.1
+READ_SIZE: Final = 65536
+
+_LATE: Final = object()
+_NOTHING: Final = object()
+
+Command = Sequence[Arg]
+News = Callable[[str, str, float], None]  # kind ("lost", "back" or "warning"), text, seconds until the next try
+
+
+class this_kernel(Trap):
+    """Answers with the kernel that drives the task: for a verb that spawns."""
+
+    __slots__ = ()
+
+    def arm(self, kernel: Kernel, task: Task) -> Any:
+        return kernel
+
+
+class _Request(Trap):
+    """Send commands, and wait for all of their replies: a list, in which errors stand as ReplyError."""
+
+    __slots__ = ("commands", "error", "replies", "sent", "task", "transport")
+
+    def __init__(self, transport: RedisTransport, commands: Sequence[Command]) -> None:
+        self.transport = transport
+        self.commands = commands
+        self.replies: list[Any] = []
+        self.sent = False
+        self.error: BrokerUnavailable | None = None  # the connection was lost first
+        self.task: Task | None = None  # None: nobody waits (yet, or any more)
+
+    def arm(self, kernel: Kernel, task: Task) -> Any:
+        if not self.sent:
+            self.sent = True
+            self.transport.send(self)
+        if self.error is not None:
+            raise self.error
+        if len(self.replies) == len(self.commands):
+            return self.replies
+        self.task = task
+        task.undo = self._leave
+        kernel.wake_at(task, kernel.clock.monotonic() + REPLY_TIMEOUT_S, value=_LATE)
+        return PARKED
+
+    def _leave(self) -> None:
+        self.task = None
+
+
+class RedisTransport:
+    """The connection. `start` spawns the task that keeps it, `call` is for everyone else, `stop` leaves nothing behind.
+
+    `on_push(channel)` hears of doorbells, `on_ready()` of every new connection, `on_news` of trouble.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        scripts: Mapping[str, str],
+        on_push: Callable[[bytes], None],
+        on_ready: Callable[[], None],
+        on_news: News,
+    ) -> None:
+        self.target = target
+        self.state = "idle"
+        self.scripts = scripts
+        self.digests: dict[str, bytes] = {}  # by name of the script, once ready
+        self.bells_refused = False  # the user may not subscribe
+        self.version = ""
+        self._on_push, self._on_ready, self._on_news = on_push, on_ready, on_news
+        self._channels: Sequence[str] = ()
+        self._name = ""
+        self._cap_s = FIRST_BACKOFF_S
+        self._kernel: Kernel | None = None
+        self._keeper: Task | None = None
+        self._refusal: BrokerRefused | None = None
+        self._was_ready = False
+        self._troubled = False  # the last news was bad
+        self._waiting: deque[Task] = deque()  # for ready
+        self._socket: socket.socket | None = None
+        self._again: tuple[type[OSError], ...] = (BlockingIOError,)  # what a socket raises that has nothing to say now
+        self._reader: Any = None
+        self._out = bytearray()
+        self._fifo: deque[_Request] = deque()
+        self._pushed = 0  # confirmed subscriptions
+        self._lost = ""  # why the keeper is to give this connection up; "": it is not
+        self._heard_at = 0.0
+
+    # -- for verbs --------------------------------------------------------------------------------------------------
+
+    def start(self, kernel: Kernel, name: str, channels: Sequence[str], cap_s: float) -> None:
+        """Begin to connect, as a client called `name`, listening to `channels`; wait at most `cap_s` seconds between tries."""
+        self._kernel, self._name, self._channels, self._cap_s = kernel, name, channels, cap_s
+        self._keeper = kernel.spawn(self._keep(), name=f"redis {self.target.address}")
+
+    def stop(self) -> None:
+        """Close the connection, end the keeper, fail whoever still waits."""
+        if self.state == "stopped":
+            return
+        if self._kernel is not None and self._keeper is not None:
+            self._kernel.cancel(self._keeper, GeneratorExit())
+        self._drop("it was closed", "stopped")
+        self._wake_waiting()
+
+    def call(self, commands: Sequence[Command]) -> Verb[list[Any]]:
+        """The replies, with errors as ReplyError among them. BrokerUnavailable: the connection was lost, or is closed."""
+        yield from self.ready()
+        request = _Request(self, commands)
+        replies: Any = yield request
+        while replies is _LATE:
+            if self._now() - self._heard_at >= REPLY_TIMEOUT_S:
+                self._give_up(f"no reply in {REPLY_TIMEOUT_S:g} s")
+            replies = yield request
+        return replies  # type: ignore[no-any-return]
+
+    def ready(self) -> Verb[None]:
+        """Wait for a connection. BrokerRefused: there will be none; BrokerUnavailable: it was closed."""
+        while self.state != "ready":
+            if self._refusal is not None:
+                raise self._refusal
+            if self.state in ("idle", "stopped"):
+                raise BrokerUnavailable(f"{self.target.address}: the connection is closed")
+            yield Park(self._waiting)
+
+    def load(self) -> list[Command]:
+        """Commands that make the server know our scripts again."""
+        return [("SCRIPT", "LOAD", script) for script in self.scripts.values()]
+
+    def send(self, request: _Request) -> None:
+        """Put the request's commands on the wire, or what the socket does not take now into the buffer that the keeper empties."""
+        if self.state != "ready":
+            raise BrokerUnavailable(f"{self.target.address}: {self._lost or 'the connection is closed'}")
+        self._fifo.append(request)
+        if len(self._fifo) == 1:
+            self._heard_at = self._now()  # before, nobody expected to hear anything
+        flushed = not self._out
+        for command in request.commands:
+            self._out += pack_command(tuple(command))
+        if flushed:
+            try:
+                self._flush()
+            except BrokerUnavailable as error:
+                self._give_up(str(error))
+            if self._out:
+                self._poke()
+
+    def backoff_s(self, tries: int) -> float:
+        """Full jitter over a time that doubles with each try: seconds."""
+        jitter = int.from_bytes(os.urandom(4), "big") / 2**32  # `random` would import hashlib
+        return jitter * min(self._cap_s, FIRST_BACKOFF_S * 2.0 ** min(tries, 30))
+
+    def report(self, trouble: str, retry_in_s: float) -> None:
+        """Tell that something does not work now; `report_well` tells once when it does again."""
+        self._troubled = True
+        self._on_news("lost", trouble, retry_in_s)
+
+    def report_well(self) -> None:
+        if self._troubled:
+            self._troubled = False
+            self._on_news("back", "", 0.0)
+
+    # -- the keeper -------------------------------------------------------------------------------------------------
+
+    def _keep(self) -> Verb[None]:
+        tries = 0
+        while True:
+            try:
+                yield from self._establish()
+                tries = 0
+                yield from self._serve()
+            except BrokerRefused as error:
+                if not self._was_ready:
+                    self._drop(str(error), "refused")
+                    self._refusal = error
+                    self._wake_waiting()
+                    return
+                reason = str(error)
+            except (BrokerUnavailable, OSError) as error:
+                reason = str(error)
+            self._drop(reason, "lost")
+            delay_s = self.backoff_s(tries)
+            tries += 1
+            self.report(reason, delay_s)
+            yield sleep(delay_s)
+
+    def _establish(self) -> Verb[None]:
+        """From nothing to ready."""
+        deadline = self._now() + CONNECT_TIMEOUT_S
+        self.state = "connect"
+        at = self.target
+        self._socket = yield from dial(at.host, at.port, at.path, at.tls, CONNECT_TIMEOUT_S, self._now)
+        if at.tls is not None:
+            import ssl
+
+            self._again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self.state = "handshake"
+        self._reader = Reader(notEnoughData=_NOTHING)
+        yield from self._greet(deadline)
+        self.state = "ready"
+        self._was_ready = True
+        self._heard_at = self._now()
+        self.report_well()
+        self._on_ready()
+        self._wake_waiting()
+
+    def _serve(self) -> Verb[None]:
+        """Pass replies on until the connection is lost, which raises BrokerUnavailable."""
+        while True:
+            yield from self._io(None)
+            for reply in self._read():
+                if not self._fifo:
+                    raise BrokerUnavailable(f"an answer that nobody asked for: {reply!r:.200}")
+                request = self._fifo[0]
+                request.replies.append(reply)
+                if len(request.replies) == len(request.commands):
+                    self._fifo.popleft()
+                    if request.task is not None and self._kernel is not None:
+                        self._kernel.wake(request.task, request.replies)
+
+    def _greet(self, deadline: float) -> Verb[None]:
+        """HELLO, which also names and authenticates us; then the database, the scripts, the doorbells."""
+        target = self.target
+        auth: tuple[Arg, ...] = (
+            ("AUTH", target.username or "default", target.password) if target.password or target.username else ()
+        )
+        (hello,) = yield from self._exchange([("HELLO", 3, *auth, "SETNAME", self._name)], deadline)
+        if isinstance(hello, ReplyError) and "unknown command" in str(hello).lower():
+            raise BrokerRefused(f"{target.address}: it is older than Redis 6 (it does not know HELLO); KQueue needs 6.2 or later")
+        self._check(hello)
+        self.version = hello.get(b"version", b"").decode() if isinstance(hello, dict) else "of an unknown kind"
+        if tuple(int(part) for part in self.version.split(".")[:2] if part.isdigit()) < OLDEST:
+            raise BrokerRefused(f"{target.address}: it is Redis {self.version}; KQueue needs 6.2 or later")
+        select: list[Command] = [("SELECT", target.db)] if target.db else []
+        replies = yield from self._exchange([*select, *self.load()], deadline)
+        for reply in replies:
+            self._check(reply)
+        self.digests = dict(zip(self.scripts, replies[len(select) :], strict=True))
+        if self._channels:
+            yield from self._subscribe(deadline)
+
+    def _subscribe(self, deadline: float) -> Verb[None]:
+        """SUBSCRIBE is answered by a push when it worked, by an error as a reply when it did not."""
+        replies = yield from self._exchange([("SUBSCRIBE", *self._channels)], deadline, pushes=len(self._channels))
+        if replies and not self.bells_refused:
+            self.bells_refused = True
+            step = f"allow the user the channels of KQueue (ACL SETUSER {self.target.username or 'default'} &kq:*)"
+            self._on_news("warning", f"no doorbells, so new jobs are looked for every second: {replies[0]}; {step}", 0.0)
+        elif not replies:
+            self.bells_refused = False
+
+    def _exchange(self, commands: Sequence[Command], deadline: float, pushes: int = 0) -> Verb[list[Any]]:
+        """Before ready: send, and wait for every reply (or for so many pushes instead)."""
+        self._out += b"".join(pack_command(tuple(command)) for command in commands)
+        self._flush()
+        replies: list[Any] = []
+        self._pushed = 0
+        while len(replies) < len(commands) and not (pushes and self._pushed >= pushes):
+            yield from self._io(deadline)
+            replies += self._read()
+        return replies
+
+    def _check(self, reply: Any) -> None:
+        if isinstance(reply, ReplyError):
+            verdict = judge(str(reply))
+            raise (BrokerUnavailable if verdict.later else BrokerRefused)(f"{self.target.address}: {verdict.text}")
+
+    # -- the socket -------------------------------------------------------------------------------------------------
+
+    def _io(self, deadline: float | None) -> Verb[None]:
+        """Wait until something came, or until more may be sent, and send it. Raises when the connection is to be given up."""
+        assert self._socket is not None
+        events = READ | WRITE if self._out else READ
+        left_s = None if deadline is None else max(0.0, deadline - self._now())
+        if not self._lost:
+            ready = yield wait_io(self._socket.fileno(), events, left_s)
+            if not ready and deadline is not None and self._now() >= deadline:
+                raise BrokerUnavailable(f"no answer in {CONNECT_TIMEOUT_S:g} s, during {self.state}")
+        if self._lost:
+            raise BrokerUnavailable(self._lost)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what the socket takes of the buffer."""
+        try:
+            while self._out and self._socket is not None:
+                del self._out[: self._socket.send(self._out)]
+        except self._again:
+            return
+        except OSError as error:
+            raise BrokerUnavailable(f"the connection broke: {error.strerror or error}") from None
+
+    def _read(self) -> list[Any]:
+        """The replies that came; pushes are passed on."""
+        assert self._socket is not None
+        replies: list[Any] = []
+        while True:
+            try:
+                data = self._socket.recv(READ_SIZE)
+            except self._again:
+                return replies
+            except OSError as error:
+                raise BrokerUnavailable(f"the connection broke: {error.strerror or error}") from None
+            if not data:
+                if replies:
+                    return replies  # a last word, such as "max number of clients reached"; the end comes with the next read
+                raise BrokerUnavailable(
+                    f"it closed the connection, during {self.state}" if self.state != "ready" else "it closed the connection"
+                )
+            self._heard_at = self._now()
+            try:
+                self._reader.feed(data)
+                while (reply := self._reader.gets()) is not _NOTHING:
+                    if isinstance(reply, PushNotification):
+                        self._push(reply)
+                    else:
+                        replies.append(reply)
+            except ProtocolError as error:
+                raise BrokerUnavailable(f"what answers there does not speak Redis ({error})") from None
+            if len(data) < READ_SIZE and self.target.tls is None:
+                return replies
+
+    def _push(self, push: Sequence[Any]) -> None:
+        if push[0] == b"subscribe":
+            self._pushed += 1
+        elif push[0] == b"message":
+            self._on_push(push[1])
+
+    def _give_up(self, reason: str) -> None:
+        """Have the keeper end this connection."""
+        self._lost = self._lost or reason
+        self._poke()
+
+    def _poke(self) -> None:
+        """Have the keeper look at what it waits for again."""
+        if self._kernel is not None and self._keeper is not None:
+            self._kernel.wake(self._keeper, 0)
+
+    def _drop(self, reason: str, state: str) -> None:
+        """Close the socket, and fail everyone in the FIFO."""
+        self.state = state
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._reader = None
+        self._out.clear()
+        self._lost = ""
+        fifo, self._fifo = self._fifo, deque()
+        for request in fifo:
+            request.error = BrokerUnavailable(f"{self.target.address}: {reason}")
+            if request.task is not None and self._kernel is not None:
+                self._kernel.wake(request.task, error=request.error)
+
+    def _wake_waiting(self) -> None:
+        if self._kernel is not None:
+            self._kernel.unpark(self._waiting)
+
+    def _now(self) -> float:
+        assert self._kernel is not None
+        return self._kernel.clock.monotonic()

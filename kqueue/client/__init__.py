@@ -1,0 +1,161 @@
+"""The client: what applications import to dispatch jobs and look at them. Blocking, thread- and fork-safe, and without a kernel.
+
+It stands on floor 0 and on the brokers' commands only, so a web server that dispatches a job carries none of the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ..brokers.base import Store
+from ..codec import from_json
+from ..config import Config, load_config, resolve_url
+from ..dispatch import NewJob, prepare, undescribe
+from ..errors import JobNotFound, UsageError, nearest
+from ..job import BoundJob, DispatchOptions, JobHandle, JobOptions, Registration, registry
+from ..security import SecurityConfig, check_dispatch
+from .handle import Handle
+
+CONFIG_FILE: Final = "kqueue.yaml"
+MAX_BATCH: Final = 500  # jobs in one command of a store
+
+
+class Client:
+    """Dispatches to one store. `security`: None: no limits are known here, so those that the daemon published apply."""
+
+    def __init__(self, store: Store, security: SecurityConfig | None = None) -> None:
+        self.store = store
+        self._security = security
+        self._depth: int | None = None if security is None else security.queue_depth
+        self._manifest: dict[str, Registration] | None = None
+
+    def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
+        """Enqueue `jobs`, in one round trip for each queue and 500 jobs. See `job.dispatch_many`."""
+        max_bytes = {} if self._security is None else {"max_bytes": self._security.max_envelope_bytes}
+        prepared = [prepare(bound, self._known(bound), check=self._check, **max_bytes) for bound in jobs]
+        by_queue: dict[str, list[NewJob]] = {}
+        for job in prepared:
+            by_queue.setdefault(job.queue, []).append(job)
+        for batch in by_queue.values():
+            for start in range(0, len(batch), MAX_BATCH):
+                self.store.enqueue(batch[start : start + MAX_BATCH], self._max_depth())
+        return [Handle(self.store, job.id, job.queue) for job in prepared]
+
+    def send(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: DispatchOptions) -> JobHandle:
+        """Dispatch by name. JobNotFound when a daemon has published its manifest, and the name is not in it."""
+        bound = BoundJob(name, args, kwargs, options)
+        manifest = self.manifest()
+        if manifest and name not in manifest and registry.get(name) is None:
+            known = nearest(name, list(manifest))
+            raise JobNotFound(f"no daemon of {self.store.address} has a job {name!r}{known}; it has {', '.join(sorted(manifest))}")
+        return self.dispatch([bound])[0]
+
+    def get(self, id: str) -> JobHandle:
+        """A handle for a job by its id."""
+        return Handle(self.store, id, None)
+
+    def manifest(self, refresh: bool = False) -> dict[str, Registration]:
+        """The jobs that the daemon published, by name; empty before one ran."""
+        if self._manifest is None or not self._manifest or refresh:
+            document = self.store.document("manifest")
+            fields = from_json(document) if document else {}
+            self._manifest = {name: undescribe(description) for name, description in fields.items()}
+        return self._manifest
+
+    def _known(self, bound: BoundJob) -> Registration | None:
+        return bound.registration or registry.get(bound.name) or self.manifest().get(bound.name)
+
+    def _check(self, options: JobOptions, name: str) -> JobOptions:
+        return options if self._security is None else check_dispatch(self._security, options, name)
+
+    def _max_depth(self) -> int:
+        if self._depth is None:
+            document = self.store.document("limits")
+            self._depth = int(from_json(document)["queue_depth"]) if document else 0
+        return self._depth
+
+
+def open_store(url: str) -> Store:
+    """The blocking store that `url` means. UsageError for a scheme that none serves."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "memory":
+        from ..brokers.memory import shared_store
+        from .memory import MemoryClient
+
+        return MemoryClient(shared_store(url), url)
+    if scheme == "sqlite":
+        from .sqlite import SQLiteClient
+
+        return SQLiteClient(rest.removeprefix("/"))
+    from .redis import RedisClient
+
+    return RedisClient(url)
+
+
+def connect(target: str | None = None) -> Client:
+    """Say where this process's jobs go: a URL or the path of a kqueue.yaml. Without either: as `where` finds it."""
+    global _default
+    client = _client_for(target) if target is not None else where()
+    with _lock:
+        _default = client
+    return client
+
+
+def where() -> Client:
+    """$KQUEUE_URL, else $KQUEUE_CONFIG, else ./kqueue.yaml. UsageError when there is none of them."""
+    url = os.environ.get("KQUEUE_URL")
+    if url:
+        return Client(open_store(resolve_url(url, None)))
+    path = os.environ.get("KQUEUE_CONFIG") or (CONFIG_FILE if os.path.exists(CONFIG_FILE) else None)
+    if path is None:
+        raise UsageError(
+            "where do jobs go? Call kqueue.connect(URL or config path), or set $KQUEUE_URL or $KQUEUE_CONFIG, "
+            "or run in a directory that has a kqueue.yaml (`kqueue init` writes one)"
+        )
+    return from_config(load_config(path))
+
+
+def from_config(config: Config) -> Client:
+    """A client for what `config` says, with its limits."""
+    return Client(open_store(config.queue.url), SecurityConfig.from_config(config.limits, config.security))
+
+
+def _client_for(target: str) -> Client:
+    if "://" in target:
+        return Client(open_store(resolve_url(target, os.getcwd())))
+    return from_config(load_config(target))
+
+
+_lock = threading.Lock()
+_default: Client | None = None
+
+
+def default() -> Client:
+    """The client that `dispatch` uses in this process; found at the first call."""
+    global _default
+    if _default is None:
+        client = where()
+        with _lock:
+            _default = _default or client
+    return _default
+
+
+def get(id: str) -> JobHandle:
+    """A handle for a job by its id."""
+    return default().get(id)
+
+
+def send(name: str, /, *args: Any, **kwargs: Any) -> JobHandle:
+    """Dispatch a job by name, from a process that cannot import it. Its options come from what the daemon published."""
+    return default().send(name, args, kwargs, DispatchOptions())
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

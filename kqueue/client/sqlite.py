@@ -1,0 +1,90 @@
+"""The SQLite broker for clients and operators: blocking, for any number of threads, and across forks (see sqlite_file.py)."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from ..brokers.base import NewJob, QueueStats, Row
+from ..brokers.commands import sqlite as commands
+from ..brokers.commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, is_locked, is_passing, jittered, ring
+from ..errors import BrokerUnavailable
+
+T = TypeVar("T")
+
+PATIENCE_S: Final = 30.0  # with a file that somebody else holds locked
+
+
+class SQLiteClient:
+    """A SQLiteFile behind the blocking protocol (`brokers.base.Store`). Only `enqueue` creates a file that is not there.
+
+    Raises BrokerRefused for a file that will not do, and BrokerUnavailable for one that is missing, on a full disk, or locked for
+    longer than `patience_s`.
+    """
+
+    def __init__(
+        self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time, patience_s: float = PATIENCE_S
+    ) -> None:
+        self.address = f"sqlite:///{path}"
+        self._file = SQLiteFile(path, mode=mode, clock=clock)
+        self._patience_s = patience_s
+
+    def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
+        return self._write(lambda tx: commands.enqueue(tx, jobs, max_depth), create=True)
+
+    def show(self, id: str, queue: str | None = None) -> Row | None:
+        return self._read(lambda tx: commands.show(tx, id))
+
+    def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
+        return self._read(lambda tx: commands.list_jobs(tx, state, queue, limit))
+
+    def stats(self) -> dict[str, QueueStats]:
+        return self._read(commands.stats)
+
+    def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
+        return self._write(lambda tx: commands.cancel(tx, id, certificate), create=False)
+
+    def document(self, key: str) -> bytes | None:
+        if not os.path.exists(self._file.path):
+            return None  # nobody has published anything; the first dispatch asks, before it creates the file
+        return self._read(lambda tx: commands.document(tx, key))
+
+    def close(self) -> None:
+        """Close the connection. A client that is used again opens another."""
+        self._file.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _write(self, work: Callable[[commands.Transaction], T], *, create: bool) -> T:
+        value, rings = self._patiently(lambda: self._file.write(work, create=create))
+        if rings:
+            ring(self._file.bells)
+        return value
+
+    def _read(self, work: Callable[[commands.Transaction], T]) -> T:
+        return self._patiently(lambda: self._file.read(work))
+
+    def _patiently(self, transact: Callable[[], T]) -> T:
+        # Not SQLite's own busy handler: it sleeps up to 100 ms at a time, in which a busy daemon commits a hundred times,
+        # and it would hold our lock meanwhile, so that no other thread could fork.
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return transact()
+            except sqlite3.Error as error:
+                if is_locked(error) and time.monotonic() < deadline:
+                    time.sleep(jittered(LOCKED_PAUSE_S))
+                    continue
+                raise self._explain(error) from error
+
+    def _explain(self, error: sqlite3.Error) -> Exception:
+        if is_locked(error):
+            return BrokerUnavailable(
+                f"{self.address}: {error} for {self._patience_s:g} s; end the process that holds it (fuser {self._file.path})"
+            )
+        if is_passing(error):
+            return BrokerUnavailable(f"{self.address}: {error}; nothing was added: free space or mend the disk, then try again")
+        return self._file.explain(error)

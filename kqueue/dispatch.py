@@ -1,0 +1,100 @@
+"""From a bound job to what stands in a queue: one function, for the client, for a child and for the supervisor alike.
+
+No I/O and no broker here: `prepare` decides queue, lane, place and options, checks them, and encodes the envelope.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .codec import MAX_BYTES, OPTIONS, Envelope, encode
+from .errors import UsageError
+from .ids import new_id
+from .job import BoundJob, JobOptions, Registration
+
+Check = Callable[[JobOptions, str], JobOptions]
+
+
+class NewJob(NamedTuple):
+    """A job to enqueue. Due `delay_s` seconds from the broker's now, or `at` (seconds since 1970), which wins."""
+
+    id: str
+    queue: str
+    lane: str
+    priority: int
+    envelope: bytes
+    delay_s: float = 0.0
+    at: float | None = None
+
+
+def prepare(
+    bound: BoundJob, registration: Registration | None, *, check: Check | None = None, max_bytes: int = MAX_BYTES,
+    arguments_too: bool = True,
+) -> NewJob:  # fmt: skip
+    """What to enqueue for `bound`. `registration` is what is known of the job; None: nothing, so its lane is a guess.
+
+    `check(options, name)` refuses or clamps options (SecurityConfig). `arguments_too`: see that they fit the handler, where its
+    code is here. Raises UsageError, Refused, TypeError, EnvelopeError.
+    """
+    dispatch = bound.options
+    options = registration.options if registration is not None else JobOptions()
+    merged = options._replace(**dispatch.overrides) if dispatch.overrides else options
+    if check is not None:
+        merged = check(merged, bound.name)
+    if arguments_too and registration is not None and registration.target is not None:
+        _check_arguments(registration, bound)
+    envelope = Envelope(
+        id=dispatch.id or new_id(),
+        job=bound.name,
+        args=bound.args,
+        kwargs=bound.kwargs,
+        queue=merged.queue,
+        lane=registration.lane if registration is not None else "inline",
+        priority=merged.priority,
+        enqueued_at=time.time(),
+        options={name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS},
+    )
+    data = encode(envelope, max_bytes)
+    return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, dispatch.delay_s, dispatch.at)
+
+
+def _check_arguments(registration: Registration, bound: BoundJob) -> None:
+    from inspect import signature  # applications have it; the supervisor, which has not, passes arguments_too=False
+
+    assert registration.target is not None
+    try:
+        known = signature(registration.target)
+    except (TypeError, ValueError):
+        return  # written in C, or otherwise without one: the call itself will tell
+    try:
+        known.bind(*bound.args, **bound.kwargs)
+    except TypeError as error:
+        raise UsageError(f"the arguments do not fit job {registration.name!r}{known}: {error}") from None
+
+
+def describe(registration: Registration) -> dict[str, Any]:
+    """A job as the manifest carries it: JSON values."""
+    from inspect import signature
+
+    text = ""
+    if registration.target is not None:
+        try:
+            text = str(signature(registration.target))
+        except (TypeError, ValueError):
+            text = "(…)"
+    return {
+        "name": registration.name,
+        "options": registration.options._asdict(),
+        "cooperative": registration.cooperative,
+        "module": registration.module,
+        "signature": text,
+    }
+
+
+def undescribe(fields: Mapping[str, Any]) -> Registration:
+    """The inverse of `describe`, without the code."""
+    return Registration(
+        fields["name"], JobOptions(**fields["options"]), None, fields["cooperative"], fields["module"], fields["signature"]
+    )

@@ -1,0 +1,246 @@
+"""The child: one process, one job. What it does before the job's first line, how it runs it, and how it says what came of it.
+
+The order in `_settle_in` is not taste: see ISOLATION in the design. PDEATHSIG comes last, since changing the user clears it, and
+is followed by a look at the parent, which may have died just before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from .. import codec
+from ..context import JobContext, enter
+from ..dispatch import prepare
+from ..errors import EnvelopeError, JobCancelled, JobTimedOut, KQueueError, UsageError
+from ..job import BoundJob, JobHandle, JobState, registry, set_dispatcher
+from ..kernel import READ, Kernel, wait_io
+from ..outcome import describe_error
+from . import limits, wire
+from .inline import result_json
+
+JOB_FD: Final = 3
+SECRETS: Final = ("KQUEUE_URL", "KQUEUE_SIGNING_KEY_FILE")  # a job dispatches through the supervisor and needs neither
+
+
+def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> NoReturn:
+    """Everything after the fork. Never returns, and runs no exit handler of the template."""
+    status = 70
+    try:
+        _settle_in(request, fds, template_pid)
+        status = _Child(request).run()
+    except BaseException as error:  # before there was a way to report it: stderr is captured
+        print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    job_fd, stdout_fd, stderr_fd = (os.dup(fd) if fd <= JOB_FD else fd for fd in fds)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(stdout_fd, 1)
+    os.dup2(stderr_fd, 2)
+    os.dup2(job_fd, JOB_FD, inheritable=False)
+    os.closerange(JOB_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    for name in SECRETS:
+        os.environ.pop(name, None)
+    os.environ["KQUEUE_JOB_ID"] = request["id"]
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    limits.yield_to_the_oom_killer()
+    limits.apply(request["limits"])
+    limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
+    limits.prctl(limits.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != template_pid:
+        os._exit(70)
+    if "random" in sys.modules:
+        sys.modules["random"].seed()  # or every job would draw the same numbers
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        from setproctitle import setproctitle
+    except ImportError:
+        return
+    setproctitle(f"kqueued: job {request['job']} {request['id']}")
+
+
+class _Child:
+    """The job's surroundings in its process; also its `Services`."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        self._request = request
+        self._socket = socket.socket(fileno=JOB_FD)
+        self._lock = threading.Lock()  # a job may have threads, and each may dispatch
+        timeout_s = request["limits"]["timeout"]
+        self._deadline = time.monotonic() + timeout_s if timeout_s else None
+        self._cancel: Callable[[BaseException], None] | None = None  # into a cooperative job; None: raise where it is
+
+    def run(self) -> int:
+        """Read what to do, do it, report it. Returns the exit status."""
+        kind, payload = wire.read_frame(self._socket, (wire.RUN, wire.CALL))
+        signal.signal(signal.SIGTERM, self._terminated)
+        try:
+            value = self._call(payload) if kind == wire.CALL else self._run(payload)
+            answer = wire.RESULT, result_json(value) if self._request["keep_result"] else b"null"
+        except (UsageError, EnvelopeError) as error:
+            answer = self._failure("refused", error)
+        except JobTimedOut as error:
+            answer = self._failure("timeout", error)
+        except JobCancelled as error:
+            answer = self._failure("cancelled", error)
+        except MemoryError as error:
+            answer = self._failure("memory", error)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            answer = self._failure("exit", error, exit_code=code)
+        except BaseException as error:
+            answer = self._failure("exception", error)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the job is over; what is left is to say so
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._send(*answer)
+        return 0
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def _run(self, data: bytes) -> Any:
+        envelope = codec.decode(data, max_bytes=wire.MAX_FRAME)
+        registration = registry.get(envelope.job)
+        if registration is None:
+            raise UsageError(f"job {envelope.job!r} is not registered in the template")
+        context = JobContext(
+            id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=self._request["attempt"],
+            deadline=self._deadline, inline=False, services=self,
+        )  # fmt: skip
+        enter(context)
+        set_dispatcher(self._dispatch)
+        kwargs = {key: codec.unpack(value) for key, value in envelope.kwargs.items()}
+        return self._drive(registration.call(codec.unpack(envelope.args), kwargs))
+
+    def _call(self, data: bytes) -> Any:
+        """An offloaded call. The function's name comes from the supervisor's own code, never from a queue."""
+        import importlib
+
+        call = codec.from_json(data)
+        target: Any = importlib.import_module(call["module"])
+        for part in call["qualname"].split("."):
+            target = getattr(target, part)
+        target = getattr(target, "__wrapped__", target) if hasattr(target, "registration") else target
+        kwargs = {key: codec.unpack(value) for key, value in call["kwargs"].items()}
+        return self._drive(target(*codec.unpack(call["args"]), **kwargs))
+
+    def _drive(self, steps: Any) -> Any:
+        if isinstance(steps, types.CoroutineType):
+            from .asyncio_child import run_under_asyncio
+
+            return run_under_asyncio(steps)
+        if isinstance(steps, types.GeneratorType):
+            return self._drive_cooperatively(steps)
+        return steps
+
+    def _drive_cooperatively(self, steps: types.GeneratorType[Any, Any, Any]) -> Any:
+        """A generator job in a child has a loop of its own, so that its traps work; a signal is thrown at its trap."""
+        kernel = Kernel()
+        read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_fd)  # else select() would go on after the handler returned (PEP 475)
+
+        def wakeups() -> Any:
+            while True:
+                yield wait_io(read_fd, READ)
+                os.read(read_fd, 512)
+
+        def job() -> Any:
+            task = kernel.current
+            assert task is not None
+            self._cancel = lambda error: kernel.cancel(task, error, grace_s=3600)
+            return (yield from steps)
+
+        kernel.spawn(wakeups())
+        try:
+            return kernel.run(job())
+        finally:
+            self._cancel = None
+            signal.set_wakeup_fd(-1)
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        name = self._request["job"]
+        if self._deadline is not None and time.monotonic() >= self._deadline - 0.05:
+            timeout_s = self._request["limits"]["timeout"]
+            error: BaseException = JobTimedOut(f"{name} ran longer than its timeout of {timeout_s:g} s")
+        else:
+            error = JobCancelled(f"{name} was stopped")
+        if self._cancel is None:
+            raise error
+        self._cancel(error)
+
+    def _failure(self, cause: str, error: BaseException, **more: Any) -> tuple[int, bytes]:
+        return wire.FAILURE, codec.to_json({"cause": cause, "error": describe_error(error), **more})
+
+    # -- services ---------------------------------------------------------------------------------------------------
+
+    def enqueue(self, jobs: Sequence[BoundJob]) -> Any:
+        yield from ()
+        return self._enqueue(jobs)
+
+    def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """This process may block, so there is nowhere else to go."""
+        yield from ()
+        return function(*args, **kwargs)
+
+    def progress(self, context: JobContext) -> None:
+        self._send(wire.PROGRESS, codec.to_json([context.fraction, context.note]))
+
+    def _dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
+        return [DispatchedByChild(id) for id in self._enqueue(jobs)]
+
+    def _enqueue(self, jobs: Sequence[BoundJob]) -> list[str]:
+        prepared = [prepare(bound, bound.registration or registry.get(bound.name)) for bound in jobs]
+        fields = [{**job._asdict(), "envelope": job.envelope.decode()} for job in prepared]
+        with self._lock:
+            self._socket.sendall(wire.frame(wire.ENQUEUE, codec.to_json(fields)))
+            _, payload = wire.read_frame(self._socket, (wire.REPLY,))
+        reply = codec.from_json(payload)
+        if "error" in reply:
+            raise KQueueError(reply["error"])
+        return [job.id for job in prepared]
+
+    def _send(self, kind: int, payload: bytes) -> None:
+        with self._lock:
+            self._socket.sendall(wire.frame(kind, payload))
+
+
+class DispatchedByChild:
+    """A handle inside a child: the id is known, the rest is not, since a job has no connection to the broker."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    def state(self) -> JobState:
+        raise self._no("state")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        raise self._no("wait")
+
+    def result(self, timeout: float | None = None) -> Any:
+        raise self._no("result")
+
+    def cancel(self) -> bool:
+        raise self._no("cancel")
+
+    def _no(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{what}() is not there inside an isolated job, which has no broker; keep the id ({self.id}) instead")

@@ -1,0 +1,100 @@
+"""Inline: the job's generator runs on the loop, inside the supervisor. Light, and only as safe as the job is polite.
+
+A time-out is thrown at the trap where the job waits. A job that never yields cannot be stopped from here; `max_slice` reports it.
+Blocking calls, children and brokers must never appear in this file.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Generator
+from typing import Any, Final
+
+from ..codec import MAX_BYTES, pack, to_json
+from ..context import enter
+from ..errors import EnvelopeError, JobCancelled, JobTimedOut, UsageError
+from ..kernel import Kernel
+from ..outcome import Outcome, describe_error
+from .base import Work
+
+GRACE_S: Final = 1.0  # for a job to clean up after it was cancelled or timed out
+
+
+class InlineExecutionStrategy:
+    """Runs jobs as tasks of `kernel`."""
+
+    name = "inline"
+    cancel_grace_s = GRACE_S
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def start(self) -> Generator[Any, Any, None]:
+        """Nothing to get ready."""
+        yield from ()
+
+    def stop(self) -> Generator[Any, Any, None]:
+        """Nothing to let go of."""
+        yield from ()
+
+    def execute(self, work: Work) -> Generator[Any, Any, Outcome]:
+        """Run one attempt as part of the calling task."""
+        kernel = self._kernel
+        task = kernel.current
+        began = kernel.clock.monotonic()
+        timeout_s = work.options.timeout
+        enter(work.context)
+        timer = None
+        if timeout_s and task is not None:
+            error = JobTimedOut(f"{work.registration.name} ran longer than its timeout of {timeout_s:g} s")
+            timer = kernel.throw_at(task, began + timeout_s, error, GRACE_S)
+        try:
+            outcome = yield from self._run(work)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        limits = {"timeout": timeout_s} if timeout_s else {}
+        return outcome._replace(duration_s=kernel.clock.monotonic() - began, limits=limits)
+
+    def _run(self, work: Work) -> Generator[Any, Any, Outcome]:
+        try:
+            try:
+                args, kwargs = work.arguments()
+                steps = work.registration.call(args, kwargs)
+            except (UsageError, EnvelopeError) as error:
+                return Outcome("refused", "supervisor", error=describe_error(error))
+            if isinstance(steps, types.CoroutineType):
+                value = yield from steps.__await__()
+            elif isinstance(steps, types.GeneratorType):
+                value = yield from steps
+            else:
+                value = steps  # a plain function that was declared isolated=False
+            return Outcome("ok", result=result_json(value) if work.options.keep_result else None)
+        except JobTimedOut as error:
+            return Outcome("timeout", "supervisor", error=describe_error(error))
+        except JobCancelled as error:
+            return Outcome("cancelled", "shutdown", error=describe_error(error))
+        except MemoryError as error:
+            return Outcome("memory", "kernel", error=describe_error(error))
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            return Outcome("exit", exit_code=code, error=describe_error(error))
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            return Outcome("exception", error=_explained(describe_error(error)))
+
+
+def result_json(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
+    """A handler's result as JSON. TypeError when it cannot be carried or is larger than `max_bytes`."""
+    data = to_json(pack(value, "the result"))
+    if len(data) > max_bytes:
+        raise TypeError(f"the result is {len(data)} bytes, allowed are {max_bytes}: store it and return a key")
+    return data
+
+
+def _explained(error: dict[str, Any]) -> dict[str, Any]:
+    """asyncio's own words do not help whoever wrote an inline job: there is no asyncio loop, on purpose."""
+    if error["class"] == "RuntimeError" and "no running event loop" in error["message"]:
+        error["message"] += " (inline jobs do not run under asyncio: use kqueue.sleep and kqueue.io, or isolated=True)"
+    return error

@@ -1,0 +1,349 @@
+"""The supervisor's end of the template: keep one alive, ask it for children, hear how they end.
+
+A template that dies takes its children with it (their PDEATHSIG), so each of them is told to be lost, and a new one is started
+after a backoff. What runs in a child, and what its end means, is isolated.py's business.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from ..dispatch import undescribe
+from ..errors import KQueueError
+from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
+from ..job import registry
+from ..kernel import READ, WRITE, Kernel, Park, Task, sleep, wait_io, wait_process
+from ..loading import ImportFailed
+from . import wire
+from .output import Lines
+
+Steps = Generator[Any, Any, Any]
+FORK_PATIENCE_S: Final = 30.0  # a template that has not answered by then is taken for hung
+BACKOFF_S: Final = (0.1, 30.0)  # first and longest wait before another template is started
+STOP_PATIENCE_S: Final = 2.0  # for the template to end its children and itself
+CONTROL_FD: Final = 3  # where the template finds its end of the socket (template.CONTROL_FD)
+SECRETS: Final = ("KQUEUE_URL", "KQUEUE_SIGNING_KEY_FILE")  # never in a job's environment
+
+
+class ChildExit(NamedTuple):
+    """What the template saw when it reaped a child. `status` as wait(2) has it."""
+
+    status: int
+    cpu_user_s: float
+    cpu_system_s: float
+    max_memory_mib: float
+
+
+class Child:
+    """A forked job, as the supervisor holds it. All fds are its own and non-blocking; `close` closes them."""
+
+    def __init__(self, serial: int) -> None:
+        self.serial = serial
+        self.pid = 0  # 0: not started yet
+        self.pidfd = -1
+        self.exit: ChildExit | None = None  # None: not reaped yet, or lost
+        self.failure: str | None = None  # why it never started; None: it did, or nothing is known yet
+        self.lost = False  # the template died first
+        self.news: deque[Task] = deque()  # who waits for any of the above
+        self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self.stdout, self._its_stdout = _pipe()
+        self.stderr, self._its_stderr = _pipe()
+
+    @property
+    def its_fds(self) -> list[int]:
+        return [self._its_socket.fileno(), self._its_stdout, self._its_stderr]
+
+    def close_its_ends(self) -> None:
+        """After they were sent: as long as we hold them there is no end-of-file."""
+        if self._its_socket.fileno() >= 0:
+            self._its_socket.close()
+            os.close(self._its_stdout)
+            os.close(self._its_stderr)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Signal the process itself, by pidfd: never a number that somebody else may have by now."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:
+                return
+
+    def close(self) -> None:
+        self.close_its_ends()
+        self.socket.close()
+        for fd in (self.stdout, self.stderr, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.stdout = self.stderr = self.pidfd = -1
+
+
+def _pipe() -> tuple[int, int]:
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(read_fd, False)
+    return read_fd, write_fd
+
+
+class NotStarted(KQueueError):
+    """The template could not fork (processes or memory are short on this host)."""
+
+
+class TemplateLink:
+    """Starts a template, restarts it when it dies, and passes requests on.
+
+    It is started right away when there is something for it to run ("needed" in the configuration), else by the first request.
+    """
+
+    def __init__(self, kernel: Kernel, events: Events) -> None:
+        self._kernel = kernel
+        self._events = events
+        self._config: Mapping[str, Any] = {}
+        self._socket: socket.socket | None = None
+        self._keeper: Task | None = None
+        self._waiting: deque[Task] = deque()  # for a template that is ready
+        self._children: dict[int, Child] = {}
+        self._serial = 0
+        self._refusal: ImportFailed | None = None
+        self._last_pid = 0
+        self.pid = 0  # of the template that is ready; 0: there is none
+        self.on_manifest: Callable[[], None] = lambda: None
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """What the template is to import; see runtime.template_config. Read at its next start."""
+        self._config = config
+
+    def start(self) -> Steps:
+        """Start it if it is needed, and wait until it is ready. Raises ImportFailed when its very first imports fail."""
+        if self._config.get("needed"):
+            yield from self.ready()
+
+    def ready(self) -> Steps:
+        """Wait until there is a template that can fork. Raises ImportFailed when it is known that there will be none."""
+        if self._keeper is None:
+            self._keeper = self._kernel.spawn(self._keep(), name="template keeper")
+        while not self.pid:
+            if self._refusal is not None:
+                raise self._refusal
+            yield Park(self._waiting)
+
+    def fork(self, request: Mapping[str, Any]) -> Steps:
+        """A running Child. Raises NotStarted; a child whose template died meanwhile is returned `lost`."""
+        yield from self.ready()
+        self._serial += 1
+        child = Child(self._serial)
+        self._children[child.serial] = child
+        try:
+            yield from self._send({"serial": child.serial, **request}, child.its_fds)
+            child.close_its_ends()
+            if not child.pid and not child.lost and child.failure is None:
+                yield Park(child.news, FORK_PATIENCE_S)
+            if not child.pid and not child.lost and child.failure is None:
+                self._kill_template()  # it is stuck; its death is news for all its children
+                yield from self.exited(child)
+        except BaseException:
+            self.forget(child)
+            raise
+        if child.failure is not None:
+            self.forget(child)
+            raise NotStarted(child.failure)
+        return child
+
+    def exited(self, child: Child) -> Steps:
+        """Wait until the template has said how `child` ended, or has died itself (then `child.lost`)."""
+        while child.exit is None and not child.lost:
+            yield Park(child.news)
+
+    def forget(self, child: Child) -> None:
+        """Kill it if it lives, and close what we hold of it. Its reaping is the template's business."""
+        if child.exit is None:
+            child.kill(signal.SIGKILL)
+        self._children.pop(child.serial, None)
+        child.close()
+
+    def kill_all(self) -> None:
+        """SIGKILL every child now."""
+        for child in self._children.values():
+            child.kill(signal.SIGKILL)
+
+    def stop(self) -> Steps:
+        """End the template, and with it whatever it still runs."""
+        if self._keeper is not None:
+            self._kernel.cancel(self._keeper, GeneratorExit())
+            self._keeper = None
+        if self._socket is not None:
+            self._died()
+        pid = self._last_pid
+        if pid:
+            killer = self._kernel.spawn(self._kill_later(pid), name="template killer")
+            yield wait_process(pid)
+            self._kernel.cancel(killer, GeneratorExit())
+            _reap(pid)
+            self._last_pid = 0
+
+    # -- keeping one alive ------------------------------------------------------------------------------------------
+
+    def _keep(self) -> Steps:
+        backoff_s = BACKOFF_S[0]
+        first = True
+        while True:
+            began = self._kernel.clock.monotonic()
+            pid, output_fd = self._spawn()
+            self._kernel.spawn(self._pump(output_fd), name="template output")
+            try:
+                yield from self._listen(pid, began)
+                reason = "it went away"
+            except (OSError, wire.WireError) as error:
+                reason = str(error)
+            except ImportFailed as error:
+                reason = str(error)
+                if first:
+                    self._refusal = error
+            self._died()
+            yield wait_process(pid)
+            reason = _reap(pid) or reason
+            self._last_pid = 0
+            if self._refusal is not None:
+                self._kernel.unpark(self._waiting)
+                return
+            if self._kernel.clock.monotonic() - began > BACKOFF_S[1]:
+                backoff_s = BACKOFF_S[0]
+            self._events.emit(TemplateDied(pid, reason, backoff_s))
+            yield sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_S[1])
+            first = False
+
+    def _spawn(self) -> tuple[int, int]:
+        """Exec a template; (its pid, the fd its output comes from)."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        output_fd, its_output = _pipe()
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        actions = [
+            (os.POSIX_SPAWN_DUP2, null, 0),
+            (os.POSIX_SPAWN_DUP2, its_output, 1),
+            (os.POSIX_SPAWN_DUP2, its_output, 2),
+            (os.POSIX_SPAWN_DUP2, its.fileno(), CONTROL_FD),
+        ]
+        arguments = [sys.executable, "-m", "kqueue.execution.template"]
+        try:
+            # A session of its own: Ctrl-C in a terminal is for the supervisor to deal with.
+            pid = os.posix_spawn(sys.executable, arguments, environment, file_actions=actions, setsid=True)
+        finally:
+            its.close()
+            os.close(its_output)
+            os.close(null)
+        ours.setblocking(False)
+        self._socket = ours
+        self._last_pid = pid
+        wire.send_message(ours, wire.CONFIG, self._config)
+        return pid, output_fd
+
+    def _listen(self, pid: int, began: float) -> Steps:
+        """Hear the template out until it is gone."""
+        sock = self._socket
+        assert sock is not None
+        jobs = 0
+        while True:
+            yield wait_io(sock.fileno(), READ)
+            while True:
+                try:
+                    message = wire.receive_message(sock)
+                except BlockingIOError:
+                    break
+                if message is None:
+                    return
+                kind, fields, fds = message
+                if kind == wire.JOB_KNOWN:
+                    registry.learn(undescribe(fields))
+                    jobs += 1
+                elif kind == wire.READY:
+                    self.pid = pid
+                    self._events.emit(TemplateStarted(pid, jobs, self._kernel.clock.monotonic() - began))
+                    self.on_manifest()
+                    self._kernel.unpark(self._waiting)
+                elif kind == wire.IMPORT_FAILED:
+                    raise ImportFailed(fields["key"], fields["message"])
+                elif kind == wire.WARNING:
+                    self._events.emit(Warned(fields["message"]))
+                else:
+                    self._child_news(kind, fields, fds)
+
+    def _child_news(self, kind: int, fields: dict[str, Any], fds: Sequence[int]) -> None:
+        child = self._children.get(fields["serial"])
+        if child is None:  # forgotten meanwhile
+            for fd in fds:
+                if kind == wire.STARTED:  # forgotten before it was born: nobody else can end it
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                os.close(fd)
+            return
+        if kind == wire.STARTED:
+            child.pid, child.pidfd = fields["pid"], fds[0]
+        elif kind == wire.FORK_FAILED:
+            child.failure = fields["message"]
+        else:
+            child.exit = ChildExit(
+                fields["status"], fields["cpu_user_s"], fields["cpu_system_s"], fields["max_memory_mib"]
+            )
+            self._children.pop(child.serial)
+        self._kernel.unpark(child.news)
+
+    def _died(self) -> None:
+        self.pid = 0
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        lost, self._children = self._children, {}
+        for child in lost.values():
+            child.lost = True
+            self._kernel.unpark(child.news)
+
+    def _send(self, fields: Mapping[str, Any], fds: Sequence[int]) -> Steps:
+        while True:
+            sock = self._socket
+            if sock is None:
+                return  # it died just now, and said so to every child
+            try:
+                wire.send_message(sock, wire.FORK, fields, fds)
+                return
+            except BlockingIOError:
+                yield wait_io(sock.fileno(), WRITE)
+            except OSError:
+                return  # _listen is about to find out
+
+    def _pump(self, fd: int) -> Steps:
+        lines = Lines()
+        try:
+            while True:
+                yield wait_io(fd, READ)
+                data = os.read(fd, 65536)
+                for line in lines.feed(data) if data else lines.rest():
+                    self._events.emit(JobOutput("-", "template", "stderr", line))
+                if not data:
+                    return
+        finally:
+            os.close(fd)
+
+    def _kill_template(self) -> None:
+        if self._last_pid:
+            os.kill(self._last_pid, signal.SIGKILL)  # our own child, not reaped yet: the number is still its
+
+    def _kill_later(self, pid: int) -> Steps:
+        yield sleep(STOP_PATIENCE_S)
+        self._kill_template()
+
+
+def _reap(pid: int) -> str:
+    """Reap our template; how it ended, "" for an ordinary exit."""
+    try:
+        _, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return ""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exited with status {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""

@@ -1,0 +1,65 @@
+"""A job's stdout and stderr: lines for the log, at a bounded rate, and a tail for the death certificate."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+MAX_LINE: Final = 8192  # bytes; what is longer is cut into several
+TAIL: Final = 8192  # bytes kept for the certificate
+LINES_PER_S: Final = 200  # of one job that reach the log; the tail is kept whatever the rate
+
+
+class Lines:
+    """Cuts a stream of bytes into lines of text. What is not UTF-8 shows as U+FFFD."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that `data` completes."""
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        while len(self._rest) > MAX_LINE:
+            whole.append(self._rest[:MAX_LINE])
+            self._rest = self._rest[MAX_LINE:]
+        return [line.rstrip(b"\r").decode("utf-8", "replace") for line in whole]
+
+    def rest(self) -> list[str]:
+        """The last line, when it was not ended."""
+        rest, self._rest = self._rest, b""
+        return [rest.decode("utf-8", "replace")] if rest else []
+
+
+class Tail:
+    """The last TAIL bytes of everything that was put in."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        self._pieces.append(data[-TAIL:])
+        self._size += len(self._pieces[-1])
+        while self._size - len(self._pieces[0]) >= TAIL:
+            self._size -= len(self._pieces.popleft())
+
+    def text(self) -> str:
+        return b"".join(self._pieces)[-TAIL:].decode("utf-8", "replace")
+
+
+class Rate:
+    """Lets LINES_PER_S lines a second through, and counts what it held back."""
+
+    def __init__(self) -> None:
+        self._window = 0.0
+        self._left = LINES_PER_S
+        self.held_back = 0
+
+    def allows(self, now: float) -> bool:
+        if now - self._window >= 1.0:
+            self._window, self._left = now, LINES_PER_S
+        if self._left:
+            self._left -= 1
+            return True
+        self.held_back += 1
+        return False

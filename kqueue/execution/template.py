@@ -1,0 +1,186 @@
+"""The template: a clean process that has imported the application, and forks one child per job. Run with `-m`, by link.py.
+
+It holds no broker connection and starts no thread, so forking it is safe and cheap. It is a small machine:
+
+    CONFIG -> import -> JOB_KNOWN… READY -> { FORK -> fork -> STARTED | SIGCHLD -> EXITED } -> EOF -> kill all, exit
+
+When the supervisor goes, for whatever reason, its end of the socket closes; then nothing that was forked here survives.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any, Final
+
+from ..dispatch import describe
+from ..job import registry
+from ..loading import ImportFailed, import_modules, import_script
+from ..security import SecurityConfig
+from . import wire
+from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
+
+CONTROL_FD: Final = 3  # where link.py puts our end of the socket
+
+
+def main() -> int:
+    """The life of a template; returns its exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor; the template follows its socket
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # until it can listen: an import may hang
+    control = socket.socket(fileno=CONTROL_FD)
+    control.setblocking(True)
+    os.set_inheritable(CONTROL_FD, False)
+    began = time.monotonic()
+    message = wire.receive_message(control)
+    if message is None:
+        return 0
+    try:
+        _import(message[1])
+    except ImportFailed as error:
+        wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)})
+        return 2
+    _introduce(control, time.monotonic() - began)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of jobs stay under us
+    prctl(PR_SET_PDEATHSIG, 0)  # from here on EOF tells, and our children are ended before us
+    return Template(control).serve()
+
+
+def _import(config: dict[str, Any]) -> None:
+    allowed = config["allowed_paths"]
+    security = SecurityConfig(allowed_paths=None if allowed is None else tuple(allowed))
+    for key in ("modules", "isolated_modules"):
+        import_modules(f"jobs.{key}", config[key], config["path"], security)
+    if config["main_file"]:
+        import_script(config["main_file"])
+    gc.collect()
+    gc.freeze()  # so that a child's first collection does not touch, and thereby copy, every page
+
+
+def _introduce(control: socket.socket, import_s: float) -> None:
+    for registration in registry:
+        wire.send_message(control, wire.JOB_KNOWN, describe(registration))
+    for thread in sys._current_frames():
+        if thread != _main_thread():
+            warning = "a job module started a thread at import; a fork has only one, so it is missing in every job"
+            wire.send_message(control, wire.WARNING, {"message": warning})
+            break
+    wire.send_message(control, wire.READY, {"import_s": round(import_s, 4)})
+
+
+def _main_thread() -> int:
+    import threading
+
+    return threading.main_thread().ident or 0
+
+
+class Template:
+    """Forks on request, reaps, reports."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._children: dict[int, int] = {}  # pid -> serial number of its FORK
+        self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, _noted)
+        signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
+
+    def serve(self) -> int:
+        """Until the supervisor is gone. Returns the exit status."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._wake_fd, select.POLLIN)
+        try:
+            while True:
+                ready = [fd for fd, _ in poll.poll()]
+                if self._wake_fd in ready:
+                    os.read(self._wake_fd, 512)
+                    self._reap()
+                if self._control.fileno() in ready:
+                    message = wire.receive_message(self._control)
+                    if message is None:
+                        return 0
+                    self._fork(*message)
+        except OSError:  # the supervisor's end is gone while we send
+            return 0
+        finally:
+            self._end_all()
+
+    def _fork(self, kind: int, fields: dict[str, Any], fds: list[int]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            wire.send_message(self._control, wire.FORK_FAILED, {"serial": fields["serial"], "message": str(error)})
+            pid = -1
+        if pid == 0:
+            from .child import main as child_main
+
+            child_main(fields, fds, parent)
+        for fd in fds:
+            os.close(fd)
+        if pid < 0:
+            return
+        self._children[pid] = fields["serial"]
+        pidfd = os.pidfd_open(pid)  # cannot fail: it is ours, and not reaped before we say so
+        wire.send_message(self._control, wire.STARTED, {"serial": fields["serial"], "pid": pid}, [pidfd])
+        os.close(pidfd)
+
+    def _reap(self) -> None:
+        """Report every child that ended. Its group is killed while it is still a zombie, and so its number still its own."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            pid = ended.si_pid
+            if pid in self._children:
+                _kill_group(pid)
+            _, status, usage = os.wait4(pid, 0)
+            serial = self._children.pop(pid, None)
+            if serial is not None:
+                fields = {
+                    "serial": serial,
+                    "status": status,
+                    "cpu_user_s": usage.ru_utime,
+                    "cpu_system_s": usage.ru_stime,
+                    "max_memory_mib": usage.ru_maxrss / 1024,
+                }
+                wire.send_message(self._control, wire.EXITED, fields)
+
+    def _end_all(self) -> None:
+        for pid in self._children:
+            _kill_group(pid)
+        for pid in self._children:
+            try:
+                os.waitpid(pid, 0)
+            except ChildProcessError:
+                continue
+
+
+def _kill_group(pid: int) -> None:
+    for kill in (os.killpg, os.kill):  # the group is not there yet in the first microseconds of a child
+        try:
+            kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """SIGCHLD came; the wake-up fd has it."""
+
+
+if __name__ == "__main__":
+    # The code must run under its real name: `-m` calls it __main__, and child.py imports parts of it.
+    from kqueue.execution.template import main as _main
+
+    os._exit(_main())

@@ -1,0 +1,113 @@
+"""Frames: what supervisor, template and child say to each other. Encoding only; no I/O beyond one send and one receive.
+
+Two kinds of socket:
+
+    template  AF_UNIX SOCK_SEQPACKET. A message is one frame: a byte of kind, then JSON. fds ride along (SCM_RIGHTS).
+    job       AF_UNIX SOCK_STREAM. A frame is 4 bytes of length (big endian, of what follows), a byte of kind, then the payload.
+
+Both ends count on the other to lie: a child may write anything, so lengths are bounded before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from ..codec import from_json, to_json
+
+# supervisor -> template
+CONFIG: Final = 1  # what to import
+FORK: Final = 2  # fds: the child's ends of job socket, stdout, stderr
+# template -> supervisor
+JOB_KNOWN: Final = 3  # one job of the manifest
+READY: Final = 4
+IMPORT_FAILED: Final = 5
+STARTED: Final = 6  # fds: the child's pidfd
+FORK_FAILED: Final = 7
+EXITED: Final = 8
+WARNING: Final = 9
+# supervisor -> child
+RUN: Final = 16  # an envelope
+CALL: Final = 17  # an offloaded call
+REPLY: Final = 18  # to ENQUEUE
+# child -> supervisor
+RESULT: Final = 19  # JSON of the value
+FAILURE: Final = 20
+PROGRESS: Final = 21
+ENQUEUE: Final = 22
+
+_FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE)
+_HEADER: Final = struct.Struct(">IB")
+MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
+MAX_MESSAGE: Final = 64 * 1024  # to and from the template; a Linux socket buffer holds 208 KiB
+
+
+class WireError(Exception):
+    """The other end does not speak this language."""
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    """A frame of a job socket."""
+    return _HEADER.pack(len(payload) + 1, kind) + payload
+
+
+class Frames:
+    """Takes a job socket's bytes in, gives whole frames out."""
+
+    def __init__(self, kinds: Sequence[int] = _FROM_CHILD) -> None:
+        self._buffer = bytearray()
+        self._kinds = kinds
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """The frames that `data` completes. WireError for an unknown kind or an absurd length."""
+        self._buffer += data
+        while len(self._buffer) >= _HEADER.size:
+            length, kind = _HEADER.unpack_from(self._buffer)
+            if kind not in self._kinds or not 0 < length <= MAX_FRAME:
+                raise WireError(f"a frame of kind {kind} and length {length}")
+            end = 4 + length
+            if len(self._buffer) < end:
+                return
+            payload = bytes(self._buffer[_HEADER.size : end])
+            del self._buffer[:end]
+            yield kind, payload
+
+
+def read_frame(sock: socket.socket, kinds: Sequence[int]) -> tuple[int, bytes]:
+    """Block until one whole frame came. EOFError when the other end is gone. For children."""
+    length, kind = _HEADER.unpack(_read_exactly(sock, _HEADER.size))
+    if kind not in kinds or not 0 < length <= MAX_FRAME:
+        raise WireError(f"a frame of kind {kind} and length {length}")
+    return kind, _read_exactly(sock, length - 1)
+
+
+def _read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise EOFError("the supervisor is gone")
+        data += piece
+    return bytes(data)
+
+
+def send_message(sock: socket.socket, kind: int, fields: Any, fds: Sequence[int] = ()) -> None:
+    """Send one message to or from the template. BlockingIOError when the buffer is full; OSError when the other end is gone."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([bytes([kind]) + to_json(fields)], ancillary, socket.MSG_NOSIGNAL)
+
+
+def receive_message(sock: socket.socket) -> tuple[int, Any, list[int]] | None:
+    """(kind, fields, fds), or None when the other end is gone. BlockingIOError when there is nothing."""
+    space = socket.CMSG_SPACE(4 * 4)
+    data, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if not data:
+        return None
+    return data[0], from_json(data[1:]), list(fds)

@@ -1,0 +1,595 @@
+"""The runtime: the life of a job, from its reservation to its settlement.
+
+    reserve -> decode -> admit -> choose -> execute -> judge -> settle        (_life, read it first)
+
+Around that there is little: `_feed` reserves for slots that are free and holds no backlog, `_settle_all` ends leases in batches,
+`_keep_alive` renews and sweeps, and `stop` turns "running" into "terminating". Everything is a task of one kernel. Only this file
+settles a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
+
+    starting -> running <-> quiet
+                   |          |
+                   +-> terminating -> stopped
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+from . import events as facts
+from .brokers import open_broker
+from .brokers.base import LEASE_S, STALE, Broker, Lease, Owner
+from .codec import decode, to_json
+from .config import QueueSpec
+from .context import JobContext
+from .dispatch import NewJob, describe, prepare
+from .errors import BrokerUnavailable, EnvelopeError, JobCancelled, JobNotFound, NewerEnvelope, Refused
+from .events import Events
+from .execution.base import ExecutionStrategy, Work
+from .execution.inline import InlineExecutionStrategy
+from .execution.isolated import IsolatedExecutionStrategy
+from .ids import new_id
+from .intake import Intake
+from .job import BoundJob, JobOptions, Registration, registry
+from .kernel import Abandoned, Clock, Kernel, Park, Task, sleep
+from .kernel.signals import Signals
+from .outcome import Outcome, describe_error
+from .security import SecurityConfig, admit, check_dispatch
+from .verdict import Verdict, defer, judge, move
+
+Steps = Generator[Any, Any, Any]
+
+STOP_PATIENCE_S: Final = 5.0  # beyond the graces, for settling and closing (INTERFACES: SIGTERM)
+EXIT_RESTART: Final = 75  # EX_TEMPFAIL: the service manager is to start us again
+PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+class Held:
+    """A lease that this process holds, while its job runs."""
+
+    __slots__ = ("context", "job", "lease", "options", "started", "strategy", "task")
+
+    def __init__(self, lease: Lease, task: Task, started: float) -> None:
+        self.lease = lease
+        self.task = task
+        self.started = started  # by the kernel's clock
+        self.job = ""  # its name, once the envelope is decoded
+        self.strategy = lease.lane
+        self.options = JobOptions()
+        self.context: JobContext | None = None  # None: it has not come to run yet
+
+
+class _Ended(NamedTuple):
+    """A job that has run and awaits its settlement. `verdict` None: there is no lease to settle."""
+
+    held: Held
+    outcome: Outcome
+    verdict: Verdict
+
+
+class KQueueRuntime:
+    """Runs jobs from a broker. `KQueueRuntime("memory://").run(burst=True)` is a whole program.
+
+    `broker`: a URL or an unopened Broker. `queues`: names, or QueueSpecs with weights. `template`: what the template imports, see
+    `template_config`; None: what is registered when it starts. All times are seconds, sizes MiB.
+    """
+
+    def __init__(
+        self, broker: Broker | str = "memory://", *, queues: Sequence[QueueSpec | str] = ("default",), strict_order: bool = False,
+        security: SecurityConfig | None = None, events: Events | None = None, clock: Clock | None = None,
+        template: Mapping[str, Any] | None = None, identity: str = "", lease_s: float = LEASE_S, max_inline: int = 10_000,
+        max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
+        offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
+        heartbeat_s: float = 5.0, grace_s: float = 20.0,
+    ) -> None:  # fmt: skip
+        self.events = events or Events()
+        self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
+        self.kernel.on_slow = self._report_slow
+        self.broker = open_broker(broker, self._broker_news) if isinstance(broker, str) else broker
+        self.security = security or SecurityConfig()
+        self.state = "starting"
+        self.exit_code = 0
+        self.processed = 0  # attempts that ended, whatever came of them
+        self.failed = 0
+        self.held: dict[str, Held] = {}
+        self._specs = [QueueSpec(queue) if isinstance(queue, str) else queue for queue in queues]
+        self._strict_order = strict_order
+        self._slots = {"inline": max_inline, "isolated": max_isolated}
+        self._intake = self._new_intake()
+        self._owner = Owner(new_id(), identity)
+        self._lease_s = lease_s
+        self._bury_unknown = bury_unknown
+        self._memory_limit_mib = memory_limit_mib
+        self._heartbeat_s = heartbeat_s
+        self._grace_s = grace_s
+        self._template_given = template
+        self._strategies: dict[str, ExecutionStrategy] = {}
+        self._services = _Services(self, offload_slots, offload_memory_mib)
+        self.isolated = IsolatedExecutionStrategy(
+            self.kernel, self.events, enqueue=self._enqueue_from_child, kill_grace_s=kill_grace_s,
+            memory_headroom_mib=memory_headroom_mib,
+        )  # fmt: skip
+        self.add_strategy(InlineExecutionStrategy(self.kernel))
+        self.add_strategy(self.isolated)
+        self._unsettled: deque[_Ended] = deque()
+        self._settling = 0
+        self._burst = False
+        self._nudged = False
+        self._loops: list[Task] = []
+        self._signals: Signals | None = None
+        # Where tasks wait: for slots or jobs, for something to settle, for the end, for the last job to end.
+        self._feeder: deque[Task] = deque()
+        self._settler: deque[Task] = deque()
+        self._stopper: deque[Task] = deque()
+        self._drained: deque[Task] = deque()
+        self._began = self.kernel.clock.monotonic()
+
+    # -- the life of a job ------------------------------------------------------------------------------------------
+
+    def _life(self, lease: Lease) -> Steps:
+        """One reservation, from its bytes to its verdict. Whatever it raises is KQueue's own fault; `_ended` deals with it."""
+        held = self.held[lease.token.id]
+        try:
+            envelope = self._decode(lease)
+            held.job = envelope.job
+            registration = self._registration(envelope.job)
+            options = held.options = admit(self.security, envelope, registration).options
+        except (NewerEnvelope, JobNotFound) as reason:
+            outcome = _refused(reason)
+            return _Ended(held, outcome, defer(lease, outcome, bury=self._bury_unknown))
+        except (EnvelopeError, Refused) as reason:
+            outcome = _refused(reason)
+            return _Ended(held, outcome, judge(lease, held.options, outcome, "none"))
+
+        strategy = self._choose(registration)
+        if strategy.name != lease.lane:
+            return _Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name))
+
+        attempt = lease.counters.attempts + lease.counters.crashes + lease.counters.recoveries + 1
+        work = self._work(registration, options, envelope, lease.envelope or b"", attempt)
+        held.context, held.started = work.context, self.kernel.clock.monotonic()
+        self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
+        outcome = yield from strategy.execute(work)
+        return _Ended(held, outcome, judge(lease, options, outcome, strategy.name))
+
+    def _decode(self, lease: Lease) -> Any:
+        if lease.envelope is None:
+            raise EnvelopeError("there is no envelope: something other than KQueue wrote or removed it")
+        envelope = decode(lease.envelope, self.security.max_envelope_bytes)
+        if envelope.id != lease.token.id:
+            raise EnvelopeError(f"the envelope of {lease.token.id} says that it is {envelope.id}'s")
+        return envelope
+
+    def _registration(self, name: str) -> Registration:
+        """Only a registered name runs; no name in a payload is ever imported."""
+        registration = registry.get(name)
+        if registration is None:
+            raise JobNotFound(f"no job is registered as {name!r} here: is its module in jobs.modules or jobs.isolated_modules?")
+        return registration
+
+    def _choose(self, registration: Registration) -> ExecutionStrategy:
+        return self._strategies[registration.lane]
+
+    def _work(self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int) -> Work:
+        deadline = self.kernel.clock.monotonic() + options.timeout if options.timeout else None
+        context = JobContext(
+            id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=attempt, deadline=deadline,
+            inline=registration.lane == "inline", services=self._services,
+        )  # fmt: skip
+        return Work(envelope, data, registration, options, attempt, context)
+
+    def _ended(self, task: Task) -> None:
+        """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""
+        held = self.held.pop(task.name)
+        ended: _Ended = task.value if task.error is None else self._mishap(held, task.error)
+        self._intake.ended(held.lease.queue, held.lease.lane)
+        self._unsettled.append(ended)
+        if self._settler:
+            self.kernel.unpark(self._settler)
+        self._nudge()
+
+    def _mishap(self, held: Held, error: BaseException) -> _Ended:
+        """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
+        if isinstance(error, Abandoned):
+            context = held.context
+            late = context is not None and context.deadline is not None and self.kernel.clock.monotonic() >= context.deadline
+            outcome = Outcome("timeout" if late else "cancelled", "supervisor", error=describe_error(error))
+            self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to be rid of it: {error}"))
+            self.stop("a job that would not stop", exit_code=EXIT_RESTART)
+        else:
+            outcome = Outcome("lost", "supervisor", error=describe_error(error))
+            self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
+        return _Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
+
+    # -- reserving --------------------------------------------------------------------------------------------------
+
+    def _feed(self) -> Steps:
+        """Reserve for every slot that is free, start what came, then wait for a doorbell, a due job, a rate or a slot."""
+        while self.state == "running":
+            self._nudged = False
+            took, next_due_s = yield from self._reserve()
+            if took:
+                yield  # let them run before more are taken
+                continue
+            if self._is_finished():
+                self.stop("burst" if self._burst else "max-jobs")
+                return
+            waits = [wait for wait in (next_due_s, self._intake.opens_in_s()) if wait is not None]
+            if not self._nudged:
+                yield Park(self._feeder, min(waits) if waits else None)
+
+    def _reserve(self) -> Steps:
+        """One round over the queues: how many jobs started, and in how many seconds the next one is due (None: none is)."""
+        took = 0
+        next_due_s: float | None = None
+        for share in (True, False) if len(self._specs) > 1 else (False,):
+            for queue in self._intake.order():
+                ask = self._intake.ask(queue, share)
+                if ask is None or self.state != "running":
+                    continue
+                reserved = yield from self.broker.reserve(queue, ask.wants)
+                self._intake.got(ask, len(reserved.leases))
+                for lease in reserved.leases:
+                    self._start_life(lease)
+                took += len(reserved.leases)
+                if reserved.next_due_s is not None and (next_due_s is None or reserved.next_due_s < next_due_s):
+                    next_due_s = reserved.next_due_s
+        return took, next_due_s
+
+    def _start_life(self, lease: Lease) -> None:
+        task = self.kernel.spawn(self._life(lease), name=lease.token.id)
+        task.on_end = self._ended
+        self.held[lease.token.id] = Held(lease, task, self.kernel.clock.monotonic())
+        self._intake.started(lease.queue, lease.lane)
+
+    def _is_finished(self) -> bool:
+        """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
+        if not self._burst and self._intake.remaining != 0:
+            return False
+        idle = not self.held and not self._unsettled and not self._settling
+        return idle and (self._intake.remaining == 0 or self._intake.opens_in_s() is None)
+
+    def _listen(self) -> Steps:
+        """Pass doorbells on to the feeder."""
+        while True:
+            yield from self.broker.wait(None)
+            self._nudge()
+
+    def _nudge(self) -> None:
+        self._nudged = True
+        if self._feeder:
+            self.kernel.unpark(self._feeder)
+        if self._drained and not self.held and not self._unsettled and not self._settling:
+            self.kernel.unpark(self._drained)
+
+    # -- settling ---------------------------------------------------------------------------------------------------
+
+    def _settle_all(self) -> Steps:
+        """End leases, all that have come up since the last time in one batch."""
+        while True:
+            if not self._unsettled:
+                yield Park(self._settler)
+            batch, self._unsettled = list(self._unsettled), deque()
+            self._settling = len(batch)
+            answers = yield from self.broker.settle([ended.verdict.settlement for ended in batch])
+            self._settling = 0
+            for ended, answer in zip(batch, answers, strict=True):
+                self._account(ended, stale=answer == STALE)
+            self._nudge()
+
+    def _account(self, ended: _Ended, stale: bool) -> None:
+        held, outcome = ended.held, ended.outcome
+        id, job = held.lease.token.id, held.job or "(unreadable)"
+        if stale:
+            self.events.emit(facts.LeaseLost(id, job))
+            return
+        if held.context is not None or outcome.cause == "refused":
+            self.processed += 1
+            self.failed += not outcome.ok
+        then, delay_s = ended.verdict.then, ended.verdict.settlement.delay_s
+        if ended.verdict.settlement.lane is None:  # a move to the other lane is not an attempt
+            self.events.emit(facts.JobEnded(id, job, held.strategy, held.lease.queue, outcome, then, delay_s))
+
+    # -- staying alive ----------------------------------------------------------------------------------------------
+
+    def _keep_alive(self) -> Steps:
+        """Renew our epoch every third of a lease, then recover what dead epochs hold."""
+        while True:
+            yield sleep(self._lease_s / 3)
+            yield from self.broker.renew()
+            self._recovered((yield from self.broker.sweep()))
+
+    def _recovered(self, counts: Mapping[str, int]) -> None:
+        for queue, jobs in counts.items():
+            self.events.emit(facts.JobsRecovered(queue, jobs))
+        if counts:
+            self._nudge()
+
+    def _beat(self) -> Steps:
+        """The periodic line, and the look at our own memory."""
+        while True:
+            yield sleep(self._heartbeat_s)
+            memory_mib = resident_mib()
+            self.events.emit(facts.Heartbeat(memory_mib, self.processed, self.failed, len(self.held), self.state))
+            if self._memory_limit_mib and memory_mib > self._memory_limit_mib:
+                self.stop(f"{memory_mib:.0f} MiB, over runtime.memory_limit {self._memory_limit_mib}", exit_code=EXIT_RESTART)
+
+    def _obey(self, signals: Signals) -> Steps:
+        """What signals mean: see INTERFACES."""
+        while True:
+            for name in (yield from signals.receive()):
+                if name == "SIGUSR1":
+                    self.quiet()
+                elif name in ("SIGHUP", "SIGUSR2"):
+                    what = "reload" if name == "SIGHUP" else "upgrade in place"
+                    self.events.emit(facts.Warned(f"{name}: this version cannot {what}; restart the service instead"))
+                elif self.state == "terminating":
+                    self._grace_s = 0.0
+                    self.events.emit(facts.Warned(f"{name} again: ending what still runs"))
+                    self._end_everything()
+                    yield  # one turn, so that each strategy knows why before the kill
+                    self.isolated.link.kill_all()
+                else:
+                    self.stop(name)
+
+    # -- starting and stopping --------------------------------------------------------------------------------------
+
+    def add_strategy(self, strategy: ExecutionStrategy) -> None:
+        """Serve the lane `strategy.name` with it, in place of the one that did."""
+        self._strategies[strategy.name] = strategy
+
+    def run(self, *, burst: bool = False, max_jobs: int = 0, max_time_s: float = 0.0, handle_signals: bool = True) -> int:
+        """Start, run until stopped, stop; the exit code. `burst`: until nothing is ready and nothing runs.
+
+        Raises BrokerRefused, and loading.ImportFailed when the template cannot import what it should.
+        """
+        self._burst = burst
+        self._intake = self._new_intake(max_jobs)
+        if handle_signals:
+            known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+            self._signals = Signals(known)
+        try:
+            return int(self.kernel.run(self._main(max_time_s)))
+        finally:
+            if self._signals is not None:
+                self._signals.close()
+            self.kernel.close()
+
+    def stop(self, why: str = "stop()", exit_code: int = 0) -> None:
+        """Stop reserving, let jobs finish for the grace, then end and release what is left."""
+        if self.state in ("terminating", "stopped"):
+            return
+        self.state = "terminating"
+        self.exit_code = exit_code
+        self.events.emit(facts.DaemonStopping(why, len(self.held)))
+        self.kernel.unpark(self._stopper)
+        self._nudge()
+
+    def quiet(self) -> None:
+        """Stop reserving, keep running."""
+        if self.state == "running":
+            self.state = "quiet"
+            self.events.emit(facts.Warned("quiet: no more jobs are reserved; those that run go on. SIGTERM ends the daemon"))
+            self._nudge()
+
+    def execute_job(self, job: BoundJob) -> Task:
+        """Run `job` here and now, without a queue: admitted, chosen and executed like any other. The task's value is its Outcome.
+
+        With `start()` and `run()` not called, drive it by `runtime.kernel.run(join(task))`.
+        """
+        if not isinstance(job, BoundJob):
+            raise TypeError(f"execute_job() takes a bound job, such as {type(job).__name__}.job(...), which any strategy can run")
+        registration = job.registration or self._registration(job.name)
+        prepared = prepare(job, registration, check=self.check, arguments_too=False)
+        envelope = decode(prepared.envelope)
+        options = admit(self.security, envelope, registration).options
+        work = self._work(registration, options, envelope, prepared.envelope, 1)
+        if registration.isolated:
+            self.isolated.link.configure(self._template())
+        return self.kernel.spawn(self._choose(registration).execute(work), name=envelope.id)
+
+    def check(self, options: JobOptions, name: str) -> JobOptions:
+        """The options a dispatch may have, by the limits of `security`. Raises UsageError, or clamps."""
+        return check_dispatch(self.security, options, name)
+
+    def _main(self, max_time_s: float) -> Steps:
+        if self._signals is not None:
+            self._loop(self._obey(self._signals))
+        starter = self.kernel.spawn(self._start(), name="start")
+        starter.on_end = self._started
+        while not starter.ended and self.state == "starting":
+            yield Park(self._stopper)
+        if starter.ended and starter.error is not None:
+            yield from self._let_go()
+            raise starter.error
+        if self.state == "running":
+            self._loop(self._feed())
+            if max_time_s:
+                self._loop(self._stop_after(max_time_s))
+        while self.state in ("running", "quiet"):
+            yield Park(self._stopper)
+        self.kernel.cancel(starter, GeneratorExit())
+        yield from self._finish()
+        return self.exit_code
+
+    def _started(self, task: Task) -> None:
+        self.kernel.unpark(self._stopper)
+
+    def _start(self) -> Steps:
+        """Broker and template at once, since both take their time; then the loops."""
+        self.isolated.link.configure(self._template())
+        self.isolated.link.on_manifest = lambda: self._loop(self._publish())
+        for strategy in self._strategies.values():
+            yield from strategy.start()
+        recovered = yield from self.broker.open(self._owner, self._intake.queues, self._lease_s)
+        self._recovered(recovered)
+        yield from self._publish()
+        self._recovered((yield from self.broker.sweep()))
+        for steps in (self._settle_all(), self._keep_alive(), self._beat(), self._listen()):
+            self._loop(steps)
+        self.state = "running"
+        took_s = self.kernel.clock.monotonic() - self._began
+        self.events.emit(facts.DaemonReady(self.broker.address, self._intake.queues, took_s))
+
+    def _finish(self) -> Steps:
+        """Wait for what runs; end what will not; settle; let go."""
+        clock = self.kernel.clock
+        deadline = clock.monotonic() + self._grace_s
+        while self._busy() and clock.monotonic() < deadline:
+            yield Park(self._drained, deadline - clock.monotonic())
+        self._end_everything()
+        grace_s = max(strategy.cancel_grace_s for strategy in self._strategies.values())
+        deadline = clock.monotonic() + grace_s + STOP_PATIENCE_S - 1
+        while self._busy() and clock.monotonic() < deadline:
+            yield Park(self._drained, deadline - clock.monotonic())
+        if self._busy():
+            left = len(self.held) + len(self._unsettled) + self._settling
+            self.events.emit(facts.Warned(f"{left} jobs could not be settled; they are ready again once our lease has expired"))
+        yield from self._let_go()
+        self.state = "stopped"
+        self.events.emit(facts.DaemonStopped(self.exit_code, self.processed))
+
+    def _let_go(self) -> Steps:
+        for task in self._loops:
+            self.kernel.cancel(task, GeneratorExit())
+        for strategy in self._strategies.values():
+            yield from strategy.stop()
+        closing = self.kernel.spawn(self.broker.close(), name="close")
+        with suppress(BrokerUnavailable):
+            yield Park(closing.joiners, 1.0)
+        self.kernel.cancel(closing, GeneratorExit())
+
+    def _busy(self) -> bool:
+        return bool(self.held or self._unsettled or self._settling)
+
+    def _end_everything(self) -> None:
+        for held in list(self.held.values()):
+            grace_s = self._strategies[held.strategy].cancel_grace_s
+            self.kernel.cancel(held.task, JobCancelled("KQueue is shutting down"), grace_s)
+
+    def _stop_after(self, seconds: float) -> Steps:
+        yield sleep(seconds)
+        self.stop("max-time")
+
+    def _loop(self, steps: Steps) -> None:
+        self._loops = [task for task in self._loops if not task.ended]
+        self._loops.append(self.kernel.spawn(steps))
+
+    # -- odds and ends ----------------------------------------------------------------------------------------------
+
+    def _new_intake(self, max_jobs: int = 0) -> Intake:
+        return Intake(
+            self._specs, self._slots, strict_order=self._strict_order, concurrent=self.security.max_concurrent,
+            per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic,
+        )  # fmt: skip
+
+    def _template(self) -> Mapping[str, Any]:
+        return self._template_given if self._template_given is not None else template_config(security=self.security)
+
+    def _publish(self) -> Steps:
+        """Tell clients what can be dispatched, and within which limits."""
+        manifest = {registration.name: describe(registration) for registration in registry}
+        yield from self.broker.publish("manifest", to_json(manifest))
+        yield from self.broker.publish("limits", to_json({"queue_depth": self.security.queue_depth}))
+
+    def _enqueue_from_child(self, jobs: Sequence[NewJob]) -> Steps:
+        """What a child dispatches: its envelopes are read like a stranger's, its lanes are looked up again."""
+        checked = []
+        for job in jobs:
+            envelope = decode(job.envelope, self.security.max_envelope_bytes)
+            registration = registry.get(envelope.job)
+            lane = registration.lane if registration is not None else envelope.lane
+            checked.append(job._replace(id=envelope.id, queue=envelope.queue, lane=lane, priority=envelope.priority))
+        yield from self.broker.enqueue(checked, self.security.queue_depth)
+
+    def _report_slow(self, task: Task, seconds: float) -> None:
+        held = self.held.get(task.name)
+        if held is not None and held.context is not None:
+            self.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
+
+    def _broker_news(self, kind: str, text: str, retry_in_s: float) -> None:
+        if kind == "lost":
+            self.events.emit(facts.BrokerLost(self.broker.address, text, retry_in_s))
+        elif kind == "back":
+            self.events.emit(facts.BrokerBack(self.broker.address))
+        else:
+            self.events.emit(facts.Warned(text))
+
+
+class _Services:
+    """What inline jobs ask of the runtime (`context.Services`)."""
+
+    def __init__(self, runtime: KQueueRuntime, offload_slots: int, offload_memory_mib: int) -> None:
+        self._runtime = runtime
+        self._free = offload_slots
+        self._memory_mib = offload_memory_mib
+        self._waiting: deque[Task] = deque()
+
+    def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
+        runtime = self._runtime
+        prepared = [
+            prepare(bound, bound.registration or registry.get(bound.name), check=runtime.check, arguments_too=False,
+                    max_bytes=runtime.security.max_envelope_bytes)
+            for bound in jobs
+        ]  # fmt: skip
+        yield from runtime.broker.enqueue(prepared, runtime.security.queue_depth)
+        return [job.id for job in prepared]
+
+    def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+        """In a child, a few at a time; the others wait their turn within their own time-outs."""
+        from .context import current
+
+        context = current()
+        runtime = self._runtime
+        while not self._free:
+            yield Park(self._waiting)
+        self._free -= 1
+        try:
+            left_s = 0.0 if context.deadline is None else max(0.001, context.deadline - runtime.kernel.clock.monotonic())
+            runtime.isolated.link.configure(runtime._template())
+            result = yield from runtime.isolated.offload(
+                function, args, kwargs, context=context, timeout_s=left_s, max_memory_mib=self._memory_mib
+            )
+            return result
+        finally:
+            self._free += 1
+            runtime.kernel.unpark(self._waiting, count=1)
+
+    def progress(self, context: JobContext) -> None:
+        self._runtime.events.emit(facts.JobProgress(context.id, context.name, context.fraction or 0.0, context.note))
+
+
+def template_config(
+    path: Sequence[str] = (), modules: Sequence[str] = (), isolated_modules: Sequence[str] = (), *,
+    security: SecurityConfig | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a template is told to import. Without `modules`: wherever the jobs registered here were defined, the script included."""
+    import sys
+
+    main_file = None
+    if not modules and not isolated_modules:
+        path = [entry or os.getcwd() for entry in sys.path]
+        defined_in = sorted({registration.module for registration in registry})
+        if "__main__" in defined_in:
+            main_file = getattr(sys.modules["__main__"], "__file__", None)
+        modules = [module for module in defined_in if module != "__main__"]
+    allowed = security.allowed_paths if security is not None else None
+    return {
+        "path": list(path), "modules": list(modules), "isolated_modules": list(isolated_modules),
+        "main_file": main_file and os.path.abspath(main_file), "allowed_paths": None if allowed is None else list(allowed),
+        "needed": bool(isolated_modules) or any(registration.isolated for registration in registry),
+    }  # fmt: skip
+
+
+def resident_mib() -> float:
+    """Resident memory of this process in MiB (proc_pid_statm(5), field 2)."""
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * PAGE / 1048576
+
+
+def _refused(reason: Exception) -> Outcome:
+    return Outcome("refused", "supervisor", error=describe_error(reason))
