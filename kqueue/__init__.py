@@ -1,7 +1,7 @@
 """KQueue: one small daemon that runs your queue, light jobs inside itself, heavy jobs in limited children.
 
-This file is the list of what users may import. Each name is loaded when it is first asked for, so that a web server that dispatches
-does not load a runtime, and the supervisor no client.
+This file is the list of what users may import. Each name is loaded when it is first asked for, so that a web server that
+dispatches does not load a runtime, and the supervisor no client.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "BoundJob", "Client", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobCancelled", "JobContext",
-    "JobFailed", "JobHandle", "JobOptions", "JobState", "JobTimedOut", "KQueueError", "KQueueJob", "KQueueJobInterface",
-    "KQueueRuntime", "OffloadError", "Park", "QueueFull", "ResultNotKept", "SecurityConfig", "Trap", "connect", "current",
-    "dispatch_many", "enqueue", "get", "job", "join", "offload", "progress", "send", "sleep", "wait_io", "wait_process",
+    "BoundJob", "Client", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobCancelled",
+    "JobContext", "JobFailed", "JobHandle", "JobOptions", "JobState", "JobTimedOut", "KQueueError", "KQueueJob",
+    "KQueueJobInterface", "KQueueRuntime", "OffloadError", "Park", "QueueFull", "ResultNotKept", "SecurityConfig", "Trap",
+    "connect", "current", "dispatch_many", "enqueue", "get", "job", "join",
+    "offload", "progress", "send", "sleep", "wait_io", "wait_process",
 ]  # fmt: skip
 
 

@@ -6,8 +6,10 @@ Used by the supervisor (`jobs.modules`) and by the template (`jobs.isolated_modu
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import Refused
 from .job import registry
@@ -36,7 +38,7 @@ def import_modules(key: str, modules: Sequence[str], search_path: Sequence[str],
         before = set(registry.names())
         try:
             file = find_module_file(module, search_path)
-            if file is not None:
+            if file is not None or module in sys.builtin_module_names:
                 check_module_path(security, module, file)
             importlib.import_module(module)
             for name in set(registry.names()) - before:
@@ -64,6 +66,26 @@ def import_script(file: str) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ImportFailed("", _why(file, error, ())) from None
+
+
+def template_config(
+    path: Sequence[str] = (), modules: Sequence[str] = (), isolated_modules: Sequence[str] = (), *,
+    security: SecurityConfig | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a template is told to import. Without `modules`: wherever the jobs registered here were defined, the script too."""
+    main_file = None
+    if not modules and not isolated_modules:
+        path = [entry or os.getcwd() for entry in sys.path]
+        defined_in = sorted({registration.module for registration in registry})
+        if "__main__" in defined_in:
+            main_file = getattr(sys.modules["__main__"], "__file__", None)
+        modules = [module for module in defined_in if module != "__main__"]
+    allowed = security.allowed_paths if security is not None else None
+    return {
+        "path": list(path), "modules": list(modules), "isolated_modules": list(isolated_modules),
+        "main_file": main_file and os.path.abspath(main_file), "allowed_paths": None if allowed is None else list(allowed),
+        "needed": bool(isolated_modules) or any(registration.isolated for registration in registry),
+    }  # fmt: skip
 
 
 def _why(module: str, error: BaseException, search_path: Sequence[str]) -> str:

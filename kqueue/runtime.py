@@ -13,10 +13,9 @@ settles a lease; how a job runs, how a queue stores it, and what a log says of i
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +25,7 @@ from .brokers.base import LEASE_S, STALE, Broker, Lease, Owner
 from .codec import decode, to_json
 from .config import QueueSpec
 from .context import JobContext
-from .dispatch import NewJob, describe, prepare
+from .dispatch import describe, prepare
 from .errors import BrokerUnavailable, EnvelopeError, JobCancelled, JobNotFound, NewerEnvelope, Refused
 from .events import Events
 from .execution.base import ExecutionStrategy, Work
@@ -37,15 +36,17 @@ from .intake import Intake
 from .job import BoundJob, JobOptions, Registration, registry
 from .kernel import Abandoned, Clock, Kernel, Park, Task, sleep
 from .kernel.signals import Signals
+from .loading import template_config
 from .outcome import Outcome, describe_error
+from .process import resident_mib
 from .security import SecurityConfig, admit, check_dispatch
+from .services import RuntimeServices
 from .verdict import Verdict, defer, judge, move
 
 Steps = Generator[Any, Any, Any]
 
 STOP_PATIENCE_S: Final = 5.0  # beyond the graces, for settling and closing (INTERFACES: SIGTERM)
 EXIT_RESTART: Final = 75  # EX_TEMPFAIL: the service manager is to start us again
-PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Held:
@@ -75,13 +76,14 @@ class KQueueRuntime:
     """Runs jobs from a broker. `KQueueRuntime("memory://").run(burst=True)` is a whole program.
 
     `broker`: a URL or an unopened Broker. `queues`: names, or QueueSpecs with weights. `template`: what the template imports, see
-    `template_config`; None: what is registered when it starts. All times are seconds, sizes MiB.
+    `loading.template_config`; None: what is registered when it starts. All times are seconds, sizes MiB.
     """
 
     def __init__(
-        self, broker: Broker | str = "memory://", *, queues: Sequence[QueueSpec | str] = ("default",), strict_order: bool = False,
-        security: SecurityConfig | None = None, events: Events | None = None, clock: Clock | None = None,
-        template: Mapping[str, Any] | None = None, identity: str = "", lease_s: float = LEASE_S, max_inline: int = 10_000,
+        self, broker: Broker | str = "memory://", *, queues: Sequence[QueueSpec | str] = ("default",),
+        strict_order: bool = False, security: SecurityConfig | None = None, events: Events | None = None,
+        clock: Clock | None = None, template: Mapping[str, Any] | None = None, identity: str = "",
+        lease_s: float = LEASE_S, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
@@ -89,6 +91,7 @@ class KQueueRuntime:
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
         self.kernel.on_slow = self._report_slow
+        self.kernel.on_crash = self._crashed
         self.broker = open_broker(broker, self._broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
         self.state = "starting"
@@ -108,9 +111,9 @@ class KQueueRuntime:
         self._grace_s = grace_s
         self._template_given = template
         self._strategies: dict[str, ExecutionStrategy] = {}
-        self._services = _Services(self, offload_slots, offload_memory_mib)
+        self._services = RuntimeServices(self, offload_slots, offload_memory_mib)
         self.isolated = IsolatedExecutionStrategy(
-            self.kernel, self.events, enqueue=self._enqueue_from_child, kill_grace_s=kill_grace_s,
+            self.kernel, self.events, enqueue=self._services.enqueue_from_child, kill_grace_s=kill_grace_s,
             memory_headroom_mib=memory_headroom_mib,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
@@ -196,9 +199,10 @@ class KQueueRuntime:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
         if isinstance(error, Abandoned):
             context = held.context
-            late = context is not None and context.deadline is not None and self.kernel.clock.monotonic() >= context.deadline
+            deadline = context.deadline if context is not None else None
+            late = deadline is not None and self.kernel.clock.monotonic() >= deadline
             outcome = Outcome("timeout" if late else "cancelled", "supervisor", error=describe_error(error))
-            self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to be rid of it: {error}"))
+            self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to end it ({error})"))
             self.stop("a job that would not stop", exit_code=EXIT_RESTART)
         else:
             outcome = Outcome("lost", "supervisor", error=describe_error(error))
@@ -389,7 +393,7 @@ class KQueueRuntime:
         options = admit(self.security, envelope, registration).options
         work = self._work(registration, options, envelope, prepared.envelope, 1)
         if registration.isolated:
-            self.isolated.link.configure(self._template())
+            self.isolated.link.configure(self.template())
         return self.kernel.spawn(self._choose(registration).execute(work), name=envelope.id)
 
     def check(self, options: JobOptions, name: str) -> JobOptions:
@@ -421,7 +425,7 @@ class KQueueRuntime:
 
     def _start(self) -> Steps:
         """Broker and template at once, since both take their time; then the loops."""
-        self.isolated.link.configure(self._template())
+        self.isolated.link.configure(self.template())
         self.isolated.link.on_manifest = lambda: self._loop(self._publish())
         for strategy in self._strategies.values():
             yield from strategy.start()
@@ -487,7 +491,7 @@ class KQueueRuntime:
             per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic,
         )  # fmt: skip
 
-    def _template(self) -> Mapping[str, Any]:
+    def template(self) -> Mapping[str, Any]:
         return self._template_given if self._template_given is not None else template_config(security=self.security)
 
     def _publish(self) -> Steps:
@@ -496,20 +500,16 @@ class KQueueRuntime:
         yield from self.broker.publish("manifest", to_json(manifest))
         yield from self.broker.publish("limits", to_json({"queue_depth": self.security.queue_depth}))
 
-    def _enqueue_from_child(self, jobs: Sequence[NewJob]) -> Steps:
-        """What a child dispatches: its envelopes are read like a stranger's, its lanes are looked up again."""
-        checked = []
-        for job in jobs:
-            envelope = decode(job.envelope, self.security.max_envelope_bytes)
-            registration = registry.get(envelope.job)
-            lane = registration.lane if registration is not None else envelope.lane
-            checked.append(job._replace(id=envelope.id, queue=envelope.queue, lane=lane, priority=envelope.priority))
-        yield from self.broker.enqueue(checked, self.security.queue_depth)
-
     def _report_slow(self, task: Task, seconds: float) -> None:
         held = self.held.get(task.name)
         if held is not None and held.context is not None:
             self.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
+
+    def _crashed(self, task: Task) -> None:
+        """A task of KQueue's own failed. Crash-only: stop, and let the service manager start a sound one."""
+        trace = describe_error(task.error)["traceback"] if task.error is not None else ""
+        self.events.emit(facts.Warned(f"internal error in {task.name}; please report it\n{trace}"))
+        self.stop("internal error", exit_code=70)
 
     def _broker_news(self, kind: str, text: str, retry_in_s: float) -> None:
         if kind == "lost":
@@ -518,77 +518,6 @@ class KQueueRuntime:
             self.events.emit(facts.BrokerBack(self.broker.address))
         else:
             self.events.emit(facts.Warned(text))
-
-
-class _Services:
-    """What inline jobs ask of the runtime (`context.Services`)."""
-
-    def __init__(self, runtime: KQueueRuntime, offload_slots: int, offload_memory_mib: int) -> None:
-        self._runtime = runtime
-        self._free = offload_slots
-        self._memory_mib = offload_memory_mib
-        self._waiting: deque[Task] = deque()
-
-    def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
-        runtime = self._runtime
-        prepared = [
-            prepare(bound, bound.registration or registry.get(bound.name), check=runtime.check, arguments_too=False,
-                    max_bytes=runtime.security.max_envelope_bytes)
-            for bound in jobs
-        ]  # fmt: skip
-        yield from runtime.broker.enqueue(prepared, runtime.security.queue_depth)
-        return [job.id for job in prepared]
-
-    def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
-        """In a child, a few at a time; the others wait their turn within their own time-outs."""
-        from .context import current
-
-        context = current()
-        runtime = self._runtime
-        while not self._free:
-            yield Park(self._waiting)
-        self._free -= 1
-        try:
-            left_s = 0.0 if context.deadline is None else max(0.001, context.deadline - runtime.kernel.clock.monotonic())
-            runtime.isolated.link.configure(runtime._template())
-            result = yield from runtime.isolated.offload(
-                function, args, kwargs, context=context, timeout_s=left_s, max_memory_mib=self._memory_mib
-            )
-            return result
-        finally:
-            self._free += 1
-            runtime.kernel.unpark(self._waiting, count=1)
-
-    def progress(self, context: JobContext) -> None:
-        self._runtime.events.emit(facts.JobProgress(context.id, context.name, context.fraction or 0.0, context.note))
-
-
-def template_config(
-    path: Sequence[str] = (), modules: Sequence[str] = (), isolated_modules: Sequence[str] = (), *,
-    security: SecurityConfig | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """What a template is told to import. Without `modules`: wherever the jobs registered here were defined, the script included."""
-    import sys
-
-    main_file = None
-    if not modules and not isolated_modules:
-        path = [entry or os.getcwd() for entry in sys.path]
-        defined_in = sorted({registration.module for registration in registry})
-        if "__main__" in defined_in:
-            main_file = getattr(sys.modules["__main__"], "__file__", None)
-        modules = [module for module in defined_in if module != "__main__"]
-    allowed = security.allowed_paths if security is not None else None
-    return {
-        "path": list(path), "modules": list(modules), "isolated_modules": list(isolated_modules),
-        "main_file": main_file and os.path.abspath(main_file), "allowed_paths": None if allowed is None else list(allowed),
-        "needed": bool(isolated_modules) or any(registration.isolated for registration in registry),
-    }  # fmt: skip
-
-
-def resident_mib() -> float:
-    """Resident memory of this process in MiB (proc_pid_statm(5), field 2)."""
-    with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[1]) * PAGE / 1048576
 
 
 def _refused(reason: Exception) -> Outcome:

@@ -10,10 +10,10 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerRefused, BrokerUnavailable, UsageError
+from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.traps import READ, WRITE, wait_io, wait_process
 
 if TYPE_CHECKING:
@@ -34,23 +34,16 @@ _TCP_OPTIONS: Final = (
 
 
 def dial(
-    host: str, port: int, path: str, tls: Mapping[str, str] | None, timeout_s: float, clock: Clock
+    host: str, port: int, path: str, context: ssl.SSLContext | None, timeout_s: float, clock: Clock
 ) -> Generator[Any, Any, socket.socket]:
-    """A connected socket. `path`: of a Unix socket, which is used instead of host and port when it is not "".
+    """A connected socket. `path`: of a Unix socket, which is taken instead of host and port unless it is "".
 
-    Raises BrokerUnavailable (nobody answers, in `timeout_s` seconds for all of it), or BrokerRefused (a certificate, a missing file).
+    Raises BrokerUnavailable (nobody answers, within `timeout_s` seconds for all of it), or BrokerRefused (the certificate).
     """
     deadline = clock() + timeout_s
-    context = None if tls is None else tls_context(tls)
     addresses = [(socket.AF_UNIX, path)] if path else (yield from resolve(host, port, timeout_s))
     sock = yield from _connect(addresses, path or f"{host}:{port}", deadline, clock)
-    if context is None:
-        return sock
-    try:
-        return (yield from _encrypt(sock, context, host, deadline, clock))
-    except BaseException:
-        sock.close()
-        raise
+    return sock if context is None else (yield from _encrypt(sock, context, host, deadline, clock))
 
 
 def _connect(addresses: Sequence[Address], where: str, deadline: float, clock: Clock) -> Generator[Any, Any, socket.socket]:
@@ -82,23 +75,19 @@ def _connect(addresses: Sequence[Address], where: str, deadline: float, clock: C
 # -- TLS --------------------------------------------------------------------------------------------------------------
 
 
-def tls_context(options: Mapping[str, str]) -> ssl.SSLContext:
-    """What the ssl_* options of a URL say, named as in redis-py. Certificates are verified unless they say otherwise."""
+def tls_context(ca_certs: str, certfile: str, keyfile: str, cert_reqs: str, check_host: bool) -> ssl.SSLContext:
+    """Files in PEM; "" for none, or for the system's CAs. `cert_reqs`: "required", "optional" or "none"."""
     import ssl  # 4 MB, so only where TLS is used
 
-    required = options.get("ssl_cert_reqs", "required")
-    levels = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
-    if required not in levels:
-        raise UsageError(f"ssl_cert_reqs={required!r} in the queue's URL is none of {', '.join(levels)}")
     try:
-        context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-        if "ssl_certfile" in options:
-            context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+        context = ssl.create_default_context(cafile=ca_certs or None)
+        if certfile:
+            context.load_cert_chain(certfile, keyfile or None)
     except OSError as error:
-        files = ", ".join(value for name, value in options.items() if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
-        raise BrokerRefused(f"cannot use the TLS files of the queue's URL ({files}): {error.strerror or error}") from None
-    context.check_hostname = check_host and required == "required"
-    context.verify_mode = levels[required]
+        files = ", ".join(filter(None, (ca_certs, certfile, keyfile)))
+        raise BrokerRefused(f"cannot use the TLS files {files}: {error.strerror or error}; check what they are") from None
+    context.check_hostname = check_host
+    context.verify_mode = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}[cert_reqs]
     return context
 
 
@@ -107,8 +96,8 @@ def _encrypt(
 ) -> Generator[Any, Any, socket.socket]:
     import ssl
 
-    secured = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     try:
+        sock = secured = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
         while True:
             try:
                 secured.do_handshake()
@@ -119,16 +108,13 @@ def _encrypt(
                 events = WRITE
             if not (yield wait_io(secured.fileno(), events, max(0.0, deadline - clock()))):
                 raise BrokerUnavailable(f"{host} did not answer the TLS handshake in time")
-    except ssl.SSLCertVerificationError as error:
-        secured.close()
-        raise BrokerRefused(
-            f"the certificate of {host} does not verify: {error.verify_message}; name its CA by ssl_ca_certs=FILE"
-        ) from None
-    except OSError as error:
-        secured.close()
-        raise BrokerUnavailable(f"no TLS with {host}: {getattr(error, 'reason', None) or error.strerror or error}") from None
-    except BaseException:
-        secured.close()
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = f"the certificate of {host} does not verify: {error.verify_message}; name its CA by ssl_ca_certs=FILE"
+            raise BrokerRefused(reason) from None
+        if isinstance(error, OSError):
+            raise BrokerUnavailable(f"no TLS with {host}: {getattr(error, 'reason', None) or error.strerror or error}") from None
         raise
 
 

@@ -15,14 +15,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from hiredis import ReplyError
-
 from ..errors import BrokerRefused, BrokerUnavailable, KQueueError, QueueFull
 from ..kernel.traps import Park, sleep
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
 from .commands.redis_lua import LANES, SCRIPTS
-from .redis_transport import Command, News, RedisTransport, this_kernel
+from .redis_transport import News, RedisTransport, this_kernel
 
 if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
@@ -75,7 +73,7 @@ class RedisBroker:
         return recovered
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
-        queues = {job.queue: sum(other.queue == job.queue for other in jobs) for job in jobs} if max_depth else {}
+        queues = commands.by_queue(jobs) if max_depth else {}
         if len(queues) > 1:  # no script may look into two queues, so this much can be overtaken
             for queue, stats in (yield from self._stats(list(queues))).items():
                 if stats.ready + stats.delayed + queues[queue] > max_depth:
@@ -143,20 +141,15 @@ class RedisBroker:
         return (yield from self._repeat_while_more([commands.sweep(self._lease_s, queue) for queue in self._queues]))
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
-        if self._rang or self._kernel is None:
-            self._rang = False
-            return True
+        kernel = yield this_kernel()
         polls = self._transport.bells_refused
-        patience_s = timeout_s
-        if polls:
-            left_s = max(0.0, self._look_at - self._kernel.clock.monotonic())
-            patience_s = left_s if timeout_s is None else min(timeout_s, left_s)
-        yield Park(self._listening, patience_s)
+        if not self._rang:
+            look_in_s = max(0.0, self._look_at - kernel.clock.monotonic()) if polls else None
+            yield Park(self._listening, min((s for s in (timeout_s, look_in_s) if s is not None), default=None))
+        if polls and kernel.clock.monotonic() >= self._look_at:
+            self._look_at = kernel.clock.monotonic() + POLL_S
+            self._rang = True
         rang, self._rang = self._rang, False
-        now = self._kernel.clock.monotonic()
-        if polls and now >= self._look_at:
-            self._look_at = now + POLL_S
-            rang = True
         return rang
 
     def stats(self) -> Verb[dict[str, QueueStats]]:
@@ -227,36 +220,20 @@ class RedisBroker:
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, asked: Sequence[commands.Call | Command]) -> Verb[list[Any]]:
+    def _ask(self, asked: Sequence[commands.Call | commands.Command]) -> Verb[list[Any]]:
         """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused when that is useless."""
-        replies: list[Any] = [None] * len(asked)
-        left = list(range(len(asked)))
+        asking = commands.Asking(asked, SCRIPTS, wait_for_rights=self._opened)
         tries = 0
-        loading: list[Command] = []
-        while left:
+        while asking.left:
             try:
                 yield from self._transport.ready()
-                sent = [*loading, *(self._command(asked[position]) for position in left)]
-                answers = (yield from self._transport.call(sent))[len(loading) :]
+                trouble = asking.hear((yield from self._transport.call(asking.commands(self._transport.digests))))
+            except BrokerRefused as error:
+                raise BrokerRefused(f"{self.address}: {error}") from None
             except BrokerUnavailable:
                 if self._closing or self._transport.state == "stopped":
                     raise
                 continue  # the transport reports it, and waits between its tries
-            again, trouble, unknown = [], "", False
-            for position, answer in zip(left, answers, strict=True):
-                if not isinstance(answer, ReplyError):
-                    replies[position] = answer
-                    continue
-                verdict = commands.judge(str(answer))
-                again.append(position)
-                if verdict.code == commands.NO_SCRIPT and not loading:
-                    unknown = True
-                elif verdict.later or (self._opened and verdict.code in commands.RIGHTS):
-                    trouble = verdict.text
-                else:
-                    raise BrokerRefused(f"{self.address}: {verdict.text}")
-            left = again
-            loading = self._transport.load() if unknown else []
             if trouble:
                 if self._closing:
                     raise BrokerUnavailable(f"{self.address}: {trouble}")
@@ -266,12 +243,7 @@ class RedisBroker:
                 yield sleep(delay_s)
         if tries:
             self._transport.report_well()
-        return replies
-
-    def _command(self, asked: commands.Call | Command) -> Command:
-        if isinstance(asked, commands.Call):
-            return ("EVALSHA", self._transport.digests[asked.script], *asked.args)
-        return asked
+        return asking.replies
 
     def _take_turn(self, name: str) -> Verb[_Turn]:
         turn = self._turns.setdefault(name, _Turn())

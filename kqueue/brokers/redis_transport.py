@@ -23,13 +23,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from hiredis import ProtocolError, PushNotification, Reader, ReplyError, pack_command
+from hiredis import ProtocolError, PushNotification, Reader, ReplyError
 
 from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.traps import PARKED, READ, WRITE, Park, Trap, sleep, wait_io
 from .base import Verb
-from .commands.redis import OLDEST, Arg, Target, judge
-from .dial import dial
+from .commands.redis import OLDEST, Arg, Command, Target, judge, pack
+from .dial import dial, tls_context
 
 if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
@@ -42,7 +42,6 @@ READ_SIZE: Final = 65536
 _LATE: Final = object()
 _NOTHING: Final = object()
 
-Command = Sequence[Arg]
 News = Callable[[str, str, float], None]  # kind ("lost", "back" or "warning"), text, seconds until the next try
 
 
@@ -160,10 +159,6 @@ class RedisTransport:
                 raise BrokerUnavailable(f"{self.target.address}: the connection is closed")
             yield Park(self._waiting)
 
-    def load(self) -> list[Command]:
-        """Commands that make the server know our scripts again."""
-        return [("SCRIPT", "LOAD", script) for script in self.scripts.values()]
-
     def send(self, request: _Request) -> None:
         """Put the request's commands on the wire, or what the socket does not take now into the buffer that the keeper empties."""
         if self.state != "ready":
@@ -172,8 +167,7 @@ class RedisTransport:
         if len(self._fifo) == 1:
             self._heard_at = self._now()  # before, nobody expected to hear anything
         flushed = not self._out
-        for command in request.commands:
-            self._out += pack_command(tuple(command))
+        self._out += pack(request.commands)
         if flushed:
             try:
                 self._flush()
@@ -225,12 +219,13 @@ class RedisTransport:
         """From nothing to ready."""
         deadline = self._now() + CONNECT_TIMEOUT_S
         self.state = "connect"
-        at = self.target
-        self._socket = yield from dial(at.host, at.port, at.path, at.tls, CONNECT_TIMEOUT_S, self._now)
+        at, context = self.target, None
         if at.tls is not None:
             import ssl
 
             self._again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+            context = tls_context(*at.tls[:4], at.tls.checks_host)
+        self._socket = yield from dial(at.host, at.port, at.path, context, CONNECT_TIMEOUT_S, self._now)
         self.state = "handshake"
         self._reader = Reader(notEnoughData=_NOTHING)
         yield from self._greet(deadline)
@@ -269,7 +264,7 @@ class RedisTransport:
         if tuple(int(part) for part in self.version.split(".")[:2] if part.isdigit()) < OLDEST:
             raise BrokerRefused(f"{target.address}: it is Redis {self.version}; KQueue needs 6.2 or later")
         select: list[Command] = [("SELECT", target.db)] if target.db else []
-        replies = yield from self._exchange([*select, *self.load()], deadline)
+        replies = yield from self._exchange([*select, *(("SCRIPT", "LOAD", text) for text in self.scripts.values())], deadline)
         for reply in replies:
             self._check(reply)
         self.digests = dict(zip(self.scripts, replies[len(select) :], strict=True))
@@ -288,7 +283,7 @@ class RedisTransport:
 
     def _exchange(self, commands: Sequence[Command], deadline: float, pushes: int = 0) -> Verb[list[Any]]:
         """Before ready: send, and wait for every reply (or for so many pushes instead)."""
-        self._out += b"".join(pack_command(tuple(command)) for command in commands)
+        self._out += pack(commands)
         self._flush()
         replies: list[Any] = []
         self._pushed = 0

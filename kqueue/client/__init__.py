@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..brokers.base import Store
-from ..codec import from_json
+from ..codec import MAX_BYTES, from_json
 from ..config import Config, load_config, resolve_url
 from ..dispatch import NewJob, prepare, undescribe
 from ..errors import JobNotFound, UsageError, nearest
@@ -34,8 +34,8 @@ class Client:
 
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
         """Enqueue `jobs`, in one round trip for each queue and 500 jobs. See `job.dispatch_many`."""
-        max_bytes = {} if self._security is None else {"max_bytes": self._security.max_envelope_bytes}
-        prepared = [prepare(bound, self._known(bound), check=self._check, **max_bytes) for bound in jobs]
+        max_bytes = MAX_BYTES if self._security is None else self._security.max_envelope_bytes
+        prepared = [prepare(bound, self._known(bound), check=self._check, max_bytes=max_bytes) for bound in jobs]
         by_queue: dict[str, list[NewJob]] = {}
         for job in prepared:
             by_queue.setdefault(job.queue, []).append(job)
@@ -50,7 +50,7 @@ class Client:
         manifest = self.manifest()
         if manifest and name not in manifest and registry.get(name) is None:
             known = nearest(name, list(manifest))
-            raise JobNotFound(f"no daemon of {self.store.address} has a job {name!r}{known}; it has {', '.join(sorted(manifest))}")
+            raise JobNotFound(f"{self.store.address} knows no job {name!r}{known}; it knows {', '.join(sorted(manifest))}")
         return self.dispatch([bound])[0]
 
     def get(self, id: str) -> JobHandle:

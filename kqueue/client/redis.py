@@ -14,19 +14,12 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
-
-from hiredis import pack_command
+from typing import Any, Final
 
 from ..brokers.base import NewJob, QueueStats, Row, place
 from ..brokers.commands import redis as commands
-from ..brokers.commands.redis_lua import CLIENT_SCRIPTS, LANES, ROW_FIELDS
+from ..brokers.commands.redis_lua import CLIENT_SCRIPTS, LANES
 from ..errors import BrokerRefused, BrokerUnavailable, QueueFull
-
-if TYPE_CHECKING:
-    from redis.connection import AbstractConnection
-
-Command = Sequence[commands.Arg]
 
 REPLY_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -50,57 +43,40 @@ class RedisClient:
     """
 
     def __init__(self, url: str, *, patience_s: float = 5.0) -> None:
-        self._target = commands.parse_url(url)
-        self.address = self._target.address
-        self.patience_s = patience_s
-        self._pid = os.getpid()
-        self._free: list[AbstractConnection] = []
-        self._senders: list[commands.Sender] = []
+        self._wire = _Wire(commands.parse_url(url), patience_s)
+        self.address = self._wire.address
         self._listed: dict[str, float] = {}  # queue -> when its name was last noted
 
     # -- the protocol -----------------------------------------------------------------------------------------------
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
         """As Broker.enqueue. Jobs of several queues are added queue by queue, so one that fills meanwhile stops only the rest."""
-        depths = {job.queue: sum(other.queue == job.queue for other in jobs) for job in jobs} if max_depth else {}
+        depths = commands.by_queue(jobs) if max_depth else {}
         if len(depths) > 1:
             for queue, stats in self._stats(list(depths)).items():
                 if stats.ready + stats.delayed + depths[queue] > max_depth:
                     raise QueueFull(commands.full(queue, stats.ready + stats.delayed, max_depth))
-        self._look_whose()
         fresh = [False] * len(jobs)
-        sender = self._senders.pop() if self._senders else commands.Sender()
+        sender = self._wire.take_sender()
         for positions in commands.batches(jobs):
             batch = [jobs[position] for position in positions]
             queue = batch[0].queue
             room = (max_depth, depths.pop(queue)) if queue in depths else (0, 0)
             call = commands.enqueue(sender, SENDER_MEMORY_S, batch, *room)
-            reply = self._ask([*self._note(queue), call])[-1]
+            reply = self._wire.ask([*self._note(queue), call])[-1]
             if isinstance(reply, int):
                 raise QueueFull(commands.full(queue, reply, max_depth))
             for position, digit in zip(positions, reply, strict=True):
                 fresh[position] = digit == commands.YES
-        self._senders.append(sender)
+        self._wire.give_sender(sender)
         return fresh
 
     def show(self, id: str, queue: str | None = None) -> Row | None:
-        queues = self._queues(queue)
-        for name, reply in zip(queues, self._ask([commands.show(name, id) for name in queues]), strict=True):
-            if reply is not None:
-                state, fields, certificates = reply
-                return commands.read_row(name, id, state.decode(), fields, certificates)
-        return None
+        return next(iter(self._rows([(name, id) for name in self._queues(queue)])), None)
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
-        rows: list[Row] = []
-        for name in self._queues(queue):
-            found = self._standing(name, state, limit) if state != "leased" else []
-            found += self._leased(name, limit) if state in (None, "leased") else []
-            prefix = commands.prefix(name)
-            replies = self._ask([("HMGET", f"{prefix}job:".encode() + id, *ROW_FIELDS) for _, id in found], errors=True)
-            for (standing, id), fields in zip(found, replies, strict=True):
-                readable = fields if isinstance(fields, list) else []
-                rows.append(commands.read_row(name, id.decode("utf-8", "surrogateescape"), standing, readable))
+        places = [(name, id) for name in self._queues(queue) for id in self._ids(name, state, limit)]
+        rows = [row._replace(certificates=()) for row in self._rows(places) if state in (None, row.state)]
         rows.sort(key=lambda row: (place(row.available_at, row.priority), row.id))
         return rows[:limit]
 
@@ -110,55 +86,58 @@ class RedisClient:
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         calls = [commands.cancel(name, id, certificate) for name in self._queues(queue)]
         try:
-            return any(self._ask(calls, repeat=False))
+            return any(self._wire.ask(calls, repeat=False))
         except BrokerUnavailable:
             row = self.show(id, queue)  # the reply may have been lost after it was done
             if row is not None and row.state == "dead" and row.certificates[-1:] == (certificate,):
                 return True
-            return any(self._ask(calls))
+            return any(self._wire.ask(calls))
 
     def document(self, key: str) -> bytes | None:
-        (document,) = self._ask([("GET", commands.document_key(key))])
+        (document,) = self._wire.ask([("GET", commands.document_key(key))])
         return document if isinstance(document, bytes) else None
 
     def close(self) -> None:
-        while self._free:
-            self._free.pop().disconnect()
+        self._wire.close()
 
     # -- their parts ------------------------------------------------------------------------------------------------
 
     def _queues(self, queue: str | None) -> Sequence[str]:
         if queue is not None:
             return [queue]
-        (names,) = self._ask([("SMEMBERS", commands.QUEUES_KEY)])
-        return sorted(name.decode("utf-8", "surrogateescape") for name in names)
+        (names,) = self._wire.ask([("SMEMBERS", commands.QUEUES_KEY)])
+        return sorted(name.decode("utf-8", "replace") for name in names)
 
     def _stats(self, queues: Sequence[str]) -> dict[str, QueueStats]:
-        replies = self._ask([commands.stats(queue) for queue in queues])
+        replies = self._wire.ask([commands.stats(queue) for queue in queues])
         return {queue: commands.read_stats(reply) for queue, reply in zip(queues, replies, strict=True)}
 
-    def _standing(self, queue: str, state: str | None, limit: int) -> Sequence[tuple[str, bytes]]:
-        """(state, id) of the first `limit` jobs of each set that holds jobs of this state (None: of any but leased)."""
+    def _rows(self, places: Sequence[tuple[str, str]]) -> Sequence[Row]:
+        """The jobs that there are at these (queue, id)."""
+        replies = self._wire.ask([commands.show(queue, id) for queue, id in places])
+        return [commands.read_row(*at, *reply) for at, reply in zip(places, replies, strict=True) if reply is not None]
+
+    def _ids(self, queue: str, state: str | None, limit: int) -> Sequence[str]:
+        """The first `limit` of each set that holds jobs of `state` (None: of any), best place or oldest first."""
+        prefix = commands.prefix(queue)
         sets = [("ready", f"ready:{lane}") for lane in LANES] + [(name, name) for name in ("delayed", "dead", "done")]
-        sets = [(name, key) for name, key in sets if state in (None, name)]
-        prefix = commands.prefix(queue)
-        replies = self._ask([("ZRANGE", prefix + key, 0, limit - 1) for _, key in sets])
-        return [(name, id) for (name, _), ids in zip(sets, replies, strict=True) for id in ids]
+        found = self._wire.ask([("ZRANGE", prefix + key, 0, limit - 1) for name, key in sets if state in (None, name)])
+        ids = [id for part in found for id in part]
+        if state in (None, "leased"):
+            (epochs,) = self._wire.ask([("ZRANGE", f"{prefix}epochs", 0, -1)])
+            for epoch in epochs:
+                ids += self._leased(f"{prefix}leased:".encode() + epoch, limit)
+        return [id.decode("utf-8", "surrogateescape") for id in ids]
 
-    def _leased(self, queue: str, limit: int) -> Sequence[tuple[str, bytes]]:
-        prefix = commands.prefix(queue)
-        (epochs,) = self._ask([("ZRANGE", f"{prefix}epochs", 0, -1)])
-        ids: dict[bytes, None] = {}
-        for epoch in epochs:
-            cursor = b"0"
-            while len(ids) < limit:
-                ((cursor, pairs),) = self._ask([("HSCAN", f"{prefix}leased:".encode() + epoch, cursor, "COUNT", limit)])
-                ids |= dict.fromkeys(pairs[::2])
-                if cursor == b"0":
-                    break
-        return [("leased", id) for id in [*ids][:limit]]
+    def _leased(self, key: bytes, limit: int) -> Sequence[bytes]:
+        ids: dict[bytes, None] = {}  # HSCAN may say one twice
+        cursor = b""
+        while cursor != b"0" and len(ids) < limit:
+            ((cursor, pairs),) = self._wire.ask([("HSCAN", key, cursor or 0, "COUNT", limit)])
+            ids |= dict.fromkeys(pairs[::2])
+        return [*ids][:limit]
 
-    def _note(self, queue: str) -> Sequence[Command]:
+    def _note(self, queue: str) -> Sequence[commands.Command]:
         """The command that lets others find `queue`, when it is time for it."""
         now = time.monotonic()
         if now - self._listed.get(queue, -LIST_AGAIN_S) < LIST_AGAIN_S:
@@ -166,23 +145,43 @@ class RedisClient:
         self._listed[queue] = now
         return [("SADD", commands.QUEUES_KEY, queue)]
 
-    # -- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, asked: Sequence[commands.Call | Command], *, repeat: bool = True, errors: bool = False) -> Sequence[Any]:
+class _Wire:
+    """Connections that are free, and the asking over one of them."""
+
+    def __init__(self, target: commands.Target, patience_s: float) -> None:
+        self._target = target
+        self.address = target.address
+        self._patience_s = patience_s
+        self._pid = os.getpid()
+        self._free: list[Any] = []  # of redis-py's connections, whose methods carry no types
+        self._senders: list[commands.Sender] = []
+
+    def take_sender(self) -> commands.Sender:
+        self._look_whose()
+        return self._senders.pop() if self._senders else commands.Sender()
+
+    def give_sender(self, sender: commands.Sender) -> None:
+        self._senders.append(sender)
+
+    def close(self) -> None:
+        self._look_whose()
+        while self._free:
+            self._free.pop().disconnect()
+
+    def ask(self, asked: Sequence[commands.Call | commands.Command], *, repeat: bool = True) -> list[Any]:
         """The replies. What was lost, or refused for now, is asked again for `patience_s`, or (`repeat=False`) not at all.
 
-        `errors=True`: an error reply is handed back as one. Else it raises: BrokerUnavailable, or BrokerRefused when it is useless.
+        Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless.
         """
-        replies: list[Any] = [None] * len(asked)
-        left = list(range(len(asked)))
-        loading: list[Command] = []
-        deadline = time.monotonic() + self.patience_s
+        asking = commands.Asking(asked, CLIENT_SCRIPTS, words=_words)
+        deadline = time.monotonic() + self._patience_s
         tries = 0
-        while left:
+        while asking.left:
             try:
-                sent = [*loading, *(_command(asked[position]) for position in left)]
-                answers = self._exchange(sent)[len(loading) :]
-                left, loading, trouble = self._sort(left, answers, replies, bool(loading), errors)
+                trouble = asking.hear(self._exchange(asking.commands(_DIGESTS)))
+            except BrokerRefused as error:
+                raise BrokerRefused(f"{self.address}: {error}") from None
             except BrokerUnavailable as error:
                 trouble = str(error)
             if trouble:
@@ -191,42 +190,17 @@ class RedisClient:
                 if not repeat or time.monotonic() + delay_s > deadline:
                     raise BrokerUnavailable(f"{self.address}: {trouble}")
                 time.sleep(delay_s)
-        return replies
+        return asking.replies
 
-    def _sort(
-        self, left: Sequence[int], answers: Sequence[Any], replies: list[Any], loaded: bool, errors: bool
-    ) -> tuple[Sequence[int], Sequence[Command], str]:
-        """Put `answers` where they belong: which are to be asked again, after which commands, and what the trouble is."""
-        again: list[int] = []
-        trouble, unknown = "", False
-        for position, answer in zip(left, answers, strict=True):
-            if not isinstance(answer, Exception):
-                replies[position] = answer
-                continue
-            verdict = commands.judge(_words(answer))
-            if verdict.code == commands.NO_SCRIPT and not loaded:
-                unknown = True
-            elif verdict.later:
-                trouble = verdict.text
-            elif errors:
-                replies[position] = answer
-                continue
-            else:
-                raise BrokerRefused(f"{self.address}: {verdict.text}")
-            again.append(position)
-        return again, [("SCRIPT", "LOAD", text) for text in CLIENT_SCRIPTS.values()] if unknown else [], trouble
-
-    # -- connections ------------------------------------------------------------------------------------------------
-
-    def _exchange(self, sent: Sequence[Command]) -> Sequence[Any]:
+    def _exchange(self, sent: Sequence[commands.Command]) -> list[Any]:
         """One round trip: a reply for each command, an error reply as an exception object. BrokerUnavailable: it was lost."""
         from redis.exceptions import RedisError, ResponseError
 
         self._look_whose()
-        connection = self._free.pop() if self._free else self._connection()
-        replies = []
+        connection = self._take()
+        replies: list[Any] = []
         try:
-            connection.send_packed_command([b"".join(pack_command(tuple(command)) for command in sent)], check_health=False)
+            connection.send_packed_command([commands.pack(sent)], check_health=False)
             for _ in sent:
                 try:
                     replies.append(connection.read_response(disable_decoding=True))
@@ -236,7 +210,7 @@ class RedisClient:
             connection.disconnect()
             verdict = commands.judge(_words(error))
             if verdict.code in commands.RIGHTS or isinstance(error, ResponseError):
-                raise BrokerRefused(f"{self.address}: {verdict.text}") from None
+                raise BrokerRefused(verdict.text) from None
             raise BrokerUnavailable(verdict.text if verdict.later else f"{error}; is Redis running there?") from None
         except BaseException:
             connection.disconnect()  # a reply may still be on its way
@@ -244,31 +218,29 @@ class RedisClient:
         self._free.append(connection)
         return replies
 
-    def _connection(self) -> AbstractConnection:
-        from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection  # 0.3 s, so not before it is used
+    def _take(self) -> Any:
+        if self._free:
+            return self._free.pop()
+        import redis  # 0.3 s, so not before it is used
 
+        untyped: Any = redis
         at = self._target
         common: dict[str, Any] = {
             "db": at.db, "username": at.username or None, "password": at.password or None, "protocol": 2,
             "socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S,
         }  # fmt: skip
         if at.path:
-            return UnixDomainSocketConnection(path=at.path, **common)
+            return untyped.UnixDomainSocketConnection(path=at.path, **common)
         common |= {"host": at.host, "port": at.port, "socket_keepalive": True}
         if at.tls is None:
-            return Connection(**common)
-        options: dict[str, Any] = dict(at.tls)
-        options["ssl_check_hostname"] = commands.checks_host(at.tls)
-        return SSLConnection(**options, **common)
+            return untyped.Connection(**common)
+        files = {f"ssl_{name}": value or None for name, value in at.tls._asdict().items()}
+        return untyped.SSLConnection(**{**common, **files, "ssl_check_hostname": at.tls.checks_host})
 
     def _look_whose(self) -> None:
         """In a forked child, forget the parent's connections (dropping them closes our copies only) and names."""
         if self._pid != os.getpid():
             self._free, self._senders, self._pid = [], [], os.getpid()
-
-
-def _command(asked: commands.Call | Command) -> Command:
-    return ("EVALSHA", _DIGESTS[asked.script], *asked.args) if isinstance(asked, commands.Call) else asked
 
 
 def _words(error: Exception) -> str:

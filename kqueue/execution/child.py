@@ -6,6 +6,7 @@ is followed by a look at the parent, which may have died just before.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
+
+from setproctitle import setproctitle
 
 from .. import codec
 from ..context import JobContext, enter
@@ -72,10 +75,6 @@ def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        from setproctitle import setproctitle
-    except ImportError:
-        return
     setproctitle(f"kqueued: job {request['job']} {request['id']}")
 
 
@@ -134,8 +133,6 @@ class _Child:
 
     def _call(self, data: bytes) -> Any:
         """An offloaded call. The function's name comes from the supervisor's own code, never from a queue."""
-        import importlib
-
         call = codec.from_json(data)
         target: Any = importlib.import_module(call["module"])
         for part in call["qualname"].split("."):

@@ -24,6 +24,7 @@ from ..job import registry
 from ..loading import ImportFailed, import_modules, import_script
 from ..security import SecurityConfig
 from . import wire
+from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
 CONTROL_FD: Final = 3  # where link.py puts our end of the socket
@@ -121,8 +122,6 @@ class Template:
             wire.send_message(self._control, wire.FORK_FAILED, {"serial": fields["serial"], "message": str(error)})
             pid = -1
         if pid == 0:
-            from .child import main as child_main
-
             child_main(fields, fds, parent)
         for fd in fds:
             os.close(fd)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +12,14 @@ import pytest
 from kqueue.brokers.base import Broker, NewJob, Owner, Store
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
+from kqueue.brokers.redis import RedisBroker
+from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.memory import MemoryClient
+from kqueue.client.redis import RedisClient
+from kqueue.client.sqlite import SQLiteClient
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, sleep
+from tests.servers import RedisServer
 
 
 class Rig:
@@ -81,7 +88,72 @@ class MemoryRig(Rig):
         self.store._jobs[id].envelope = garbage
 
 
-RIGS = [MemoryRig]
+class SQLiteRig(Rig):
+    name = "sqlite"
+
+    def __init__(self, tmp_path: Any, request: pytest.FixtureRequest) -> None:
+        super().__init__()
+        self.now = 1_790_000_000.0
+        self.path = str(tmp_path / "kqueue.db")
+        self.clients: list[SQLiteClient] = []
+
+    def make_broker(self) -> Broker:
+        return SQLiteBroker(self.path, clock=lambda: self.now)
+
+    def make_client(self) -> Store:
+        self.clients.append(SQLiteClient(self.path, clock=lambda: self.now))
+        return self.clients[-1]
+
+    def elapse(self, seconds: float) -> None:
+        self.now += seconds
+
+    def corrupt(self, id: str, garbage: bytes) -> None:
+        self.sql("UPDATE kq_job SET envelope = ? WHERE id = ?", garbage, id)
+
+    def sql(self, statement: str, *values: Any) -> list[Any]:
+        """Run one statement as somebody with a shell would."""
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            return db.execute(statement, values).fetchall()
+
+    def close(self) -> None:
+        super().close()
+        for client in self.clients:
+            client.close()
+
+
+class RedisRig(Rig):
+    name = "redis"
+
+    def __init__(self, tmp_path: Any, request: pytest.FixtureRequest) -> None:
+        super().__init__()
+        self.server: RedisServer = request.getfixturevalue("redis_server")
+        self.server.command("FLUSHALL")
+        self.clients: list[RedisClient] = []
+
+    def make_broker(self) -> Broker:
+        return RedisBroker(self.server.url)
+
+    def make_client(self) -> Store:
+        self.clients.append(RedisClient(self.server.url))
+        return self.clients[-1]
+
+    def corrupt(self, id: str, garbage: bytes) -> None:
+        self.server.command("HSET", f"kq:{{q}}:job:{id}", "envelope", garbage)
+
+    def close(self) -> None:
+        super().close()
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+RIGS = [MemoryRig, SQLiteRig, RedisRig]
 
 
 @pytest.fixture(params=RIGS, ids=lambda rig: rig.name)

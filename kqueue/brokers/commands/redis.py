@@ -1,0 +1,371 @@
+"""Redis: where it is (the URL), what is asked of it (calls of the scripts in redis_lua), and what its answers mean. No I/O.
+
+Shared by the daemon's transport, which must stay small, and by the client. So nothing here may import redis-py, ssl or urllib.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from hiredis import pack_command
+
+from ...errors import BrokerRefused, UsageError, nearest
+from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Row, Settlement, Token
+from .redis_lua import LANES, MAX_BATCH_BYTES, ROW_FIELDS
+
+QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
+OLDEST: Final = (6, 2)  # version of Redis that is enough
+
+# -- where it is ------------------------------------------------------------------------------------------------------
+
+_TLS_OPTIONS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
+_URL: Final = re.compile(
+    r"(?P<scheme>[a-z+]+)://(?:(?P<user>[^@/]*)@)?(?P<host>\[[^]]*\]|[^/:?]*)(?::(?P<port>\d+))?(?P<path>/[^?]*)?(?:\?(?P<query>.*))?"
+)
+
+
+class Tls(NamedTuple):
+    """The ssl_* options of a URL, named as redis-py names them. "" for a file: none, or the system's."""
+
+    ca_certs: str = ""
+    certfile: str = ""
+    keyfile: str = ""
+    cert_reqs: str = "required"  # or "optional", "none"
+    check_hostname: str = "true"  # whether the certificate has to be the host's
+
+    @property
+    def checks_host(self) -> bool:
+        return self.cert_reqs == "required" and self.check_hostname.lower() not in ("false", "no", "0")
+
+
+class Target(NamedTuple):
+    """A parsed URL. `path` is of a Unix socket, "" when it is TCP; `tls` None: no TLS."""
+
+    host: str
+    port: int
+    path: str
+    db: int
+    username: str
+    password: str
+    tls: Tls | None
+
+    @property
+    def address(self) -> str:
+        """The URL without secrets."""
+        if self.path:
+            return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"redis{'s' if self.tls is not None else ''}://{host}:{self.port}/{self.db}"
+
+
+def parse_url(url: str) -> Target:
+    """redis://[[user]:password@]host[:port][/db], rediss:// (TLS), unix:///path[?db=N]. UsageError, which names no secret."""
+    match = _URL.fullmatch(url)
+    scheme = url.partition(":")[0]
+    if match is None or scheme not in ("redis", "rediss", "unix", "redis+unix"):
+        forms = "redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/redis.sock?db=0"
+        raise UsageError(f"cannot read the queue's URL ({scheme}://…); write it as {forms}, with user:password@ before the host")
+    user, _, password = (match["user"] or "").partition(":")
+    path = _decode(match["path"] or "")
+    options = {}
+    for pair in filter(None, (match["query"] or "").split("&")):
+        name, _, value = pair.partition("=")
+        if name not in (*_TLS_OPTIONS, "db"):
+            raise UsageError(f"unknown option {name!r} in the queue's URL ({scheme}://…){nearest(name, ('db', *_TLS_OPTIONS))}")
+        options[name] = _decode(value)
+    local = scheme.endswith("unix")
+    db = options.pop("db", "") or ("" if local else path.strip("/")) or "0"
+    if not db.isdigit():
+        raise UsageError(f"{db!r} in the queue's URL ({scheme}://…) is no database number; write a number, 0 being the first")
+    tls = Tls(**{name.removeprefix("ssl_"): value for name, value in options.items()})
+    if tls.cert_reqs not in ("required", "optional", "none"):
+        raise UsageError(f"ssl_cert_reqs={tls.cert_reqs} in the queue's URL is none of required, optional, none")
+    host = _decode(match["host"]).strip("[]") or "localhost"
+    return Target(
+        host,
+        int(match["port"] or 6379),
+        path if local else "",
+        int(db),
+        _decode(user),
+        _decode(password),
+        tls if scheme == "rediss" else None,
+    )
+
+
+def _decode(text: str) -> str:
+    return re.sub("(?:%[0-9A-Fa-f]{2})+", lambda hex: bytes.fromhex(hex[0].replace("%", "")).decode("utf-8", "replace"), text)
+
+
+# -- asking, and what an error means ----------------------------------------------------------------------------------------------
+
+RIGHTS: Final = ("NOAUTH", "WRONGPASS", "NOPERM")  # somebody may give them back
+_LATER: Final = {"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "OOM", "MISCONF", "NOREPLICAS"}
+_NEXT_STEP: Final = {
+    "NOAUTH": "put user and password into the queue's URL",
+    "WRONGPASS": "check user and password in the queue's URL",
+    "NOPERM": "allow the user what KQueue needs: ~kq:* &kq:* +@read +@write +@scripting +@connection +@pubsub",
+    "WRONGTYPE": "a key of KQueue was overwritten by something else; look at the keys kq:* and rename or delete that one",
+    "MOVED": "this is a Redis Cluster, and another node holds the queue; give that node's address",
+    "ASK": "this is a Redis Cluster that is moving the queue's slot; try again when it is done",
+    "NOPROTO": "KQueue needs Redis or Valkey 6.2 or later",
+}
+# Before Redis 7 an error inside of a script came as "ERR Error running script (…): @user_script:12: WRONGTYPE Operation …".
+_IN_SCRIPT: Final = re.compile(r"ERR Error running script.*?: -?([A-Z]{3,}) ")
+
+
+class Verdict(NamedTuple):
+    """What an error reply means. `later`: the same request may succeed later; else it never will."""
+
+    code: str
+    later: bool
+    text: str  # the server's words, and the next step
+
+
+def judge(message: str) -> Verdict:
+    """Read an error reply."""
+    message = message.split("\n", 1)[0][:300]
+    inside = _IN_SCRIPT.match(message)
+    code = inside[1] if inside else message.partition(" ")[0]
+    step = _NEXT_STEP.get(code)
+    later = code in _LATER or message.startswith("ERR max number of clients")
+    return Verdict(code, later, f"{message.rstrip('.')}; {step}" if step else message)
+
+
+Arg = bytes | str | int | float
+Command = Sequence[Arg]
+
+
+class Call(NamedTuple):
+    """One run of a script: EVALSHA, its digest, then `args`."""
+
+    script: str
+    args: list[Arg]
+
+
+class Asking:
+    """Requests on their way to their replies: what to send next, and what to make of what came. The I/O is its owner's.
+
+    `wait_for_rights`: missing rights are trouble that may pass. `words` makes the server's words of an error reply.
+    """
+
+    def __init__(
+        self, asked: Sequence[Call | Command], scripts: Mapping[str, str], *, wait_for_rights: bool = False,
+        words: Callable[[Exception], str] = str,
+    ) -> None:  # fmt: skip
+        self.replies: list[Any] = [None] * len(asked)
+        self.left = list(range(len(asked)))  # positions that have no reply yet
+        self._asked = asked
+        self._scripts = scripts
+        self._wait_for_rights = wait_for_rights
+        self._words = words
+        self._loading = False  # the server has forgotten our scripts
+
+    def commands(self, digests: Mapping[str, Arg]) -> list[Command]:
+        """What to send: everything that has no reply."""
+        sent: list[Command] = [("SCRIPT", "LOAD", text) for text in self._scripts.values()] if self._loading else []
+        for position in self.left:
+            asked = self._asked[position]
+            sent.append(("EVALSHA", digests[asked.script], *asked.args) if isinstance(asked, Call) else asked)
+        return sent
+
+    def hear(self, answers: Sequence[Any]) -> str:
+        """Take the answers to `commands`. Returns why some have to be asked again later; "": they need not. Raises BrokerRefused."""
+        again, trouble, unknown = [], "", False
+        for position, answer in zip(self.left, answers[len(answers) - len(self.left) :], strict=True):
+            if not isinstance(answer, Exception):
+                self.replies[position] = answer
+                continue
+            verdict = judge(self._words(answer))
+            again.append(position)
+            if verdict.code == "NOSCRIPT" and not self._loading:
+                unknown = True
+            elif verdict.later or (self._wait_for_rights and verdict.code in RIGHTS):
+                trouble = verdict.text
+            else:
+                raise BrokerRefused(verdict.text)
+        self.left, self._loading = again, unknown
+        return trouble
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def pack(sent: Iterable[Command]) -> bytes:
+    """Commands as they go over the wire."""
+    return b"".join([pack_command(tuple(command)) for command in sent])  # type: ignore[arg-type]  # its stub means a 1-tuple
+
+
+class Sender:
+    """A name under which one enqueue at a time is made, so that the script can tell a repeated one from the next."""
+
+    __slots__ = ("name", "request")
+
+    def __init__(self) -> None:
+        self.name = os.urandom(9).hex()
+        self.request = 0  # number of the last one
+
+
+def prefix(queue: str) -> str:
+    """What the keys of `queue` begin with."""
+    return f"kq:{{{queue}}}:"
+
+
+def bell(queue: str) -> str:
+    """The channel that is rung."""
+    return f"kq:{{{queue}}}:bell"
+
+
+def full(queue: str, depth: int, max_depth: int) -> str:
+    """What QueueFull says."""
+    return f"queue {queue!r} holds {depth} jobs, allowed are {max_depth}"
+
+
+def document_key(key: str) -> str:
+    return f"kq:doc:{key}"
+
+
+def by_queue(jobs: Iterable[NewJob]) -> dict[str, int]:
+    """How many of `jobs` go where."""
+    counts: dict[str, int] = {}
+    for job in jobs:
+        counts[job.queue] = counts.get(job.queue, 0) + 1
+    return counts
+
+
+def batches(jobs: Sequence[NewJob]) -> Iterator[list[int]]:
+    """Positions in `jobs` that may be enqueued together: one queue, MAX_BATCH jobs, MAX_BATCH_BYTES of envelopes."""
+    queues: dict[str, list[int]] = {}
+    for position, job in enumerate(jobs):
+        queues.setdefault(job.queue, []).append(position)
+    for positions in queues.values():
+        batch: list[int] = []
+        size = 0
+        for position in positions:
+            length = len(jobs[position].envelope)
+            if batch and (len(batch) == MAX_BATCH or size + length > MAX_BATCH_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append(position)
+            size += length
+        yield batch
+
+
+def enqueue(sender: Sender, memory_s: int, batch: Sequence[NewJob], max_depth: int = 0, total: int = 0) -> Call:
+    """The next enqueue of `sender`, of one of `batches`; repeats of it are recognised for `memory_s` seconds.
+
+    With `max_depth` > 0, all `total` jobs that are to come have to fit under it, or none is added.
+    """
+    sender.request += 1
+    args: list[Arg] = [1, prefix(batch[0].queue), sender.name, sender.request, memory_s, max_depth, total]
+    for job in batch:
+        delay = repr(job.delay_s) if job.delay_s > 0 else ""
+        args += (job.id.encode(), job.lane, job.priority, delay, "" if job.at is None else repr(job.at), job.envelope)
+    return Call("enqueue", args)
+
+
+def reserve(owner: Owner, lease_s: float, request: int, queue: str, wants: Iterable[int]) -> Call:
+    """Lease jobs; `wants` in the order of LANES."""
+    return Call("reserve", [1, prefix(queue), owner.epoch, owner.identity, lease_s, request, *wants])
+
+
+def settle(sender: str, request: int, epoch: str, batch: Sequence[Settlement]) -> tuple[Call, list[int]]:
+    """End leases of one epoch in one queue; and the positions in `batch` in the order in which the answers come."""
+    plain: list[Arg] = []
+    others: list[Arg] = []
+    order: list[int] = []
+    later: list[int] = []
+    for position, item in enumerate(batch):
+        id = _bytes(item.token.id)
+        if item.verb == "ack" and item.keep_s <= 0:
+            order.append(position)
+            plain += (id, item.token.number)
+        else:
+            later.append(position)
+            others += (
+                id, item.token.number, item.verb, *item.counters, item.delay_s, item.lane or "", item.certificate or b"",
+                item.result or b"", item.keep_s,
+            )  # fmt: skip
+    return Call("settle", [1, prefix(batch[0].queue), epoch, sender, request, len(order), *plain, *others]), order + later
+
+
+def open_epoch(owner: Owner, lease_s: float, queue: str) -> Call:
+    return Call("open", [1, prefix(queue), owner.epoch, owner.identity, lease_s])
+
+
+def renew(owner: Owner, lease_s: float, queue: str) -> Call:
+    return Call("renew", [1, prefix(queue), owner.epoch, owner.identity, lease_s])
+
+
+def sweep(lease_s: float, queue: str) -> Call:
+    return Call("sweep", [1, prefix(queue), lease_s])
+
+
+def stats(queue: str) -> Call:
+    return Call("stats", [1, prefix(queue)])
+
+
+def cancel(queue: str, id: str, certificate: bytes) -> Call:
+    return Call("cancel", [1, prefix(queue), _bytes(id), certificate])
+
+
+def show(queue: str, id: str) -> Call:
+    return Call("show", [1, prefix(queue), _bytes(id), *ROW_FIELDS])
+
+
+def close(owner: Owner, queue: str) -> Call:
+    return Call("close", [1, prefix(queue), owner.epoch])
+
+
+# -- replies ----------------------------------------------------------------------------------------------------------
+
+YES: Final = ord("1")  # a digit of the answers
+_NONE: Final = Counters()
+
+
+def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[Lease]:
+    """The leases in a reply of `reserve`; `lanes` in the order of LANES."""
+    leases = []
+    for lane, flat in zip(LANES, lanes, strict=True):
+        rest = iter(flat)
+        for id, number, fields in zip(rest, rest, rest, strict=True):
+            envelope, a, c, r, d, at, *_ = fields or (None,) * 6
+            counters = _NONE if not (a or c or r or d) else Counters(_count(a), _count(c), _count(r), _count(d))
+            token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
+            leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
+    return leases
+
+
+def read_settled(digits: bytes) -> list[str]:
+    return [SETTLED if digit == YES else STALE for digit in digits]
+
+
+def read_stats(reply: Sequence[int]) -> QueueStats:
+    return QueueStats(*reply)
+
+
+def read_row(queue: str, id: str, state: bytes, fields: Sequence[bytes | None], certificates: Sequence[bytes]) -> Row:
+    """A job as clients see it, whatever stands in its hash. `fields` in the order of ROW_FIELDS; none: it has no readable hash."""
+    envelope, lane, priority, at, *counts, result = fields or (None,) * len(ROW_FIELDS)
+    return Row(
+        id, queue, state.decode(), LANES[lane == b"isolated"], int(_seconds(priority)), _seconds(at),
+        Counters(*map(_count, counts)), envelope, result or None, tuple(certificates),
+    )  # fmt: skip
+
+
+def _bytes(id: str) -> bytes:
+    return id.encode("utf-8", "surrogateescape")  # whatever bytes a stranger used as a member
+
+
+def _count(text: bytes | None) -> int:
+    return int(text) if text and text.isdigit() and len(text) < 16 else 0
+
+
+def _seconds(text: bytes | None) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if -1e15 < value < 1e15 else 0.0

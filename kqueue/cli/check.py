@@ -1,0 +1,75 @@
+"""`kqueued --check`: everything that can be known without a broker, and a table of what would run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import Config
+from ..errors import UsageError
+from ..events import Events
+from ..execution.link import TemplateLink
+from ..job import registry
+from ..kernel import Kernel
+from ..loading import ImportFailed, import_modules, template_config
+from ..security import SecurityConfig, check_dispatch
+
+
+def check(config: Config) -> int:
+    """Import what the daemon would import, in the processes that would; print; 0. Raises ConfigError."""
+    jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
+    try:
+        import_modules("jobs.modules", jobs.modules, jobs.path, security)
+        template = template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security)
+        if template["needed"]:
+            _learn(template)
+    except ImportFailed as error:
+        raise config.error(error.key, str(error)) from None
+    for registration in registry:
+        try:
+            check_dispatch(security, registration.options, registration.name)
+        except UsageError as error:
+            raise config.error("limits", str(error)) from None
+    _print(config)
+    return 0
+
+
+def _learn(template: dict[str, Any]) -> None:
+    kernel = Kernel()
+    link = TemplateLink(kernel, Events())
+    link.configure(template)
+
+    def look() -> Any:
+        try:
+            yield from link.ready()
+        finally:
+            yield from link.stop()
+
+    kernel.run(look())
+    kernel.close()
+
+
+def _print(config: Config) -> None:
+    queues = ", ".join(
+        spec.name if config.queue.strict_order else f"{spec.name} (weight {spec.weight})" for spec in config.queue.names
+    )
+    print(f"{config.shown_file}: ok")
+    print(f"instance  {config.instance}, state in {config.state_dir}")
+    print(f"queue     {_without_secret(config.queue.url)}: {queues}{' in this order' if config.queue.strict_order else ''}")
+    print(f"slots     {config.inline.max_concurrent} inline, {config.isolated.max_concurrent} isolated")
+    if not len(registry):
+        print("jobs      none: name the modules that define them in jobs.modules or jobs.isolated_modules")
+        return
+    width = max(len(registration.name) for registration in registry)
+    for position, registration in enumerate(registry):
+        options = registration.options
+        timeout = f"{options.timeout:g} s" if options.timeout else "no time-out"
+        memory = f", {options.max_memory} MiB" if registration.isolated else ""
+        label = "jobs" if position == 0 else ""
+        print(f"{label:9} {registration.name:{width}}  {registration.lane:8}  {timeout}{memory}  ({registration.module})")
+
+
+def _without_secret(url: str) -> str:
+    """`redis://user:***@host/0`."""
+    scheme, separator, rest = url.partition("://")
+    authority, at, host = rest.rpartition("@")
+    return url if not at else f"{scheme}{separator}{authority.partition(':')[0]}:***@{host}"

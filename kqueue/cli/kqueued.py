@@ -1,0 +1,126 @@
+"""`kqueued`: from the command line to a running runtime, and from an error to one line and an exit code.
+
+The supervisor stays small by not reading its own configuration: `front.py` does, in a short-lived child that imports click and
+yaml, and what comes back is JSON. Meanwhile this process imports the runtime.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from ..errors import ConfigError, KQueueError
+
+
+def main() -> int:
+    """Entry point. Returns the exit code: see INTERFACES."""
+    try:
+        return _main()
+    except KQueueError as error:
+        print(error if isinstance(error, ConfigError) else f"kqueued: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main() -> int:
+    answer = _ask_front()
+    if isinstance(answer, int):
+        return answer
+    from ..config import Config
+
+    config = Config.from_plain(answer["config"])
+    options: dict[str, Any] = answer["options"]
+    if options["check"]:
+        from .check import check
+
+        return check(config)
+    return _serve(config, options)
+
+
+def _ask_front() -> dict[str, Any] | int:
+    """What the front child made of the command line: {"config", "options"}, or the exit code when it has said all there is."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_fd)
+        status = 70
+        try:
+            from .front import front
+
+            status = front(sys.argv[1:], write_fd)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write_fd)
+    from ..codec import from_json
+    from ..runtime import KQueueRuntime as KQueueRuntime  # while the child reads: there is a second core
+
+    with os.fdopen(read_fd, "rb") as pipe:
+        data = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0 or not data:
+        return status if status >= 0 else 70
+    answer: dict[str, Any] = from_json(data)
+    return answer
+
+
+def _serve(config: Any, options: dict[str, Any]) -> int:
+    """Run the daemon that `config` describes."""
+    import gc
+    import resource
+
+    from ..control import Control
+    from ..instance import Instance
+    from ..loading import ImportFailed, import_modules, template_config
+    from ..observe.logs import Logs
+    from ..observe.status import Status
+    from ..observe.titles import Titles
+    from ..runtime import KQueueRuntime
+    from ..security import SecurityConfig
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # inline jobs have sockets by the thousand
+    jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
+    try:
+        instance = Instance(config.state_dir, config.instance)
+        import_modules("jobs.modules", jobs.modules, jobs.path, security)
+        runtime = KQueueRuntime(
+            config.queue.url,
+            queues=config.queue.names,
+            strict_order=config.queue.strict_order,
+            security=security,
+            template=template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security),
+            identity=instance.identity,
+            lease_s=config.queue.lease_s,
+            max_inline=config.inline.max_concurrent,
+            max_isolated=config.isolated.max_concurrent,
+            max_slice_s=config.inline.max_slice_s,
+            kill_grace_s=config.isolated.kill_grace_s,
+            memory_headroom_mib=config.isolated.memory_headroom_mib,
+            offload_slots=config.pool.size,
+            offload_memory_mib=config.pool.max_memory_mib,
+            bury_unknown=jobs.unknown == "bury",
+            memory_limit_mib=config.runtime.memory_limit_mib,
+            heartbeat_s=config.runtime.memory_check_s,
+            grace_s=config.shutdown.grace_s,
+        )
+        logs = Logs(options["log_level"] or config.log.level, config.log.format)
+        logs.subscribe(runtime.events)
+        status = Status(runtime)
+        Titles(runtime, config.instance)
+        control = Control(runtime, config.control.socket, config.control.mode, {"status": status.command})
+        control.start()
+        gc.freeze()  # what is here now is here to stay: no collection need look at it again
+        try:
+            return runtime.run(burst=options["burst"], max_jobs=options["max_jobs"], max_time_s=options["max_time"])
+        finally:
+            control.close()
+    except ImportFailed as error:
+        raise config.error(error.key, str(error)) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What running jobs ask of the runtime: to enqueue, to run a blocking call elsewhere, to report progress (`context.Services`)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import events as facts
+from .codec import decode
+from .context import JobContext, current
+from .dispatch import NewJob, prepare
+from .job import BoundJob, registry
+from .kernel import Park
+
+if TYPE_CHECKING:
+    from .kernel import Task
+    from .runtime import KQueueRuntime
+
+Steps = Generator[Any, Any, Any]
+
+
+class RuntimeServices:
+    """One for all jobs of a runtime. `offload_slots`: calls that run at once; `offload_memory_mib`: what each may have."""
+
+    def __init__(self, runtime: KQueueRuntime, offload_slots: int, offload_memory_mib: int) -> None:
+        self._runtime = runtime
+        self._free = offload_slots
+        self._memory_mib = offload_memory_mib
+        self._waiting: deque[Task] = deque()
+
+    def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
+        runtime = self._runtime
+        prepared = [
+            prepare(bound, bound.registration or registry.get(bound.name), check=runtime.check, arguments_too=False,
+                    max_bytes=runtime.security.max_envelope_bytes)
+            for bound in jobs
+        ]  # fmt: skip
+        yield from runtime.broker.enqueue(prepared, runtime.security.queue_depth)
+        return [job.id for job in prepared]
+
+    def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+        """In a child, a few at a time; the others wait their turn within their own time-outs."""
+        context = current()
+        runtime = self._runtime
+        while not self._free:
+            yield Park(self._waiting)
+        self._free -= 1
+        try:
+            left_s = 0.0 if context.deadline is None else max(0.001, context.deadline - runtime.kernel.clock.monotonic())
+            runtime.isolated.link.configure(runtime.template())
+            result = yield from runtime.isolated.offload(
+                function, args, kwargs, context=context, timeout_s=left_s, max_memory_mib=self._memory_mib
+            )
+            return result
+        finally:
+            self._free += 1
+            runtime.kernel.unpark(self._waiting, count=1)
+
+    def progress(self, context: JobContext) -> None:
+        self._runtime.events.emit(facts.JobProgress(context.id, context.name, context.fraction or 0.0, context.note))
+
+    def enqueue_from_child(self, jobs: Sequence[NewJob]) -> Steps:
+        """What a child dispatches: its envelopes are read like a stranger's, and its lanes are looked up again."""
+        runtime = self._runtime
+        checked = []
+        for job in jobs:
+            envelope = decode(job.envelope, runtime.security.max_envelope_bytes)
+            registration = registry.get(envelope.job)
+            lane = registration.lane if registration is not None else envelope.lane
+            checked.append(job._replace(id=envelope.id, queue=envelope.queue, lane=lane, priority=envelope.priority))
+        yield from runtime.broker.enqueue(checked, runtime.security.queue_depth)

@@ -1,0 +1,137 @@
+"""Real servers for tests: started on a free port of 127.0.0.1, killed for real, and never left running.
+
+Where the program is missing the test is skipped with the reason; under CI (`CI=true`) that is a failure, so nothing is skipped unseen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+START_TIMEOUT_S = 20.0
+PR_SET_PDEATHSIG = 1
+
+
+def lack(what: str) -> NoReturn:
+    """Skip the test, or fail it under CI, because `what` is not installed."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is not installed, and under CI nothing may be skipped")
+    pytest.skip(f"{what} is not installed")
+
+
+def redis_version() -> str:
+    """For the header of pytest's report."""
+    program = shutil.which("redis-server")
+    if program is None:
+        return "redis-server: not installed"
+    words = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.split()
+    return next((f"redis-server: {word[2:]}" for word in words if word.startswith("v=")), "redis-server: of unknown version")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_us() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class RedisServer:
+    """One redis-server in `directory`. `options` are its own, as ("--appendonly", "yes"). Started by `start`, ended by `stop`."""
+
+    def __init__(self, directory: Path, *options: str, tls: Certificates | None = None, port: int = 0) -> None:
+        self.directory = directory
+        self.options = options
+        self.tls = tls
+        self.port = port or free_port()
+        self.socket_path = str(directory / "redis.sock")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return self.url_for()
+
+    def url_for(self, user: str = "", password: str = "", db: int = 0, host: str = "127.0.0.1", query: str = "") -> str:
+        login = f"{user}:{password}@" if user or password else ""
+        return f"redis{'s' if self.tls else ''}://{login}{host}:{self.port}/{db}{'?' if query else ''}{query}"
+
+    def start(self) -> RedisServer:
+        program = shutil.which("redis-server") or lack("redis-server")
+        ports = ["--port", "0", "--tls-port", str(self.port)] if self.tls else ["--port", str(self.port)]
+        tls = self.tls.options if self.tls else []
+        fixed = ["--bind", "127.0.0.1", "--unixsocket", self.socket_path, "--dir", str(self.directory), "--save", "", *ports, *tls]
+        log = (self.directory / "redis.log").open("ab")
+        with log:
+            self.process = subprocess.Popen(
+                [program, *fixed, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
+            )
+        self._await()
+        return self
+
+    def _await(self) -> None:
+        """Until it takes connections."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                break
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(self.socket_path)
+                except OSError:
+                    time.sleep(0.005)
+                else:
+                    return
+        raise RuntimeError(f"redis-server did not start:\n{(self.directory / 'redis.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def stop(self) -> None:
+        self.kill()
+
+    def command(self, *args: str | bytes | int, db: int = 0) -> object:
+        """One command over the Unix socket, as the default user without a password."""
+        return self.commands([args], db)[0]
+
+    def commands(self, many: list[tuple[str | bytes | int, ...]], db: int = 0) -> list[object]:
+        """Several at once; an error reply raises."""
+        import redis
+
+        with redis.Redis(unix_socket_path=self.socket_path, db=db) as client:
+            return [client.execute_command(*args) for args in many]  # type: ignore[no-untyped-call]
+
+
+class Certificates:
+    """A CA of our own, and a certificate for 127.0.0.1 and localhost that it signed, made by openssl in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        openssl = shutil.which("openssl") or lack("openssl")
+        self.directory = directory
+        self.ca = str(directory / "ca.pem")
+        key, request, certificate = (str(directory / f"server.{kind}") for kind in ("key", "csr", "pem"))
+        (directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+        new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        for args in (
+            ["req", "-x509", *new_key, "-keyout", str(directory / "ca.key"), "-out", self.ca, "-days", "30", "-subj", "/CN=test CA"],
+            ["req", *new_key, "-keyout", key, "-out", request, "-subj", "/CN=localhost"],
+            ["x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", str(directory / "ca.key"), "-CAcreateserial",
+             "-out", certificate, "-days", "30", "-extfile", str(directory / "names")],
+        ):  # fmt: skip
+            subprocess.run([openssl, *args], check=True, capture_output=True)
+        self.options = ["--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", self.ca, "--tls-auth-clients", "no"]
