@@ -18,16 +18,21 @@ class Lines:
 
     def feed(self, data: bytes) -> list[str]:
         """The lines that `data` completes."""
-        *whole, self._rest = (self._rest + data).split(b"\n")
-        while len(self._rest) > MAX_LINE:
-            whole.append(self._rest[:MAX_LINE])
-            self._rest = self._rest[MAX_LINE:]
-        return [line.rstrip(b"\r").decode("utf-8", "replace") for line in whole]
+        *whole, rest = (self._rest + data).split(b"\n")
+        keep = len(rest) % MAX_LINE if len(rest) > MAX_LINE else len(rest)
+        self._rest = rest[len(rest) - keep :]
+        pieces = [piece for line in whole for piece in _cut(line.rstrip(b"\r"))]
+        pieces += _cut(rest[: len(rest) - keep]) if keep < len(rest) else []
+        return [piece.decode("utf-8", "replace") for piece in pieces]
 
     def rest(self) -> list[str]:
         """The last line, when it was not ended."""
         rest, self._rest = self._rest, b""
         return [rest.decode("utf-8", "replace")] if rest else []
+
+
+def _cut(line: bytes) -> list[bytes]:
+    return [line[start : start + MAX_LINE] for start in range(0, len(line), MAX_LINE)] or [b""]
 
 
 class Tail:

@@ -219,10 +219,10 @@ def sweep(tx: Transaction) -> tuple[dict[str, int], bool]:
     expired = tx.db.execute(_EXPIRED, (tx.now,)).fetchall()
     tx.db.executemany("DELETE FROM kq_job WHERE id = ?", expired)
     tx.db.executemany(_FORGET, expired)
-    buried = _bury_odd(tx)
     living = {epoch for (epoch,) in tx.db.execute(_LIVING, (tx.now,)).fetchall()}
     known = [epoch for (epoch,) in tx.db.execute("SELECT epoch FROM kq_epoch").fetchall()]
     recovered = _recover(tx, {epoch: None for epoch in (*known, *_distinct(tx, "epoch", "leased")) if epoch not in living})
+    buried = _bury_odd(tx)  # the recovered may be odd as well
     return recovered, full or MAX_BATCH in (len(expired), buried, sum(recovered.values()))
 
 

@@ -1,0 +1,192 @@
+"""Isolated jobs that behave, and isolated jobs that do not. Imported by the template only."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from kqueue import current, enqueue, job, offload, progress, sleep
+
+PIDS = "KQUEUE_TEST_PIDS"  # a file to which a job appends the pids of what it started
+
+
+@job(isolated=True, keep_result=60)
+def add(a: int, b: int = 0) -> int:
+    return a + b
+
+
+@job(isolated=True, keep_result=60)
+def about_me() -> dict[str, Any]:
+    context = current()
+    return {
+        "id": context.id, "name": context.name, "attempt": context.attempt, "pid": os.getpid(), "sid": os.getsid(0),
+        "core": resource.getrlimit(resource.RLIMIT_CORE), "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "env_id": os.environ["KQUEUE_JOB_ID"], "secrets": [name for name in os.environ if name.startswith("KQUEUE_URL")],
+        "fds": sorted(int(fd) for fd in os.listdir("/proc/self/fd")), "stdin": os.readlink("/proc/self/fd/0"),
+        "title": open("/proc/self/cmdline").read(), "no_new_privs": "NoNewPrivs:\t1" in open("/proc/self/status").read(),
+        "modules": "tests.apps.inline" in sys.modules,
+    }  # fmt: skip
+
+
+@job(isolated=True)
+def fails(message: str = "boom") -> None:
+    raise LookupError(message)
+
+
+@job(isolated=True)
+def exits(status: int) -> None:
+    sys.exit(status)
+
+
+@job(isolated=True)
+def exits_hard(status: int) -> None:
+    os._exit(status)
+
+
+@job(isolated=True)
+def segfaults() -> None:
+    ctypes.string_at(0)
+
+
+@job(isolated=True)
+def kills_itself(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+    signal.pause()
+
+
+@job(isolated=True, timeout=0.3)
+def hangs() -> None:
+    signal.pause()
+
+
+@job(isolated=True, timeout=0.3)
+def ignores_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        signal.pause()
+
+
+@job(isolated=True, timeout=0.3)
+def cleans_up() -> None:
+    try:
+        signal.pause()
+    finally:
+        print("cleaned up")
+
+
+@job(isolated=True, timeout=0.3)
+def leaves_children() -> None:
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        with open(os.environ[PIDS], "a") as file:
+            file.write(f"{process.pid}\n")
+    signal.pause()
+
+
+@job(isolated=True, max_memory=32)
+def eats_memory() -> int:
+    return len(b"x" * 400_000_000)
+
+
+@job(isolated=True, max_cpu=1)
+def burns_cpu() -> None:
+    while True:
+        pass
+
+
+@job(isolated=True)
+def talks(lines: int, text: str = "hello") -> None:
+    for number in range(lines):
+        print(text, number)
+    print("and on stderr", file=sys.stderr)
+
+
+@job(isolated=True)
+def talks_garbage() -> None:
+    os.write(1, b"\xff\xfe\x00 not text\n" + b"x" * 20_000 + b"\nno newline at the end")
+
+
+@job(isolated=True)
+def floods() -> None:
+    piece = b"spam " * 13_000 + b"\n"
+    for _ in range(1600):  # 100 MB
+        os.write(1, piece)
+
+
+@job(isolated=True, keep_result=60)
+def returns(kind: str) -> Any:
+    return {"set": {1}, "object": object(), "huge": "x" * 2_000_000, "nan": float("nan"), "bytes": b"\x00\xff"}[kind]
+
+
+@job(isolated=True)
+def forges_frames(data: str) -> None:
+    os.write(3, bytes.fromhex(data))
+    time.sleep(0.05)
+
+
+@job(isolated=True, keep_result=60)
+def closes_everything() -> str:
+    os.closerange(0, 3)
+    return "still here"
+
+
+@job(isolated=True)
+def closes_its_socket() -> None:
+    os.close(3)
+
+
+@job(isolated=True, keep_result=60)
+def dispatches(count: int) -> list[str]:
+    return [add.options(delay=1000).dispatch(n).id for n in range(count)]
+
+
+@job(isolated=True)
+def dispatches_nonsense() -> None:
+    add.dispatch(1, 2, 3, 4)
+
+
+@job(isolated=True, keep_result=60)
+def reports() -> str:
+    for step in range(4):
+        progress((step + 1) / 4, f"step {step + 1}")
+    return "reported"
+
+
+@job(isolated=True, keep_result=60)
+def waits_as_a_generator() -> Any:
+    yield sleep(0.01)
+    id = yield enqueue(add.options(delay=1000).job(1, b=2))
+    quotient = yield offload(divmod, 17, 5)
+    return [len(id), quotient]
+
+
+@job(isolated=True, timeout=0.3)
+def generator_that_never_ends() -> Any:
+    try:
+        while True:
+            yield sleep(60)
+    finally:
+        yield sleep(0.01)
+        print("cleaned up by traps")
+
+
+@job(isolated=True, keep_result=60)
+async def runs_under_asyncio() -> list[Any]:
+    await asyncio.sleep(0.01)
+    await sleep(0.01)
+    quotient = await offload(divmod, 17, 5)
+    return [asyncio.get_running_loop() is not None, quotient]
+
+
+@job(isolated=True)
+def kills_the_template() -> None:
+    if current().attempt == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()

@@ -1,0 +1,286 @@
+"""Isolated jobs: each of them in a real child of a real template, on the memory broker. What a bad one does, only it feels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kqueue import BoundJob, KQueueRuntime, events
+from kqueue.brokers.commands.memory import MemoryStore
+from kqueue.brokers.memory import MemoryBroker
+from kqueue.client.memory import MemoryClient
+from kqueue.codec import from_json, unpack
+from kqueue.dispatch import prepare
+from kqueue.loading import template_config
+from tests.apps.zoo import PIDS
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+class Ran(NamedTuple):
+    """How a job ended."""
+
+    ended: events.JobEnded
+    result: Any
+
+
+class Bench:
+    """A runtime with the zoo in its template."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.client = MemoryClient(self.store)
+        self.facts: list[Any] = []
+
+    def run(self, *jobs: BoundJob, max_isolated: int = 4, kill_grace_s: float = 0.3) -> list[Ran]:
+        """Run `jobs` to the end of their first attempt."""
+        runtime = KQueueRuntime(
+            MemoryBroker(self.store), template=template_config([ROOT], [], ["tests.apps.zoo"]), max_isolated=max_isolated,
+            kill_grace_s=kill_grace_s,
+        )  # fmt: skip
+        for kind in (events.JobEnded, events.JobOutput, events.JobProgress, events.Warned, events.TemplateDied):
+            runtime.events.subscribe(kind, self.facts.append)
+        prepared = [prepare(job, job.registration) for job in jobs]
+        self.client.enqueue(prepared)
+        assert runtime.run(burst=True, handle_signals=False) == 0
+        ended = {fact.id: fact for fact in self.of(events.JobEnded)}
+        rows = {job.id: self.client.show(job.id) for job in prepared}
+        results = {id: unpack(from_json(row.result)) if row and row.result else None for id, row in rows.items()}
+        return [Ran(ended[job.id], results[job.id]) for job in prepared]
+
+    def one(self, name: str, *args: Any, **kwargs: Any) -> Ran:
+        from tests.apps import zoo
+
+        return self.run(getattr(zoo, name).job(*args, **kwargs))[0]
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [fact for fact in self.facts if isinstance(fact, kind)]
+
+    def output(self, id: str) -> list[tuple[str, str]]:
+        return [(fact.stream, fact.line) for fact in self.of(events.JobOutput) if fact.id == id]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    before = set(os.listdir("/proc/self/fd"))
+    yield Bench()
+    assert len(set(os.listdir("/proc/self/fd"))) == len(before), "an fd was left open"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # no child and no zombie is left
+
+
+# -- what a job gets --------------------------------------------------------------------------------------------------
+
+
+def test_a_result_comes_back(bench: Bench) -> None:
+    ran = bench.one("add", 40, b=2)
+    assert (ran.ended.outcome.cause, ran.ended.then, ran.result) == ("ok", "done", 42)
+
+
+def test_a_child_is_set_up_as_promised(bench: Bench) -> None:
+    os.environ["KQUEUE_URL"] = "redis://:secret@127.0.0.1/0"
+    try:
+        ran = bench.one("about_me")
+    finally:
+        del os.environ["KQUEUE_URL"]
+    me = ran.result
+    assert me["id"] == me["env_id"] == ran.ended.id
+    assert (me["name"], me["attempt"]) == ("about_me", 1)
+    assert me["sid"] == me["pid"] == ran.ended.outcome.pid, "a session of its own"
+    assert (me["core"], me["files"], me["secrets"]) == ([0, 0], 1024, [])
+    assert [fd for fd in me["fds"] if fd > 4] == [], "nothing inherited but its own; 4 is the listing itself"
+    assert me["stdin"] == "/dev/null"
+    assert me["no_new_privs"]
+    assert me["title"].startswith(f"kqueued: job about_me {ran.ended.id}")
+
+
+def test_usage_and_limits_stand_in_the_certificate(bench: Bench) -> None:
+    outcome = bench.one("add", 1).ended.outcome
+    assert outcome.max_memory_mib > 1
+    assert outcome.limits["max_memory"] == 64
+    assert outcome.duration_s > 0
+
+
+# -- how jobs end -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "cause", "ended_by", "then", "detail"),
+    [
+        ("fails", ["oh"], "exception", "job", "retry", "LookupError: oh"),
+        ("exits", [3], "exit", "job", "retry", "SystemExit: 3"),
+        ("exits", [0], "exit", "job", "retry", "SystemExit: 0"),
+        ("exits_hard", [0], "exit", "job", "retry", "exit: status 0"),
+        ("exits_hard", [9], "exit", "job", "retry", "exit: status 9"),
+        ("segfaults", [], "signal", "kernel", "retry", "signal: SIGSEGV"),
+        ("kills_itself", [], "signal", "operator", "retry", "signal: SIGKILL"),
+        ("hangs", [], "timeout", "supervisor", "retry", "JobTimedOut: hangs ran longer than its timeout of 0.3 s"),
+        ("ignores_sigterm", [], "timeout", "supervisor", "retry", "timeout: SIGKILL"),
+        ("eats_memory", [], "memory", "kernel", "retry", "MemoryError"),
+        ("burns_cpu", [], "cpu", "kernel", "retry", "cpu: SIGXCPU"),
+        ("returns", ["object"], "exception", "job", "retry", "TypeError: the result is of type object"),
+        ("returns", ["huge"], "exception", "job", "retry", "TypeError: the result is 2000002 bytes"),
+        ("returns", ["nan"], "exception", "job", "retry", "TypeError: the result is nan"),
+        ("dispatches_nonsense", [], "refused", "supervisor", "dead", "UsageError: the arguments do not fit job 'add'"),
+        ("generator_that_never_ends", [], "timeout", "supervisor", "retry", "JobTimedOut"),
+        ("closes_its_socket", [], "exit", "job", "retry", "exit: status 70"),
+    ],
+)
+def test_each_end_has_its_cause(
+    bench: Bench, name: str, args: list[Any], cause: str, ended_by: str, then: str, detail: str
+) -> None:
+    ended = bench.one(name, *args).ended
+    assert (ended.outcome.cause, ended.outcome.ended_by, ended.then) == (cause, ended_by, then), ended
+    assert detail in ended.outcome.summary()
+
+
+def test_arguments_that_do_not_fit_go_to_the_dead_letters(bench: Bench) -> None:
+    from tests.apps import zoo
+
+    job = zoo.add.job(1)._replace(args=(1, 2, 3), registration=None)
+    ended = bench.run(job)[0].ended
+    assert (ended.outcome.cause, ended.then) == ("refused", "dead")
+    assert "do not fit job 'add'" in ended.outcome.summary()
+
+
+def test_finally_runs_at_a_timeout_and_its_output_is_kept(bench: Bench) -> None:
+    ran = bench.one("cleans_up")
+    assert ran.ended.outcome.cause == "timeout"
+    assert ran.ended.outcome.output == "cleaned up\n"
+    assert "signal.pause()" in ran.ended.outcome.error["traceback"]
+
+
+def test_a_generator_cleans_up_by_traps(bench: Bench) -> None:
+    assert bench.one("generator_that_never_ends").ended.outcome.output == "cleaned up by traps\n"
+
+
+def test_a_killed_job_takes_its_children_with_it(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PIDS, str(tmp_path / "pids"))
+    assert bench.one("leaves_children").ended.outcome.cause == "timeout"
+    pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 3
+    for pid in pids:
+        assert not _alive(pid), f"{pid} outlived its job"
+
+
+def test_fifty_good_jobs_beside_every_bad_one(bench: Bench) -> None:
+    from tests.apps import zoo
+
+    bad = [zoo.fails, zoo.exits_hard, zoo.segfaults, zoo.kills_itself, zoo.hangs, zoo.ignores_sigterm, zoo.eats_memory]
+    jobs = [kind.job(1) if kind is zoo.exits_hard else kind.job() for kind in bad]
+    good = [zoo.add.job(n) for n in range(50)]
+    ran = bench.run(*jobs, *good, max_isolated=8)
+    assert all(not each.ended.outcome.ok for each in ran[: len(bad)])
+    assert [each.result for each in ran[len(bad) :]] == list(range(50))
+
+
+def test_a_killed_template_costs_no_job_anything(bench: Bench) -> None:
+    from tests.apps import zoo
+
+    good = [zoo.add.options(priority=-1).job(n) for n in range(20)]
+    ran = bench.run(zoo.kills_the_template.job(), *good)
+    assert [each.result for each in ran[1:]] == list(range(20))
+    (died, *_) = bench.of(events.TemplateDied)
+    assert died.reason == "killed by SIGKILL"
+    first = next(fact for fact in bench.of(events.JobEnded) if fact.job == "kills_the_template")
+    assert (first.outcome.cause, first.then) == ("lost", "released")
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+def test_output_comes_line_by_line_with_the_job_s_id(bench: Bench) -> None:
+    ran = bench.one("talks", 3)
+    assert bench.output(ran.ended.id) == [
+        ("stdout", "hello 0"), ("stdout", "hello 1"), ("stdout", "hello 2"), ("stderr", "and on stderr"),
+    ]  # fmt: skip
+    assert "hello 2" in ran.ended.outcome.output
+
+
+def test_output_that_is_no_text_is_shown_all_the_same(bench: Bench) -> None:
+    ran = bench.one("talks_garbage")
+    lines = [line for _, line in bench.output(ran.ended.id)]
+    assert lines[0] == "��\x00 not text"
+    assert [len(line) for line in lines[1:4]] == [8192, 8192, 20_000 - 2 * 8192]
+    assert lines[4] == "no newline at the end"
+    assert ran.ended.outcome.ok
+
+
+def test_a_flood_is_kept_off_the_log_and_harms_nobody(bench: Bench) -> None:
+    from tests.apps import zoo
+
+    flood, good = bench.run(zoo.floods.job(), zoo.add.job(1))
+    assert flood.ended.outcome.ok
+    assert good.result == 1
+    lines = [line for _, line in bench.output(flood.ended.id)]
+    assert len(lines) < 14_400, "100 MB are 14,400 lines of 8 KiB"
+    assert "more lines were not logged" in lines[-1]
+    assert len(flood.ended.outcome.output) == 8192
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "ffffffff01", "00000000", "000000021441", "0000000215", "000000061622666f6f22", "0000000c157b2263617573652200000000",
+        "00000003157b7d",
+    ],
+)  # fmt: skip
+def test_garbage_on_the_job_s_socket_costs_that_job_only(bench: Bench, data: str) -> None:
+    from tests.apps import zoo
+
+    bad, good = bench.run(zoo.forges_frames.job(data), zoo.add.job(1))
+    assert bad.ended.outcome.cause == "exception"
+    assert "garbage" in bad.ended.outcome.summary()
+    assert good.result == 1
+
+
+def test_a_job_that_closes_its_pipes_still_has_its_result(bench: Bench) -> None:
+    assert bench.one("closes_everything").result == "still here"
+
+
+# -- services ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_dispatches_through_the_supervisor(bench: Bench) -> None:
+    ran = bench.one("dispatches", 3)
+    assert len(ran.result) == 3
+    rows = [bench.client.show(id) for id in ran.result]
+    assert [(row.state, row.lane) for row in rows] == [("delayed", "isolated")] * 3
+
+
+def test_progress_of_a_child_is_told(bench: Bench) -> None:
+    ran = bench.one("reports")
+    assert ran.result == "reported"
+    assert [(fact.fraction, fact.note) for fact in bench.of(events.JobProgress)] == [
+        (0.25, "step 1"), (0.5, "step 2"), (0.75, "step 3"), (1.0, "step 4"),
+    ]  # fmt: skip
+
+
+def test_a_generator_in_a_child_has_its_traps(bench: Bench) -> None:
+    assert bench.one("waits_as_a_generator").result == [26, [3, 2]]
+
+
+def test_an_async_job_in_a_child_has_asyncio(bench: Bench) -> None:
+    assert bench.one("runs_under_asyncio").result == [True, [3, 2]]
+
+
+def test_a_result_of_tagged_types_comes_back(bench: Bench) -> None:
+    assert bench.one("returns", "bytes").result == b"\x00\xff"
+    assert bench.one("returns", "set").result == {1}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
