@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import selectors
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,8 +106,7 @@ class RedisServer:
             self.process.wait()
             self.process = None
 
-    def stop(self) -> None:
-        self.kill()
+    stop = kill
 
     def command(self, *args: str | bytes | int, db: int = 0) -> object:
         """One command over the Unix socket, as the default user without a password."""
@@ -135,3 +138,95 @@ class Certificates:
         ):  # fmt: skip
             subprocess.run([openssl, *args], check=True, capture_output=True)
         self.options = ["--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", self.ca, "--tls-auth-clients", "no"]
+
+
+class Proxy:
+    """Stands between a client and a server on 127.0.0.1, and loses what it is told to lose. Runs in a thread of its own."""
+
+    def __init__(self, server_port: int) -> None:
+        self.server_port = server_port
+        self.open = True  # False: it accepts nobody
+        self.mute = False  # replies are swallowed, nobody is cut off
+        self.cuts = 0  # made so far
+        self.on_cut: Callable[[], object] = lambda: None  # called in the thread, before anybody can notice
+        self._cut: str = ""  # what to cut next: "reply" (the server has done it) or "request" (it has not)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._wake_read, self._wake_write = os.pipe()
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._peers: dict[socket.socket, tuple[socket.socket, str]] = {}  # what comes from it is sent there, and is a …
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def cut(self, what: str = "reply") -> None:
+        """Swallow the next "reply" or "request", and cut that connection."""
+        self._cut = what
+
+    def cut_all(self) -> None:
+        """Cut every connection now."""
+        os.write(self._wake_write, b"c")
+
+    def stop(self) -> None:
+        os.write(self._wake_write, b"q")
+        self._thread.join()
+        for opened in (self._listener, *self._peers):
+            opened.close()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj == self._wake_read:
+                    if os.read(self._wake_read, 1) == b"q":
+                        return
+                    for peer in list(self._peers):
+                        self._drop(peer)
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj in self._peers:
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._pass_on(key.fileobj)
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        try:
+            if not self.open:
+                raise ConnectionRefusedError
+            server = socket.create_connection(("127.0.0.1", self.server_port))
+        except OSError:
+            client.close()
+            return
+        self._peers |= {client: (server, "request"), server: (client, "reply")}
+        for end in (client, server):
+            self._selector.register(end, selectors.EVENT_READ)
+
+    def _pass_on(self, source: socket.socket) -> None:
+        to, kind = self._peers[source]
+        try:
+            data = source.recv(1 << 16)
+            if data and kind == self._cut:
+                self._cut = ""
+                self.on_cut()
+                self.cuts += 1
+                data = b""
+            if data and not (self.mute and kind == "reply"):
+                to.sendall(data)
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(source)
+
+    def _drop(self, end: socket.socket) -> None:
+        for peer in (end, self._peers.pop(end, (end, ""))[0]):
+            self._peers.pop(peer, None)
+            with suppress(KeyError, ValueError):
+                self._selector.unregister(peer)
+            peer.close()

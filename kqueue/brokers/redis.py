@@ -231,7 +231,7 @@ class RedisBroker:
             except BrokerRefused as error:
                 raise BrokerRefused(f"{self.address}: {error}") from None
             except BrokerUnavailable:
-                if self._closing or self._transport.state == "stopped":
+                if self._closing or self._transport.closed:
                     raise
                 continue  # the transport reports it, and waits between its tries
             if trouble:

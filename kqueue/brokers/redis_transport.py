@@ -123,11 +123,17 @@ class RedisTransport:
         self._lost = ""  # why the keeper is to give this connection up; "": it is not
         self._heard_at = 0.0
 
+    @property
+    def closed(self) -> bool:
+        """Nothing will come of waiting."""
+        return self.state in ("idle", "stopped")
+
     # -- for verbs --------------------------------------------------------------------------------------------------
 
     def start(self, kernel: Kernel, name: str, channels: Sequence[str], cap_s: float) -> None:
         """Begin to connect, as a client called `name`, listening to `channels`; wait at most `cap_s` seconds between tries."""
         self._kernel, self._name, self._channels, self._cap_s = kernel, name, channels, cap_s
+        self.state = "connect"
         self._keeper = kernel.spawn(self._keep(), name=f"redis {self.target.address}")
 
     def stop(self) -> None:
@@ -155,7 +161,7 @@ class RedisTransport:
         while self.state != "ready":
             if self._refusal is not None:
                 raise self._refusal
-            if self.state in ("idle", "stopped"):
+            if self.closed:
                 raise BrokerUnavailable(f"{self.target.address}: the connection is closed")
             yield Park(self._waiting)
 

@@ -35,7 +35,8 @@ class Client:
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
         """Enqueue `jobs`, in one round trip for each queue and 500 jobs. See `job.dispatch_many`."""
         max_bytes = MAX_BYTES if self._security is None else self._security.max_envelope_bytes
-        prepared = [prepare(bound, self._known(bound), check=self._check, max_bytes=max_bytes) for bound in jobs]
+        known = {bound.name: self._known(bound) for bound in {bound.name: bound for bound in jobs}.values()}
+        prepared = [prepare(bound, bound.registration or known[bound.name], check=self._check, max_bytes=max_bytes) for bound in jobs]
         by_queue: dict[str, list[NewJob]] = {}
         for job in prepared:
             by_queue.setdefault(job.queue, []).append(job)

@@ -1,0 +1,137 @@
+"""Status: what the supervisor is doing now, as the one document that `kqueue status --json` prints (see INTERFACES).
+
+    {"pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed",
+     "running": [{"id", "job", "strategy", "pid", "elapsed_s", "memory_mib", "progress"}],
+     "queues": {NAME: {"ready", "delayed", "leased", "dead"}},
+     "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"}}
+
+It looks, and never touches. Whoever asks, however often, costs the broker one count a second; while the broker is away, the
+counts are the last ones known.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Final
+
+from .. import __version__
+from .. import events as facts
+from ..brokers.base import QueueStats
+from ..context import JobContext
+from ..kernel import Park, Task
+from ..process import resident_mib
+from ..runtime import Held, KQueueRuntime
+
+Steps = Generator[Any, Any, Any]
+
+COUNTS_AGE_S: Final = 1.0  # counts of the queues are not asked for again before
+COUNTS_PATIENCE_S: Final = 1.0  # with a broker that does not answer
+SLICE: Final = 500  # running jobs described in one turn of the loop
+
+
+class Status:
+    """Counts what `runtime` tells, and describes it on request. `command` is for the control socket."""
+
+    def __init__(self, runtime: KQueueRuntime) -> None:
+        self._runtime = runtime
+        self._began = runtime.kernel.clock.monotonic()
+        self._retried = 0
+        self._killed = 0
+        self._counts: dict[str, QueueStats] = {}
+        self._counted_at: float | None = None  # None: never
+        self._counting: Task | None = None
+        self._marks = ((self._began, 0), (self._began, 0))  # (when, turns of the loop) at the last two heartbeats
+        runtime.events.subscribe(facts.JobEnded, self._count_job)
+        runtime.events.subscribe(facts.DaemonReady, self._name_queues)
+        runtime.events.subscribe(facts.Heartbeat, self._mark)
+
+    def command(self, request: Mapping[str, Any]) -> Steps:
+        """The document."""
+        runtime = self._runtime
+        queues = yield from self._queues()
+        running = yield from self._running()
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "uptime_s": round(self._now() - self._began, 1),
+            "state": runtime.state,
+            "memory_mib": round(resident_mib(), 1),
+            "processed": runtime.processed,
+            "failed": runtime.failed,
+            "retried": self._retried,
+            "killed": self._killed,
+            "running": running,
+            "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
+            "loop": self._loop(),
+        }
+
+    def _now(self) -> float:
+        return self._runtime.kernel.clock.monotonic()
+
+    # -- what facts tell --------------------------------------------------------------------------------------------
+
+    def _count_job(self, fact: facts.JobEnded) -> None:
+        outcome = fact.outcome
+        self._retried += fact.then == "retry"
+        self._killed += outcome.pid is not None and outcome.cause not in ("ok", "refused") and outcome.ended_by != "job"
+
+    def _name_queues(self, fact: facts.DaemonReady) -> None:
+        self._counts.update(dict.fromkeys(fact.queues, QueueStats()))  # a queue that nobody used is worth a line of zeros
+
+    def _mark(self, fact: facts.Heartbeat) -> None:
+        self._marks = (self._marks[1], (self._now(), self._runtime.kernel.turns))
+
+    # -- what is looked up ------------------------------------------------------------------------------------------
+
+    def _running(self) -> Steps:
+        rows = []
+        for position, held in enumerate(list(self._runtime.held.values()), 1):
+            if held.context is not None and not held.task.ended:
+                rows.append(self._row(held, held.context))
+            if position % SLICE == 0:
+                yield
+        return rows
+
+    def _row(self, held: Held, context: JobContext) -> dict[str, Any]:
+        id = held.lease.token.id
+        pid = self._runtime.isolated.pids.get(id)  # None: it runs in the supervisor, or its child is being forked
+        return {
+            "id": id,
+            "job": held.job,
+            "strategy": held.strategy,
+            "pid": pid,
+            "elapsed_s": round(self._now() - held.started, 3),
+            "memory_mib": None if pid is None else round(resident_mib(pid), 1),
+            "progress": context.fraction,
+        }
+
+    def _queues(self) -> Steps:
+        fresh = self._counted_at is not None and self._now() - self._counted_at < COUNTS_AGE_S
+        if not fresh and self._runtime.state not in ("starting", "stopped"):
+            if self._counting is None or self._counting.ended:
+                self._counting = self._runtime.kernel.spawn(self._count(), name="queue counts")
+            yield Park(self._counting.joiners, COUNTS_PATIENCE_S)
+        return self._counts
+
+    def _count(self) -> Steps:
+        try:
+            counts = yield from self._runtime.broker.stats()
+        except Exception:  # whatever is wrong with the broker, those who work with it say so; a look must not end the daemon
+            return
+        self._counts = {**dict.fromkeys(self._counts, QueueStats()), **counts}
+        self._counted_at = self._now()
+
+    def _loop(self) -> dict[str, float]:
+        since, turns = self._marks[0]
+        lags_s = self._runtime.kernel.lag_s()
+        seconds = self._now() - since
+        return {
+            "lag_ms_p50": round(_quantile(lags_s, 0.5) * 1000, 3),
+            "lag_ms_p99": round(_quantile(lags_s, 0.99) * 1000, 3),
+            "turns_per_s": round((self._runtime.kernel.turns - turns) / seconds, 1) if seconds > 0 else 0.0,
+        }
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0

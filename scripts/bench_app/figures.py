@@ -1,0 +1,63 @@
+"""What is measured, in which unit, and what it must reach. A figure that a measurement returns stands here, or the run fails.
+
+The targets are those of the issue "The daemon runs real jobs"; a figure without one is there to be watched. To tighten a target,
+change its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+BROKERS = ("redis", "sqlite")
+
+
+class Figure(NamedTuple):
+    key: str
+    label: str
+    unit: str
+    target: float | Mapping[str, float] | None = None  # a mapping: by broker; None: there is none
+    more: bool = False  # True: the target is a minimum; False: a maximum
+
+    def target_on(self, broker: str) -> float | None:
+        return self.target.get(broker) if isinstance(self.target, Mapping) else self.target
+
+    def reached(self, broker: str, value: float) -> bool | None:
+        """None: there is no target."""
+        target = self.target_on(broker)
+        if target is None:
+            return None
+        return value >= target if self.more else value <= target
+
+
+FIGURES: Sequence[Figure] = (
+    # idle.py
+    Figure("idle_pss", "idle: supervisor, memory (PSS)", "MiB", 18),
+    Figure("idle_anonymous", "idle: supervisor, anonymous part of it", "MiB"),
+    Figure("idle_resident", "idle: supervisor, RSS (PSS if no other Python ran)", "MiB"),
+    Figure("idle_tree_pss", "idle: supervisor and template (PSS)", "MiB"),
+    Figure("idle_cpu", "idle: supervisor, CPU in 5 s", "ms", 10),
+    Figure("idle_wakeups", "idle: supervisor, wake-ups", "/s", 1),
+    Figure("heavy_growth", "idle: growth of it by a heavy isolated module", "MiB", 0.25),
+    Figure("heavy_tree_pss", "idle: whole tree with that module (PSS)", "MiB"),
+    # starting.py
+    Figure("start", "start of kqueued to its first job", "ms", 300),
+    # twenty.py
+    Figure("twenty_spread", "20 jobs of 1 s: last start after the first", "ms", 50),
+    Figure("twenty_total", "20 jobs of 1 s: all done after", "s", 1.1),
+    # latency.py
+    Figure("late_p50", "dispatch to start, inline, p50", "ms", 1),
+    Figure("late_p99", "dispatch to start, inline, p99", "ms"),
+    Figure("forked_late_p50", "dispatch to start, fork, p50", "ms", 5),
+    Figure("forked_late_p99", "dispatch to start, fork, p99", "ms"),
+    # throughput.py
+    Figure("noop", "no-op inline jobs", "/s", {"redis": 10_000, "sqlite": 5_000}, more=True),
+    Figure("forked_noop", "no-op forked jobs", "/s", 200, more=True),
+    Figure("dispatch_single", "dispatch, one at a time", "/s"),
+    Figure("dispatch_batch", "dispatch, in batches of 1,000", "/s"),
+    # parked.py
+    Figure("sleepers_1000", "1,000 jobs that wait 1 s: done after", "s"),
+    Figure("sleepers_10000", "10,000 jobs that wait 1 s: done after", "s"),
+    Figure("parked_memory", "memory of a parked job (of 10,000)", "KiB"),
+)
+BY_KEY = {figure.key: figure for figure in FIGURES}

@@ -1,0 +1,27 @@
+"""The inline jobs of the benchmark. The supervisor imports this, so it is as small as light jobs should be."""
+
+from __future__ import annotations
+
+import time
+
+import marks
+
+from kqueue import job, sleep
+
+
+@job
+async def noop() -> None:
+    marks.write("noop", time.time())
+
+
+@job
+async def late(sent: float) -> None:
+    """How long after `sent` (time.time() of the client) a job starts."""
+    marks.write("late", time.time() - sent)
+
+
+@job(timeout=60)
+async def sleeper(seconds: float) -> None:
+    marks.write("starts", time.time())
+    await sleep(seconds)
+    marks.write("ends", time.time())

@@ -1,0 +1,112 @@
+"""Measures KQueue against its targets: real daemons on a Redis and on SQLite files of its own, several rounds, medians.
+
+    ./scripts/bench [--broker redis|sqlite|both] [--rounds N] [--quick] [--only WORD] [--persistence KIND] [--json FILE]
+    ./scripts/bench --profile
+
+A round takes every measurement once, on each broker, so that what disturbs the machine for a while disturbs all of them alike.
+How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, parked. `marks` is what
+jobs leave behind, `kqueued` what runs them, `figures` the targets.
+
+A target that is missed is said, and is no error: machines differ. A job that is lost, runs twice or stays in the queue is one:
+that round's figure is left out, and the exit status is 1. Whatever was started is ended by its pid, and the temporary directory
+is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+import idle
+import latency
+import parked
+import profiling
+import report
+import starting
+import throughput
+import twenty
+from bench import Bench
+from figures import BROKERS, BY_KEY
+from kqueued import Failure
+from redis_server import PERSISTENCE, RedisServer
+
+MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
+    "idle": idle.measure,
+    "start": starting.measure,
+    "twenty": twenty.measure,
+    "latency": latency.measure,
+    "noop": throughput.measure_inline,
+    "forked": throughput.measure_forked,
+    "parked": parked.measure,
+}
+ONLY_ON_REDIS = ("idle",)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--broker", type=click.Choice([*BROKERS, "both"]), default="both", show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), help="How often each figure is taken.  [default: 3; with --quick 1]")
+@click.option("--quick", is_flag=True, help="Fewer jobs: a look, not a measurement.")
+@click.option("--only", type=click.Choice(list(MEASUREMENTS)), multiple=True, help="These measurements alone. May be repeated.")
+@click.option("--persistence", type=click.Choice(list(PERSISTENCE)), default="none", show_default=True, help="Of the Redis.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every sample to FILE, too.")
+@click.option("--profile", is_flag=True, help="Run the no-op inline jobs under cProfile instead, and print the top 25.")
+def main(
+    broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool
+) -> None:
+    """Measure KQueue against its targets, with a Redis and daemons of its own."""
+    wanted = BROKERS if broker == "both" else (broker,)
+    names = only or tuple(MEASUREMENTS)
+    samples: dict[tuple[str, str], list[float]] = {}
+    failures: list[str] = []
+    noise: list[float] = []
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kqueue-bench-"))).resolve()
+        redis = stack.enter_context(RedisServer(directory / "redis", persistence)) if "redis" in wanted else None
+        benches = [Bench(directory, redis if name == "redis" else None, quick) for name in wanted]
+        found = report.conditions(directory, persistence if redis is not None else None)
+        for name, text in found.items():
+            click.echo(f"{name:9} {text}")
+        if profile:
+            for bench in benches:
+                profiling.profile(bench, directory / f"{bench.broker}.prof")
+            return
+        for number in range(1, (rounds or (1 if quick else 3)) + 1):
+            noise.append(report.busy_cpus())
+            click.echo(f"round {number}   {noise[-1]:.2f} of {os.cpu_count()} CPUs are busy with something else", err=True)
+            for name, bench in _interleaved(names, benches):
+                click.echo(f"          {name} on {bench.broker}", err=True)
+                try:
+                    for key, value in MEASUREMENTS[name](bench).items():
+                        samples.setdefault((bench.broker, BY_KEY[key].key), []).append(value)
+                except Failure as failure:
+                    failures.append(f"{name} on {bench.broker}, round {number}: {failure}")
+    report.print_table(samples, failures)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_json(found, noise, samples, failures), indent=1) + "\n")
+    if failures:
+        sys.exit(1)
+
+
+def _interleaved(names: tuple[str, ...], benches: list[Bench]) -> Iterator[tuple[str, Bench]]:
+    for name in names:
+        for bench in benches:
+            if bench.broker == "redis" or name not in ONLY_ON_REDIS:
+                yield name, bench
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)  # so that everything is ended on the way out
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
+    for variable in [name for name in os.environ if name.startswith("KQUEUE_")]:
+        del os.environ[variable]
+    main()

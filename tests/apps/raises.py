@@ -1,0 +1,3 @@
+"""A job module that cannot be imported."""
+
+VALUE = 1 / 0
