@@ -102,6 +102,14 @@ class Intake:
         self.running[lane] -= 1
         self._queues[queue].running -= 1
 
+    def has_slots(self) -> bool:
+        """Whether nothing but the queues themselves limits what can be had now: a slot in each lane, and of all limits some left."""
+        if any(self.running[lane] >= slots for lane, slots in self._slots.items() if slots):
+            return False
+        limits = [(self._concurrent, self.total_running)]
+        limits += [(queue.spec.max_concurrent, queue.running) for queue in self._queues.values()]
+        return all(used < limit for limit, used in limits if limit)
+
     def order(self) -> list[str]:
         """The queues in the order in which to ask them now."""
         if self._strict_order or len(self._queues) == 1:

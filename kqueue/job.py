@@ -268,10 +268,15 @@ Dispatcher = Callable[[Sequence[BoundJob]], "list[JobHandle]"]
 _dispatcher: Dispatcher | None = None
 
 
-def set_dispatcher(dispatcher: Dispatcher) -> None:
+def set_dispatcher(dispatcher: Dispatcher | None) -> None:
     """Decide where `dispatch` goes in this process: the client, or in a child the supervisor."""
     global _dispatcher
     _dispatcher = dispatcher
+
+
+def get_dispatcher() -> Dispatcher | None:
+    """Where `dispatch` goes in this process; None: nowhere yet."""
+    return _dispatcher
 
 
 def dispatch_many(jobs: Sequence[BoundJob]) -> list[JobHandle]:

@@ -122,6 +122,7 @@ class KQueueRuntime:
         self._settling = 0
         self._burst = False
         self._nudged = False
+        self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
         # Where tasks wait: for slots or jobs, for something to settle, for the end, for the last job to end.
@@ -193,7 +194,8 @@ class KQueueRuntime:
         self._unsettled.append(ended)
         if self._settler:
             self.kernel.unpark(self._settler)
-        self._nudge()
+        if not self._sated:
+            self._nudge()
 
     def _mishap(self, held: Held, error: BaseException) -> _Ended:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
@@ -230,6 +232,7 @@ class KQueueRuntime:
         """One round over the queues: how many jobs started, and in how many seconds the next one is due (None: none is)."""
         took = 0
         next_due_s: float | None = None
+        self._sated = self._intake.has_slots()
         for share in (True, False) if len(self._specs) > 1 else (False,):
             for queue in self._intake.order():
                 ask = self._intake.ask(queue, share)
@@ -254,8 +257,7 @@ class KQueueRuntime:
         """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
         if not self._burst and self._intake.remaining != 0:
             return False
-        idle = not self.held and not self._unsettled and not self._settling
-        return idle and (self._intake.remaining == 0 or self._intake.opens_in_s() is None)
+        return not self._busy() and (self._intake.remaining == 0 or self._intake.opens_in_s() is None)
 
     def _listen(self) -> Steps:
         """Pass doorbells on to the feeder."""
@@ -264,11 +266,10 @@ class KQueueRuntime:
             self._nudge()
 
     def _nudge(self) -> None:
+        """Have the feeder look again: something may be ready, or a slot is free that something may have waited for."""
         self._nudged = True
         if self._feeder:
             self.kernel.unpark(self._feeder)
-        if self._drained and not self.held and not self._unsettled and not self._settling:
-            self.kernel.unpark(self._drained)
 
     # -- settling ---------------------------------------------------------------------------------------------------
 
@@ -283,7 +284,9 @@ class KQueueRuntime:
             self._settling = 0
             for ended, answer in zip(batch, answers, strict=True):
                 self._account(ended, stale=answer == STALE)
-            self._nudge()
+            if not self._busy():
+                self.kernel.unpark(self._drained)
+                self._nudge()  # for --burst, which ends when the queue is empty, too
 
     def _account(self, ended: _Ended, stale: bool) -> None:
         held, outcome = ended.held, ended.outcome
@@ -426,12 +429,12 @@ class KQueueRuntime:
     def _start(self) -> Steps:
         """Broker and template at once, since both take their time; then the loops."""
         self.isolated.link.configure(self.template())
-        self.isolated.link.on_manifest = lambda: self._loop(self._publish())
         for strategy in self._strategies.values():
             yield from strategy.start()
         recovered = yield from self.broker.open(self._owner, self._intake.queues, self._lease_s)
         self._recovered(recovered)
         yield from self._publish()
+        self.isolated.link.on_manifest = lambda: self._loop(self._publish())  # of the templates that replace this one
         self._recovered((yield from self.broker.sweep()))
         for steps in (self._settle_all(), self._keep_alive(), self._beat(), self._listen()):
             self._loop(steps)

@@ -35,8 +35,10 @@ class Client:
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
         """Enqueue `jobs`, in one round trip for each queue and 500 jobs. See `job.dispatch_many`."""
         max_bytes = MAX_BYTES if self._security is None else self._security.max_envelope_bytes
-        known = {bound.name: self._known(bound) for bound in {bound.name: bound for bound in jobs}.values()}
-        prepared = [prepare(bound, bound.registration or known[bound.name], check=self._check, max_bytes=max_bytes) for bound in jobs]
+        known = {name: self._known(name) for name in {bound.name for bound in jobs if bound.registration is None}}
+        prepared = [
+            prepare(bound, bound.registration or known[bound.name], check=self._check, max_bytes=max_bytes) for bound in jobs
+        ]
         by_queue: dict[str, list[NewJob]] = {}
         for job in prepared:
             by_queue.setdefault(job.queue, []).append(job)
@@ -45,14 +47,17 @@ class Client:
                 self.store.enqueue(batch[start : start + MAX_BATCH], self._max_depth())
         return [Handle(self.store, job.id, job.queue) for job in prepared]
 
-    def send(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: DispatchOptions) -> JobHandle:
-        """Dispatch by name. JobNotFound when a daemon has published its manifest, and the name is not in it."""
-        bound = BoundJob(name, args, kwargs, options)
+    def named(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: DispatchOptions) -> BoundJob:
+        """A job by its name. JobNotFound when a daemon has published its manifest, and the name is not in it."""
         manifest = self.manifest()
         if manifest and name not in manifest and registry.get(name) is None:
             known = nearest(name, list(manifest))
             raise JobNotFound(f"{self.store.address} knows no job {name!r}{known}; it knows {', '.join(sorted(manifest))}")
-        return self.dispatch([bound])[0]
+        return BoundJob(name, args, kwargs, options)
+
+    def send(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: DispatchOptions) -> JobHandle:
+        """Dispatch `named(…)`; a handle."""
+        return self.dispatch([self.named(name, args, kwargs, options)])[0]
 
     def get(self, id: str) -> JobHandle:
         """A handle for a job by its id."""
@@ -66,8 +71,8 @@ class Client:
             self._manifest = {name: undescribe(description) for name, description in fields.items()}
         return self._manifest
 
-    def _known(self, bound: BoundJob) -> Registration | None:
-        return bound.registration or registry.get(bound.name) or self.manifest().get(bound.name)
+    def _known(self, name: str) -> Registration | None:
+        return registry.get(name) or self.manifest().get(name)
 
     def _check(self, options: JobOptions, name: str) -> JobOptions:
         return options if self._security is None else check_dispatch(self._security, options, name)

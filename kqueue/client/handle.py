@@ -57,7 +57,7 @@ class Handle:
         if row is None or (row.state == "done" and row.result is None):
             raise ResultNotKept(f"job {self.id} is done, and its result was not kept: declare it with keep_result=SECONDS")
         if row.state == "dead":
-            raise JobFailed(f"job {self.id} is dead: {_last_error(row)}")
+            raise JobFailed(f"job {self.id} is dead: {last_error(row)}")
         return unpack(from_json(row.result or b"null"))
 
     def cancel(self) -> bool:
@@ -69,7 +69,7 @@ class Handle:
         return self._store.show(self.id, self._queue)
 
 
-def _last_error(row: Row) -> str:
+def last_error(row: Row) -> str:
     """Class and message only: the full record is for the operator."""
     if not row.certificates:
         return "it has no certificate"

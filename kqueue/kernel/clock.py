@@ -34,6 +34,8 @@ class VirtualClock(Clock):
 
     def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
         if timeout_s is None:
+            if not len(poller):
+                raise RuntimeError("every task waits for another one: nothing can ever happen")
             return poller.select(None)
         events = poller.select(0)
         if not events:

@@ -26,6 +26,7 @@ from .timers import ANY_WAIT, Timer, Timers
 from .traps import PARKED, Trap
 
 MAX_IMMEDIATE: Final = 64
+MAX_PATIENCE_S: Final = 86400.0  # of one select; epoll takes no more than 24 days
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
 
 Steps = Generator[Any, Any, Any] | Coroutine[Any, Any, Any]
@@ -67,7 +68,7 @@ class Task:
         place = ""
         while inner is not None:
             frame = getattr(inner, "gi_frame", None) or getattr(inner, "cr_frame", None)
-            if frame is not None:
+            if frame is not None and frame.f_code is not Trap.__await__.__code__:  # `await trap` stands in there
                 place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
             inner = getattr(inner, "gi_yieldfrom", None) or getattr(inner, "cr_await", None)
         return place
@@ -107,12 +108,13 @@ class Kernel:
         """Resume a parked task with `value`, or by raising `error` at its trap. Does nothing for one that is not parked."""
         if not task.parked:
             return
-        self._take_back(task)
         task.parked = False
         task.wait_number += 1
-        task.value = value
-        task.error = error
-        self._ready.append(task)
+        task.value, task.error = value, error
+        try:
+            self._take_back(task)
+        finally:  # the undo of `run` may cancel the very task that is calling us
+            self._ready.append(task)
 
     def wake_at(self, task: Task, when: float, value: Any = None) -> None:
         """Wake `task` from the wait it is about to begin with `value` at `when` (clock seconds), unless something else does."""
@@ -149,10 +151,10 @@ class Kernel:
             task.grace_s = grace_s
             why = Abandoned(f"{task.name} ignored its cancellation for {grace_s:g} s")
             self.timers.add(self.clock.monotonic() + grace_s, Timer(task, ANY_WAIT, None, why))
-        if task is self.current:
-            raise error
         if task.parked:
             self.wake(task, error=error)
+        elif task is self.current:
+            raise error
         else:
             task.value, task.error = None, error
 
@@ -181,7 +183,8 @@ class Kernel:
             for task, value in list(self.poller.ready(events)):
                 self.wake(task, value)
         for timer in self.timers.pop_due(began):
-            self._fire(timer)
+            if not timer.stale:
+                self._fire(timer)
         for _ in range(len(self._ready)):
             self._step(self._ready.popleft())
         self.turns += 1
@@ -197,16 +200,21 @@ class Kernel:
         deadline = self.timers.next_deadline()
         if deadline is None:
             return None
-        return max(0.0, deadline - self.clock.monotonic())
+        return min(max(0.0, deadline - self.clock.monotonic()), MAX_PATIENCE_S)
 
     def _fire(self, timer: Timer) -> None:
         task = timer.task
         if task is None:
             return
         if isinstance(timer.error, Abandoned):
-            self._abandon(task, timer.error)
+            if task.parked or timer.value:
+                self._abandon(task, timer.error)
+            else:  # it is about to run, since the loop was late perhaps: once more it may
+                timer.value = True
+                self.timers.add(self.clock.monotonic(), timer)
         elif timer.error is not None:
-            self.cancel(task, timer.error, grace_s=timer.value)
+            if task.grace_s is None:  # else it is cleaning up already, and its end is in sight
+                self.cancel(task, timer.error, grace_s=timer.value)
         else:
             self.wake(task, timer.value)
 
@@ -215,42 +223,50 @@ class Kernel:
         if task.ended:
             return
         self.current = task
-        began = self.clock.monotonic() if self.max_slice_s else 0.0
+        began = self.clock.monotonic()
+        ended, value, error = True, None, None
+        try:
+            self._advance(task)
+            ended = False
+        except StopIteration as end:
+            value = end.value
+        except BaseException as failure:
+            error = failure
+        self.current = None
+        if self.max_slice_s and (took := self.clock.monotonic() - began) > self.max_slice_s:
+            self.on_slow(task, took)
+        if ended:
+            self._end(task, value, error)
+
+    def _advance(self, task: Task) -> None:
+        """Resume `task` until it is parked or at the back of the ready queue. Raises what its generator raises."""
+        generator, run = task.generator, task.context.run
         value, error = task.value, task.error
         task.value = task.error = None
-        generator, run = task.generator, task.context.run
-        try:
-            for _ in range(MAX_IMMEDIATE):
-                if error is None:
-                    trap = run(generator.send, value)
-                else:
-                    thrown, error = error, None
-                    trap = run(generator.throw, thrown)
-                if trap is None:
-                    value = None
-                    break
-                if not isinstance(trap, Trap):
-                    error = TypeError(_instead(trap))
-                    continue
-                try:
-                    value = trap.arm(self, task)
-                except Exception as refusal:  # raised at the line that yielded the trap
-                    self._take_back(task)
-                    error = refusal
-                    continue
-                if value is PARKED:
-                    task.parked = True
-                    return
-            task.value, task.error = value, error
-            self._ready.append(task)
-        except StopIteration as end:
-            self._end(task, end.value, None)
-        except BaseException as failure:
-            self._end(task, None, failure)
-        finally:
-            self.current = None
-            if began and (took := self.clock.monotonic() - began) > self.max_slice_s:
-                self.on_slow(task, took)
+        for _ in range(MAX_IMMEDIATE):
+            if error is None:
+                trap = run(generator.send, value)
+            else:
+                thrown, error = error, None
+                trap = run(generator.throw, thrown)
+            if trap is None:
+                value = None
+                break
+            if not isinstance(trap, Trap):
+                error = TypeError(_instead(trap))
+                continue
+            try:
+                value = trap.arm(self, task)
+            except BaseException as refusal:  # raised at the line that yielded the trap
+                self._take_back(task)
+                task.wait_number += 1
+                error = refusal
+                continue
+            if value is PARKED:
+                task.parked = True
+                return
+        task.value, task.error = value, error
+        self._ready.append(task)
 
     def _end(self, task: Task, value: Any, error: BaseException | None) -> None:
         task.ended = True

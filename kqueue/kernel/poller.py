@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from .loop import Task
@@ -16,15 +16,12 @@ if TYPE_CHECKING:
 _EVENTS: Final = object()  # the waiter wants the ready events themselves
 
 
-class _Waiter:
+class _Waiter(NamedTuple):
     """One task that waits for one direction or both of one fd."""
 
-    __slots__ = ("as_mapping", "task", "value")
-
-    def __init__(self, task: Task, value: Any, as_mapping: bool) -> None:
-        self.task = task
-        self.value = value
-        self.as_mapping = as_mapping
+    task: Task
+    value: Any
+    as_mapping: bool
 
 
 class Poller:
@@ -39,33 +36,42 @@ class Poller:
 
     def add(self, fd: int, events: int, task: Task, *, value: Any = _EVENTS, as_mapping: bool = False) -> None:
         """Let `task` wait for `events` of `fd`. RuntimeError when another task does; OSError when `fd` cannot be polled."""
-        directions = self._waiters.get(fd)
-        waiter = _Waiter(task, value, as_mapping)
-        if directions is None:
-            self._selector.register(fd, events)
-            self._waiters[fd] = {bit: waiter for bit in (1, 2) if events & bit}
-            return
-        taken = next((directions[bit] for bit in (1, 2) if events & bit and bit in directions), None)
-        if taken is not None:
-            raise RuntimeError(
-                f"fd {fd} is already waited for by task {taken.task.name!r}; only one task may read, and one write, an fd"
-            )
-        self._selector.modify(fd, events | sum(directions))
-        directions.update({bit: waiter for bit in (1, 2) if events & bit})
-
-    def remove(self, fd: int, events: int) -> None:
-        """End a wait. The fd may have been closed meanwhile."""
-        directions = self._waiters.get(fd)
-        if directions is None:
-            return
-        for bit in (1, 2):
-            if events & bit:
-                directions.pop(bit, None)
+        if type(fd) is not int:
+            raise TypeError(f"a task waits for the number of an fd, not for {type(fd).__name__}: write .fileno()")
+        if events not in (1, 2, 3):
+            raise ValueError(f"a task waits for READ, WRITE or both, not for {events!r}")
+        directions = self._waiters.get(fd, {})
+        bits = [bit for bit in (1, 2) if events & bit]
+        for bit in bits:
+            if bit in directions:
+                raise RuntimeError(
+                    f"fd {fd} is already waited for by task {directions[bit].task.name!r}; "
+                    "only one task may read, and one write, an fd"
+                )
         if directions:
-            self._selector.modify(fd, sum(directions))
+            self._modify(fd, events | sum(directions))
         else:
-            del self._waiters[fd]
-            self._selector.unregister(fd)
+            self._selector.register(fd, events)
+        self._waiters[fd] = {**directions, **dict.fromkeys(bits, _Waiter(task, value, as_mapping))}
+
+    def remove(self, fd: int, task: Task) -> None:
+        """End what `task` waits for of `fd`, if anything. The fd may have been closed meanwhile."""
+        directions = self._waiters.pop(fd, {})
+        left = {bit: waiter for bit, waiter in directions.items() if waiter.task is not task}
+        try:
+            if left:
+                self._waiters[fd] = left
+                self._modify(fd, sum(left))
+            elif directions:
+                self._selector.unregister(fd)
+        except (KeyError, OSError):
+            return  # closed: who still waits for it has only his time-out
+
+    def _modify(self, fd: int, events: int) -> None:
+        try:
+            self._selector.modify(fd, events)
+        except (KeyError, OSError):  # closed behind our back; its number may be another fd's by now
+            self._selector.register(fd, events)
 
     def select(self, timeout_s: float | None) -> list[tuple[Any, int]]:
         """Wait for events up to `timeout_s` seconds (None: without end)."""
@@ -91,5 +97,5 @@ class Poller:
         yield from mappings.items()
 
     def close(self) -> None:
+        """Close the selector. Who waits stays noted, so that its generator is not collected."""
         self._selector.close()
-        self._waiters.clear()

@@ -10,8 +10,8 @@ Both halves are O(log n) amortised, and nobody has to remember to cancel anythin
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 from itertools import count
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class Timers:
         return len(self._heap)
 
     def add(self, when: float, timer: Timer) -> None:
+        """Arm `timer`; infinity: it never fires. ValueError for NaN, which has no order and would break the heap for all."""
+        if when != when:
+            raise ValueError("a time to wait until must be a number, not NaN")
+        if when == inf:
+            return
         heapq.heappush(self._heap, (when, next(self._tick), timer))
         if len(self._heap) > self._look_through_at:
             self._heap = [entry for entry in self._heap if not entry[2].stale]
@@ -72,10 +77,9 @@ class Timers:
             heapq.heappop(heap)
         return None
 
-    def pop_due(self, now: float) -> Iterator[Timer]:
-        """The live timers due at `now`, earliest first; each is looked at when it is its turn, so one may silence the next."""
-        heap = self._heap
-        while heap and heap[0][0] <= now:
-            timer = heapq.heappop(heap)[2]
-            if not timer.stale:
-                yield timer
+    def pop_due(self, now: float) -> list[Timer]:
+        """The timers due at `now`, earliest first. Look whether each is `stale` when it is its turn: one may silence the next."""
+        due = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        return due

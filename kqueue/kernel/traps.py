@@ -90,7 +90,7 @@ class wait_io(Trap):
 
     def arm(self, kernel: Kernel, task: Task) -> Any:
         kernel.poller.add(self.fd, self.events, task)
-        task.undo = lambda: kernel.poller.remove(self.fd, self.events)
+        task.undo = lambda: kernel.poller.remove(self.fd, task)
         if self.timeout_s is not None:
             kernel.wake_at(task, kernel.clock.monotonic() + self.timeout_s, value=0)
         return PARKED
@@ -107,16 +107,14 @@ class wait_any(Trap):
 
     def arm(self, kernel: Kernel, task: Task) -> Any:
         fds = dict(self.fds)
-        added: list[tuple[int, int]] = []
 
         def undo() -> None:
-            for fd, events in added:
-                kernel.poller.remove(fd, events)
+            for fd in fds:
+                kernel.poller.remove(fd, task)
 
         task.undo = undo
         for fd, events in fds.items():
             kernel.poller.add(fd, events, task, as_mapping=True)
-            added.append((fd, events))
         if self.timeout_s is not None:
             kernel.wake_at(task, kernel.clock.monotonic() + self.timeout_s, value={})
         return PARKED
@@ -135,13 +133,13 @@ class wait_process(Trap):
             pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return None
-        kernel.poller.add(pidfd, READ, task, value=None)
 
         def undo() -> None:
-            kernel.poller.remove(pidfd, READ)
+            kernel.poller.remove(pidfd, task)
             os.close(pidfd)
 
         task.undo = undo
+        kernel.poller.add(pidfd, READ, task, value=None)
         return PARKED
 
 

@@ -27,6 +27,7 @@ def measure(bench: Bench) -> dict[str, float]:
     with Kqueued(room, url, ["light"], ["forked"]) as daemon:
         daemon.wait_for_socket()
         time.sleep(REST_S)
+        daemon.expect_running()
         pid = daemon.pid
         memory = procfs.memory(pid)
         tree_pss = sum(procfs.memory(each).pss for each in procfs.tree(pid))
@@ -56,6 +57,7 @@ def _with_a_heavy_module(bench: Bench) -> tuple[procfs.Memory, float]:
     with Kqueued(room, url, ["light"], ["heavy"]) as daemon:
         daemon.wait_for_socket()
         time.sleep(REST_S)
+        daemon.expect_running()
         memory = procfs.memory(daemon.pid)
         tree_pss = sum(procfs.memory(each).pss for each in procfs.tree(daemon.pid))
         noop.dispatch()

@@ -1,12 +1,13 @@
 """A `kqueued -c` as a user would start it, one for each measurement, and the books that no job may be missing from.
 
-The configuration is the default one but for paths, the queue and the job modules. The log goes to a file, as it would under a
-service manager. Each daemon has a directory of its own, with its marks in it, and ends by SIGTERM; a daemon that
-does not end cleanly is a failure of the figure.
+The configuration is the default one but for paths, the queue and the job modules. The log goes to a file; its level is the
+default, so every job writes a line there. Each daemon has a directory of its own, with its marks in it, and ends by SIGTERM; one
+that does not end cleanly is a failure of the figure. Its modules were compiled before, as those of an installed package are.
 """
 
 from __future__ import annotations
 
+import compileall
 import json
 import mmap
 import os
@@ -82,8 +83,7 @@ class Kqueued:
             die_with_us()
             self._stamp[:8] = struct.pack("<d", time.time())
 
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KQUEUE_")}
-        environment[marks.DIRECTORY_VARIABLE] = str(self.marks)
+        environment = {**os.environ, marks.DIRECTORY_VARIABLE: str(self.marks)}
         with open(self._room / "log", "wb") as log:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=before_exec
@@ -136,6 +136,11 @@ class Kqueued:
                 raise self._failure("kqueued did not come up")
             time.sleep(LOOK_S)
 
+    def expect_running(self) -> None:
+        """Failure when it has ended."""
+        if self._process is None or self._process.poll() is not None:
+            raise self._failure("kqueued has ended by itself")
+
     def finished(self, client: Client, **expected: int) -> None:
         """Each file of marks has exactly as many as `expected`, and nothing is left in the queue. Failure otherwise."""
         for name, count in expected.items():
@@ -165,3 +170,9 @@ def expect_ready(client: Client, count: int) -> None:
 def connect(url: str) -> Client:
     """This process's jobs go to `url` from now on."""
     return kqueue.connect(url)
+
+
+def compile_modules() -> None:
+    """Write the bytecode that a daemon would otherwise make at its start."""
+    for directory in (Path(kqueue.__file__).parent, HERE):
+        compileall.compile_dir(directory, quiet=1)

@@ -34,7 +34,7 @@ import throughput
 import twenty
 from bench import Bench
 from figures import BROKERS, BY_KEY
-from kqueued import Failure
+from kqueued import Failure, compile_modules
 from redis_server import PERSISTENCE, RedisServer
 
 MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
@@ -73,6 +73,7 @@ def main(
         found = report.conditions(directory, persistence if redis is not None else None)
         for name, text in found.items():
             click.echo(f"{name:9} {text}")
+        compile_modules()
         if profile:
             for bench in benches:
                 profiling.profile(bench, directory / f"{bench.broker}.prof")
@@ -107,6 +108,6 @@ def _terminated(number: int, frame: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminated)
-    for variable in [name for name in os.environ if name.startswith("KQUEUE_")]:
-        del os.environ[variable]
+    for variable in [name for name in os.environ if name.startswith(("KQUEUE_", "PYTHON"))]:
+        del os.environ[variable]  # what is measured is the default
     main()

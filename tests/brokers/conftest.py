@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from kqueue.client.redis import RedisClient
 from kqueue.client.sqlite import SQLiteClient
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, sleep
-from tests.servers import RedisServer
+
+from ..servers import RedisServer
 
 
 class Rig:
@@ -128,14 +130,30 @@ class RedisRig(Rig):
         super().__init__()
         self.server: RedisServer = request.getfixturevalue("redis_server")
         self.server.command("FLUSHALL")
+        self.url = self.server.url
+        self.news: list[tuple[str, str, float]] = []  # what brokers reported
         self.clients: list[RedisClient] = []
 
     def make_broker(self) -> Broker:
-        return RedisBroker(self.server.url)
+        return RedisBroker(self.url, on_event=lambda *news: self.news.append(news))
 
     def make_client(self) -> Store:
-        self.clients.append(RedisClient(self.server.url))
+        self.clients.append(RedisClient(self.url))
         return self.clients[-1]
+
+    def owner(self) -> Owner:
+        return Owner(new_id(), "")
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Let everybody go on until `condition` holds; fail when it does not within 20 s."""
+        deadline = time.monotonic() + 20
+
+        def look() -> Iterator[Any]:
+            while not condition():
+                assert time.monotonic() < deadline, "it never came"
+                yield sleep(0.002)
+
+        self.kernel.run(look())  # type: ignore[arg-type]
 
     def corrupt(self, id: str, garbage: bytes) -> None:
         self.server.command("HSET", f"kq:{{q}}:job:{id}", "envelope", garbage)

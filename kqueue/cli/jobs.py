@@ -1,0 +1,160 @@
+"""`kqueue jobs` and `kqueue show`: what stands in the broker. They read it themselves, so they need no daemon.
+
+What stands there may be anything: an envelope that cannot be read shows as just that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ..codec import Envelope, decode, from_json
+from ..errors import EnvelopeError, JobNotFound
+from ..job import JobState
+from .target import Target, json_option, pass_target
+from .text import ago, block, duration, json_text, moment, printable, table
+
+if TYPE_CHECKING:
+    from ..brokers.base import Row
+
+UNREADABLE: Final = "(unreadable)"
+ANY_SIZE: Final = 1 << 30  # bytes; what is too large to run is still shown
+
+
+@click.command()
+@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only these.")
+@click.option("--queue", metavar="Q", help="Only of this queue.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="At most so many.")
+@json_option
+@pass_target
+def jobs(target: Target, state: str | None, queue: str | None, limit: int) -> None:
+    """List jobs: what waits, runs, is dead, or is done and kept. The next to run come first."""
+    store = target.client.store
+    rows = [] if target.is_unused() else store.list(state, queue, limit)
+    if target.json:
+        click.echo(json_text([_fields(row) for row in rows]))
+        return
+    if not rows:
+        click.echo(f"no such jobs in {store.address}", err=True)
+        return
+    headings = ("ID", "JOB", "STATE", "QUEUE", "LANE", "PRIORITY", "ATTEMPTS", "AVAILABLE")
+    click.echo(table(headings, [_cells(row) for row in rows], right=("PRIORITY", "ATTEMPTS")))
+    if len(rows) == limit:
+        click.echo(f"the first {limit}; more with --limit", err=True)
+
+
+@click.command()
+@click.argument("id")
+@json_option
+@pass_target
+def show(target: Target, id: str) -> None:
+    """Show all there is to know of one job, its death certificates last."""
+    row = None if target.is_unused() else target.client.store.show(id)
+    if row is None:
+        where = target.client.store.address
+        raise JobNotFound(f"no job {id!r:.80} is in {where}: it is done, or never was; `kqueue jobs` lists those that are")
+    fields = _all_fields(row)
+    click.echo(json_text(fields) if target.json else _page(row, fields))
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return {
+        "id": row.id, "job": _name(row), "state": row.state, "queue": row.queue, "lane": row.lane, "priority": row.priority,
+        "attempts": row.counters.attempts, "available_at": round(row.available_at, 3),
+    }  # fmt: skip
+
+
+def _all_fields(row: Row) -> dict[str, Any]:
+    envelope = _envelope(row)
+    read = envelope if isinstance(envelope, Envelope) else None
+    return {
+        **_fields(row),
+        "crashes": row.counters.crashes,
+        "recoveries": row.counters.recoveries,
+        "args": None if read is None else read.args,
+        "kwargs": None if read is None else read.kwargs,
+        "enqueued_at": None if read is None else read.enqueued_at,
+        "result": None if row.result is None else _json(row.result),
+        "certificates": [_json(certificate) for certificate in row.certificates],
+    }
+
+
+def _envelope(row: Row) -> Envelope | str:
+    """The envelope, or what is wrong with it."""
+    if row.envelope is None:
+        return "there is none"
+    try:
+        return decode(row.envelope, ANY_SIZE)
+    except EnvelopeError as error:
+        return str(error)
+
+
+def _name(row: Row) -> str | None:
+    envelope = _envelope(row)
+    return envelope.job if isinstance(envelope, Envelope) else None
+
+
+def _json(data: bytes) -> Any:
+    """What KQueue wrote, unless somebody else did."""
+    try:
+        return from_json(data)
+    except EnvelopeError:
+        return {"unreadable": data.decode("utf-8", "replace")}
+
+
+# -- for people -------------------------------------------------------------------------------------------------------------
+
+
+def _cells(row: Row) -> tuple[Any, ...]:
+    name = _name(row) or UNREADABLE
+    return (row.id, name, row.state, row.queue, row.lane, row.priority, row.counters.attempts, ago(row.available_at))
+
+
+def _page(row: Row, fields: dict[str, Any]) -> str:
+    envelope = _envelope(row)
+    counters = row.counters
+    lines = [
+        f"job        {printable(fields['job'] or UNREADABLE)}",
+        f"id         {printable(row.id)}",
+        f"state      {row.state}, available {moment(row.available_at)}",
+        f"queue      {printable(row.queue)}, lane {row.lane}, priority {row.priority}",
+        f"failed     {counters.attempts} attempts, {counters.crashes} crashes, {counters.recoveries} recoveries",
+    ]
+    if isinstance(envelope, Envelope):
+        lines.append(f"enqueued   {moment(envelope.enqueued_at)}")
+        arguments = (("args", envelope.args), ("kwargs", envelope.kwargs))
+        lines += [f"{label:10} {json_text(value)}" for label, value in arguments if value]
+    else:
+        lines.append(f"envelope   {printable(envelope)}")
+        if row.envelope is not None:
+            lines.append(f"           {printable(row.envelope[:200].decode('utf-8', 'replace'))}")
+    if row.result is not None:
+        lines.append(f"result     {json_text(fields['result'])}")
+    return "\n".join([*lines, *map(_certificate, fields["certificates"])])
+
+
+def _certificate(certificate: Any) -> str:
+    try:
+        return _told(certificate)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return f"\nanother    {json_text(certificate)}"  # not of this version, or not of KQueue at all
+
+
+def _told(certificate: dict[str, Any]) -> str:
+    exit = certificate["signal"] or ("" if certificate["exit_code"] is None else f"status {certificate['exit_code']}")
+    pid = f", pid {certificate['pid']}" if certificate["pid"] else ""
+    cpu_s = certificate["cpu_user_s"] + certificate["cpu_system_s"]
+    lines = [
+        f"\nattempt {certificate['attempt']}  {certificate['cause']} {exit}".rstrip() + f", ended by {certificate['ended_by']}",
+        f"           {moment(certificate['ended_at'])}, {certificate['strategy']}{pid}",
+        f"used       {duration(certificate['duration_s'])}, {cpu_s:.3g} s of CPU, {certificate['max_memory_mib']:.0f} MiB",
+    ]
+    if certificate["limits"]:
+        lines.append("limits     " + ", ".join(f"{name} {value:g}" for name, value in certificate["limits"].items()))
+    if certificate["error"]:
+        error = certificate["error"]
+        lines.append(block(error.get("traceback") or f"{error['class']}: {error['message']}", "  | "))
+    if certificate["output"]:
+        lines += ["output", block(certificate["output"], "  > ")]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""`kqueue status`: the daemon now, by its own word; without one, at least what waits in the broker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import click
+
+from .. import __version__
+from .target import Target, json_option, pass_target
+from .text import duration, json_text, table
+
+HEALTHY: Final = ("running", "quiet")
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Exit with 1 unless the daemon answers, and runs or is quiet (for containers).")
+@json_option
+@pass_target
+def status(target: Target, check: bool) -> int:
+    """Show what the daemon does now: its memory, what runs, what waits."""
+    found = target.ask("status") or _stopped(target)
+    click.echo(json_text(found) if target.json else _page(found))
+    return 1 if check and found["state"] not in HEALTHY else 0
+
+
+def _stopped(target: Target) -> dict[str, Any]:
+    """The document of a daemon that is not there. Without a configuration nobody can know whether one is."""
+    config = target.config
+    if config is None:
+        click.echo("note: $KQUEUE_URL says where jobs are, but only a kqueue.yaml says where a daemon is", err=True)
+    queues = {} if config is None else {spec.name: _NOTHING for spec in config.queue.names}
+    if not target.is_unused():
+        queues |= {name: counts._asdict() for name, counts in target.client.store.stats().items()}
+    return {
+        "pid": None, "version": __version__, "uptime_s": 0.0, "state": "unknown" if config is None else "stopped",
+        "memory_mib": 0.0, "processed": 0, "failed": 0, "retried": 0, "killed": 0, "running": [],
+        "queues": dict(sorted(queues.items())), "loop": {"lag_ms_p50": 0.0, "lag_ms_p99": 0.0, "turns_per_s": 0.0},
+    }  # fmt: skip
+
+
+_NOTHING: Final = {"ready": 0, "delayed": 0, "leased": 0, "dead": 0}
+
+
+def _page(found: Mapping[str, Any]) -> str:
+    blocks = [_daemon(found), _queues(found["queues"])]
+    if found["running"]:
+        blocks.append(_running(found["running"]))
+    return "\n\n".join(blocks)
+
+
+def _daemon(found: Mapping[str, Any]) -> str:
+    if found["pid"] is None:
+        return f"kqueued is {found['state']}"
+    loop = found["loop"]
+    return (
+        f"kqueued {found['version']}, pid {found['pid']}, is {found['state']} "
+        f"since {duration(found['uptime_s'])}, with {found['memory_mib']} MiB\n"
+        f"processed {found['processed']}, failed {found['failed']}, retried {found['retried']}, killed {found['killed']}\n"
+        f"loop: {loop['turns_per_s']} turns/s, lag {loop['lag_ms_p50']} ms (p50), {loop['lag_ms_p99']} ms (p99)"
+    )
+
+
+def _queues(queues: Mapping[str, Mapping[str, int]]) -> str:
+    if not queues:
+        return "no queues yet"
+    headings = ("QUEUE", "READY", "DELAYED", "LEASED", "DEAD")
+    rows = [(name, *(counts[heading.lower()] for heading in headings[1:])) for name, counts in queues.items()]
+    return table(headings, rows, right=headings[1:])
+
+
+def _running(running: list[Mapping[str, Any]]) -> str:
+    headings = ("RUNNING", "JOB", "STRATEGY", "PID", "ELAPSED", "MIB", "PROGRESS")
+    rows = [
+        (
+            each["id"], each["job"], each["strategy"], each["pid"], duration(each["elapsed_s"]), each["memory_mib"],
+            None if each["progress"] is None else f"{each['progress']:.0%}",
+        )
+        for each in running
+    ]  # fmt: skip
+    return table(headings, rows, right=("PID", "ELAPSED", "MIB", "PROGRESS"))

@@ -1,0 +1,551 @@
+"""What only Redis can get wrong: replies that are lost, garbage in its keys, a full memory, rings that nobody needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
+from kqueue.brokers.commands.redis import judge, parse_url
+from kqueue.client.redis import RedisClient
+from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, QueueFull, UsageError
+from kqueue.kernel import sleep
+
+from ..servers import Proxy
+from .conftest import RedisRig, new_job
+
+JOB = "kq:{q}:job:"
+READY = "kq:{q}:ready:inline"
+
+
+@pytest.fixture
+def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
+    rig = RedisRig(tmp_path, request)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def proxy(rig: RedisRig) -> Iterator[Proxy]:
+    """The rig's brokers and clients go through it."""
+    proxy = Proxy(rig.server.port)
+    rig.url = proxy.url
+    yield proxy
+    for broker in rig.opened:
+        rig.do(broker.close())
+    rig.opened.clear()
+    proxy.stop()
+
+
+def direct(rig: RedisRig) -> Any:
+    """A broker that does not go through the proxy."""
+    url, rig.url = rig.url, rig.server.url
+    broker = rig.broker()
+    rig.url = url
+    return broker
+
+
+def reserve(rig: RedisRig, broker: Any, inline: int = 10, isolated: int = 0) -> list[Lease]:
+    leases: list[Lease] = rig.do(broker.reserve("q", {"inline": inline, "isolated": isolated})).leases
+    return leases
+
+
+def settle(rig: RedisRig, broker: Any, leases: list[Lease], verb: str, **how: Any) -> list[str]:
+    batch = [Settlement(lease.token, "q", verb, **{"counters": lease.counters, **how}) for lease in leases]
+    answers: list[str] = rig.do(broker.settle(batch))
+    return answers
+
+
+def stats(rig: RedisRig, broker: Any) -> tuple[int, ...]:
+    """ready, delayed, leased, dead"""
+    return tuple(rig.do(broker.stats())["q"])
+
+
+def ids(leases: list[Lease]) -> list[str]:
+    return [lease.token.id for lease in leases]
+
+
+# -- lost replies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", ["reply", "request"])
+def test_a_reservation_whose_reply_is_lost_is_answered_again(rig: RedisRig, proxy: Proxy, lost: str) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(id) for id in "abc"]))
+    proxy.cut(lost)
+    leases = reserve(rig, broker, inline=2)
+    assert ids(leases) == ["a", "b"]
+    assert proxy.cuts == 1
+    assert stats(rig, broker) == (1, 0, 2, 0), "nothing is leased that nobody knows of"
+    assert settle(rig, broker, leases, "ack") == [SETTLED, SETTLED]
+    assert [kind for kind, _, _ in rig.news] == ["lost", "back"]
+
+
+def test_a_repeated_reservation_gives_only_what_is_still_held(rig: RedisRig, proxy: Proxy) -> None:
+    broker, other = rig.broker(lease_s=0.2), direct(rig)
+    rig.do(other.enqueue([new_job("a"), new_job("b")]))
+
+    def steal() -> None:
+        """While the reply is lost, the epoch dies, and somebody else takes "a"."""
+        proxy.open = False
+
+    proxy.on_cut = steal
+    proxy.cut()
+    task = rig.kernel.spawn(broker.reserve("q", {"inline": 5}))
+    rig.until(lambda: proxy.cuts == 1)
+    rig.elapse(0.25)
+    assert rig.do(other.sweep()) == {"q": 2}
+    assert ids(reserve(rig, other, inline=1)) == ["a"]
+    proxy.open = True
+    rig.until(lambda: task.ended)
+    assert ids(task.value.leases) == ["b"]
+    assert stats(rig, broker) == (0, 0, 2, 0)
+
+
+@pytest.mark.parametrize("verb", ["ack", "release", "bury"])
+def test_a_settlement_whose_reply_is_lost_counts_as_settled(rig: RedisRig, proxy: Proxy, verb: str) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job("a"), new_job("b"), new_job("c")]))
+    leases = reserve(rig, broker)
+    settle(rig, broker, leases[1:2], "ack")
+    proxy.cut()
+    assert settle(rig, broker, leases, verb, certificate=b"{}") == [SETTLED, STALE, SETTLED]
+    assert proxy.cuts == 1
+    assert len(rig.make_client().show("a", "q").certificates if verb != "ack" else [0]) == 1, "and was done once"
+
+
+def test_a_job_that_ran_before_its_enqueue_was_repeated_is_not_added_again(rig: RedisRig, proxy: Proxy) -> None:
+    broker, other = rig.broker(), direct(rig)
+
+    def close_the_door() -> None:
+        proxy.open = False
+
+    proxy.on_cut = close_the_door
+    proxy.cut()
+    task = rig.kernel.spawn(broker.enqueue([new_job("a")]))
+    rig.until(lambda: proxy.cuts == 1)
+    assert settle(rig, other, reserve(rig, other), "ack") == [SETTLED]
+    proxy.open = True
+    rig.until(lambda: task.ended)
+    assert task.value == [True]
+    assert stats(rig, other) == (0, 0, 0, 0)
+
+
+def test_a_client_s_enqueue_whose_reply_is_lost_adds_nothing_twice(rig: RedisRig, proxy: Proxy) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("first")])
+    proxy.on_cut = lambda: rig.server.commands([("DEL", f"{JOB}a"), ("ZREM", READY, "a")])  # it ran at once, and is gone
+    proxy.cut()
+    assert client.enqueue([new_job("a"), new_job("first")]) == [True, False]
+    assert proxy.cuts == 1
+    assert [row.id for row in client.list(None, "q", 10)] == ["first"]
+
+
+def test_a_cancellation_whose_reply_is_lost_says_that_it_worked(rig: RedisRig, proxy: Proxy) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("a")])
+    proxy.cut()
+    assert client.cancel("a", b'{"cause":"cancelled"}', "q") is True
+    assert client.cancel("a", b'{"cause":"cancelled"}', "q") is False
+
+
+@pytest.mark.parametrize("verb", ["renew", "sweep", "stats"])
+def test_the_other_verbs_are_simply_repeated(rig: RedisRig, proxy: Proxy, verb: str) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job("a")]))
+    proxy.cut()
+    rig.do(getattr(broker, verb)())
+    assert proxy.cuts == 1
+    assert stats(rig, broker) == (1, 0, 0, 0)
+
+
+def test_after_a_lost_connection_wait_returns_at_once_and_only_once(rig: RedisRig, proxy: Proxy) -> None:
+    broker, other = rig.broker(), direct(rig)
+    assert reserve(rig, broker) == []
+    proxy.cut_all()
+    rig.until(lambda: rig.news[-1:] == [("back", "", 0.0)])
+    rig.do(other.enqueue([new_job("a")]))
+    assert rig.do(broker.wait(10.0)) is True
+    rig.do(broker.wait(0.05))  # the ring of that job, if the connection was back before it
+    assert rig.do(broker.wait(0.05)) is False
+
+
+# -- cancelled verbs --------------------------------------------------------------------------------------------------
+
+
+def start(rig: RedisRig, verb: Any) -> Any:
+    """Begin `verb` and stop when its request is on its way."""
+    task = rig.kernel.spawn(verb)
+    rig.kernel.turn()
+    assert task.parked
+    return task
+
+
+def test_what_a_cancelled_reservation_took_comes_with_the_next_one(rig: RedisRig) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(id) for id in "abcdef"]))
+    task = start(rig, broker.reserve("q", {"inline": 4}))
+    rig.kernel.cancel(task, JobCancelled())
+    assert ids(reserve(rig, broker, inline=2)) == ["a", "b"]
+    assert ids(reserve(rig, broker, inline=10)) == ["c", "d", "e", "f"], "what it took beyond that was released"
+    assert stats(rig, broker) == (0, 0, 6, 0)
+
+
+def test_closing_releases_what_a_cancelled_reservation_took_at_no_cost(rig: RedisRig) -> None:
+    broker, other = rig.broker(), rig.broker()
+    rig.do(broker.enqueue([new_job("a"), new_job("b")]))
+    task = start(rig, broker.reserve("q", {"inline": 4}))
+    rig.kernel.cancel(task, JobCancelled())
+    rig.do(broker.close())
+    rig.opened.remove(broker)
+    assert [lease.counters for lease in reserve(rig, other)] == [Counters(), Counters()]
+
+
+def test_a_cancelled_verb_s_reply_goes_to_nobody(rig: RedisRig) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job("a")]))
+    cancelled = start(rig, broker.stats())
+    others = [rig.kernel.spawn(broker.sweep()), rig.kernel.spawn(broker.stats())]
+    rig.kernel.cancel(cancelled, JobCancelled())
+    rig.until(lambda: all(task.ended for task in others))
+    assert others[0].value == {}
+    assert others[1].value["q"].ready == 1
+
+
+# -- garbage ----------------------------------------------------------------------------------------------------------
+
+GARBAGE: dict[str, list[tuple[Any, ...]]] = {
+    "a member without a job": [("ZADD", READY, 1, "bad")],
+    "a member that is no text": [("ZADD", READY, 1, b"bad\xff\x00")],
+    "a delayed member without a job": [("ZADD", "kq:{q}:delayed", 1, "bad")],
+    "a job that is a string": [("ZADD", READY, 1, "bad"), ("SET", f"{JOB}bad", "x")],
+    "a delayed job that is a list": [("ZADD", "kq:{q}:delayed", 1, "bad"), ("RPUSH", f"{JOB}bad", "x")],
+    "counters that are no numbers": [
+        ("ZADD", READY, 1, "bad"),
+        ("HSET", f"{JOB}bad", "envelope", "x", "attempts", "many", "n", "nan", "crashes", "-1", "available_at", "", "priority", "1e999"),
+    ],
+    "only an envelope": [("ZADD", READY, "-inf", "bad"), ("HSET", f"{JOB}bad", "envelope", "x")],
+    "certificates that are none": [("ZADD", READY, 1, "bad"), ("SET", "kq:{q}:certs:bad", "x")],
+    "a place beyond all": [("ZADD", READY, "-inf", "bad"), ("HSET", f"{JOB}bad", "envelope", "x", "n", "1e300", "lane", "fast")],
+}
+
+
+@pytest.mark.parametrize("verb", ["bury", "release", "ack"])
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbage_is_leased_beside_its_neighbours_and_can_be_settled(rig: RedisRig, kind: str, verb: str) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("good"), new_job("gut")]))
+    rig.server.commands(GARBAGE[kind])
+    leases = reserve(rig, broker)
+    bad, *good = leases
+    assert ids(good) == ["good", "gut"]
+    assert bad.token.id.startswith("bad")
+    assert bad.envelope in (None, b"x")
+    assert bad.counters == Counters()
+    assert settle(rig, broker, [bad], verb, certificate=b"{}", counters=Counters(attempts=1)) == [SETTLED]
+    assert settle(rig, broker, good, "ack") == [SETTLED, SETTLED]
+    row = client.show(bad.token.id, "q")
+    if verb == "ack":
+        assert row is None
+        return
+    assert (row.state, row.certificates, row.counters) == ("dead" if verb == "bury" else "ready", (b"{}",), Counters(attempts=1))
+    assert [each.id for each in client.list(row.state, "q", 10)] == [bad.token.id]
+    if verb == "release":
+        (again,) = reserve(rig, broker)
+        assert again.token.number > bad.token.number
+        assert settle(rig, broker, [bad], "ack") == [STALE]
+
+
+@pytest.mark.parametrize("damage", [("DEL", f"{JOB}bad"), ("SET", f"{JOB}bad", "x")])
+def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_garbage(rig: RedisRig, damage: tuple[Any, ...]) -> None:
+    dead, alive = rig.broker(lease_s=0.2), rig.broker(lease_s=30)
+    rig.do(dead.enqueue([new_job("bad", at=1.0), new_job("good", at=2.0)]))
+    reserve(rig, dead)
+    rig.server.command(*damage)
+    rig.elapse(0.25)
+    assert rig.do(alive.sweep()) == {"q": 2}
+    leases = {lease.token.id: lease for lease in reserve(rig, alive)}
+    assert leases["good"].envelope is not None
+    assert (leases["bad"].envelope, leases["bad"].counters) == (None, Counters(recoveries=1))
+
+
+def test_a_structure_of_a_wrong_type_is_refused_with_its_reason(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.server.command("SET", READY, "x")
+    with pytest.raises(BrokerRefused, match=r"WRONGTYPE.*kq:\*"):
+        rig.do(broker.reserve("q", {"inline": 1}))
+    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
+        client.enqueue([new_job("a")])
+    rig.server.command("DEL", READY)
+    assert client.enqueue([new_job("a")]) == [True], "nothing of it had been written"
+    (lease,) = reserve(rig, broker)
+    rig.server.command("SET", "kq:{q}:dead", "x")
+    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
+        settle(rig, broker, [lease], "bury")
+    rig.server.command("DEL", "kq:{q}:dead")
+    assert settle(rig, broker, [lease], "bury") == [SETTLED]
+
+
+# -- a full or unwilling Redis ----------------------------------------------------------------------------------------
+
+
+def test_a_full_redis_takes_nothing_new_and_still_works_off_what_it_has(rig: RedisRig) -> None:
+    broker, other = rig.broker(lease_s=0.3), rig.broker(lease_s=30)
+    hasty = RedisClient(rig.url, patience_s=0)
+    rig.clients.append(hasty)
+    rig.do(broker.enqueue([new_job("a"), new_job("b", delay_s=0.2), new_job("c"), new_job("d")]))
+    rig.server.command("CONFIG", "SET", "maxmemory", 1)
+    try:
+        with pytest.raises(BrokerUnavailable, match="OOM"):
+            hasty.enqueue([new_job("e")])
+        leases = reserve(rig, broker, inline=2)
+        assert settle(rig, broker, leases[:1], "ack") == [SETTLED]
+        assert settle(rig, broker, leases[1:], "release", delay_s=0.2, certificate=b"{}") == [SETTLED]
+        (held,) = reserve(rig, broker, inline=1)
+        rig.elapse(0.35)
+        rig.do(broker.renew())
+        assert rig.do(other.sweep()) == {}
+        rig.elapse(0.35)
+        assert rig.do(other.sweep()) == {"q": 1}
+        leases = reserve(rig, other)
+        assert sorted(ids(leases)) == sorted(["b", "c", "d"])
+        assert held.token.id in ids(leases)
+        assert settle(rig, other, leases, "ack") == [SETTLED] * 3
+        assert reserve(rig, other) == []
+    finally:
+        rig.server.command("CONFIG", "SET", "maxmemory", 0)
+    assert hasty.enqueue([new_job("e")]) == [True]
+
+
+def test_not_now_is_waited_out_and_reported(rig: RedisRig) -> None:
+    broker = rig.broker()
+    rig.server.command("REPLICAOF", "127.0.0.1", 1)
+    try:
+        task = rig.kernel.spawn(broker.enqueue([new_job("a")]))
+        rig.until(lambda: len(rig.news) >= 2)
+        assert not task.ended
+        assert all(kind == "lost" and "READONLY" in text for kind, text, _ in rig.news)
+    finally:
+        rig.server.command("REPLICAOF", "NO", "ONE")
+    rig.until(lambda: task.ended)
+    assert task.value == [True]
+    assert rig.news[-1] == ("back", "", 0.0)
+
+
+def test_forgotten_scripts_are_loaded_again(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    client.enqueue([new_job("a")])
+    rig.server.command("SCRIPT", "FLUSH")
+    assert client.enqueue([new_job("b")]) == [True]
+    rig.server.command("SCRIPT", "FLUSH")
+    assert ids(reserve(rig, broker)) == ["a", "b"]
+
+
+def test_while_redis_was_away_nobody_is_taken_for_dead(rig: RedisRig) -> None:
+    away, back = rig.broker(lease_s=0.2), rig.broker(lease_s=0.4)
+    closed = rig.broker(lease_s=30)
+    rig.do(away.enqueue([new_job(id) for id in "ab"]))
+    assert ids(reserve(rig, away, inline=1)) == ["a"]
+    assert ids(reserve(rig, closed, inline=1)) == ["b"]
+    rig.do(closed.close())
+    rig.opened.remove(closed)
+    rig.elapse(0.3)  # longer than half of back's lease, in which nobody renewed or swept
+    assert rig.do(back.sweep()) == {"q": 1}, "but what was given up is given up"
+    assert ids(reserve(rig, back)) == ["b"]
+    rig.elapse(0.1)
+    assert rig.do(back.sweep()) == {}
+    for _ in range(4):
+        rig.elapse(0.1)
+        rig.do(back.renew())
+    assert rig.do(back.sweep()) == {"q": 1}
+
+
+# -- doorbells --------------------------------------------------------------------------------------------------------
+
+
+def rings(rig: RedisRig) -> int:
+    """PUBLISH commands since the last call."""
+    info = rig.server.command("INFO", "commandstats")
+    rig.server.command("CONFIG", "RESETSTAT")
+    assert isinstance(info, dict)
+    return int(info.get("cmdstat_publish", {}).get("calls", 0))
+
+
+def test_nobody_is_rung_up_who_is_not_idle(rig: RedisRig) -> None:
+    one, two, client = rig.broker(), rig.broker(), rig.make_client()
+    client.enqueue([new_job()])
+    rings(rig)
+    for _ in range(50):
+        client.enqueue([new_job()])
+    assert len(reserve(rig, one)) == 10
+    assert rings(rig) == 0
+    assert len(reserve(rig, one, inline=100)) == len(reserve(rig, two)) + 41 == 41
+    for _ in range(50):
+        client.enqueue([new_job()])
+    assert rings(rig) == 1
+    assert rig.do(one.wait(10.0)) is rig.do(two.wait(10.0)) is True, "one ring wakes all"
+
+
+def test_a_renewal_notices_a_ring_that_was_lost(rig: RedisRig) -> None:
+    broker = rig.broker()
+    assert reserve(rig, broker) == []
+    rig.do(broker.renew())
+    assert rig.do(broker.wait(0.02)) is False
+    rig.server.command("DEL", "kq:{q}:idle")  # as a client does whose PUBLISH is then refused
+    rig.do(broker.renew())
+    assert rig.do(broker.wait(10.0)) is True
+
+
+def test_an_idle_daemon_sleeps(rig: RedisRig) -> None:
+    broker = rig.broker()
+    assert reserve(rig, broker) == []
+    before = rig.kernel.turns
+    assert rig.do(broker.wait(0.5)) is False
+    assert rig.kernel.turns - before <= 4
+
+
+# -- size -------------------------------------------------------------------------------------------------------------
+
+
+def test_large_envelopes_go_and_come_in_parts(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    jobs = [new_job(f"{n:02}", envelope=bytes([n]) * (1 << 20), at=1.0) for n in range(20)]
+    assert rig.do(broker.enqueue(jobs[:10])) == [True] * 10
+    assert client.enqueue(jobs[10:]) == [True] * 10
+    leases = []
+    while part := reserve(rig, broker, inline=20):
+        assert len(part) < 20
+        leases += part
+    assert [lease.envelope for lease in leases] == [job.envelope for job in jobs]
+
+
+def test_no_lane_starves_when_more_is_wanted_than_fits_a_batch(rig: RedisRig) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(lane=lane, at=1.0) for lane in ("inline", "isolated") for _ in range(600)]))
+    leases = reserve(rig, broker, inline=10_000, isolated=4)
+    assert [lease.lane for lease in leases].count("isolated") == 4
+    assert len(leases) == 500
+
+
+def test_depth_is_looked_at_before_any_queue_of_several_is_filled(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    client.enqueue([new_job(queue="full"), new_job(queue="full")])
+    for enqueue in (client.enqueue, lambda jobs, depth: rig.do(broker.enqueue(jobs, depth))):
+        with pytest.raises(QueueFull, match="'full' holds 2 jobs, allowed are 2"):
+            enqueue([new_job(), new_job(queue="full")], 2)
+    assert stats(rig, broker) == (0, 0, 0, 0)
+
+
+# -- clients ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_forked_child_and_its_parent_do_not_share_a_connection(rig: RedisRig) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("before")])
+    pid = os.fork()
+    if pid == 0:
+        try:
+            done = all(client.enqueue([new_job(f"child{n}")]) == [True] for n in range(20))
+        finally:
+            os._exit(0 if done else 1)
+    assert all(client.enqueue([new_job(f"parent{n}")]) == [True] for n in range(20))
+    assert os.waitpid(pid, 0)[1] == 0
+    assert client.stats()["q"].ready == 41
+
+
+def test_a_client_says_in_one_line_what_is_wrong(rig: RedisRig) -> None:
+    nobody = RedisClient("redis://me:secret@127.0.0.1:1/0", patience_s=0)
+    with pytest.raises(BrokerUnavailable, match=r"^redis://127.0.0.1:1/0: .*refused.*is Redis running there\?$") as caught:
+        nobody.enqueue([new_job()])
+    assert "secret" not in str(caught.value)
+    wrong = RedisClient(rig.server.url_for("me", "secret"), patience_s=0)
+    with pytest.raises(BrokerRefused, match=r"WRONGPASS.*check user and password") as caught_too:
+        wrong.stats()
+    assert "secret" not in str(caught_too.value)
+    with pytest.raises(BrokerRefused, match="DB index"):
+        RedisClient(rig.server.url_for(db=99)).document("x")
+
+
+def test_a_client_without_channel_rights_still_dispatches(rig: RedisRig) -> None:
+    rig.server.command("ACL", "SETUSER", "quiet", "on", ">pw", "resetchannels", "~kq:*", "+@all")
+    try:
+        broker, client = rig.broker(), RedisClient(rig.server.url_for("quiet", "pw"))
+        rig.clients.append(client)
+        assert reserve(rig, broker) == []
+        assert client.enqueue([new_job("a")]) == [True]
+        rig.do(broker.renew())
+        assert rig.do(broker.wait(10.0)) is True
+        assert ids(reserve(rig, broker)) == ["a"]
+    finally:
+        rig.server.command("ACL", "DELUSER", "quiet")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://h", "redis://h:6379/0"),
+        ("redis://:pw@h:1/2", "redis://h:1/2"),
+        ("rediss://u:p%40w@[::1]:7/0?ssl_ca_certs=/x", "rediss://[::1]:7/0"),
+        ("redis://h/?db=3", "redis://h:6379/3"),
+        ("unix:///run/r.sock?db=4", "unix:///run/r.sock?db=4"),
+        ("redis+unix://u:pw@/run/r.sock", "unix:///run/r.sock"),
+    ],
+)
+def test_an_address_is_the_url_without_secrets(url: str, address: str) -> None:
+    assert parse_url(url).address == address
+
+
+def test_a_url_is_read_as_redis_py_reads_it() -> None:
+    target = parse_url("rediss://us%3Aer:p%40w%2F@h:7/1?ssl_cert_reqs=none&ssl_keyfile=%2Fk")
+    assert (target.username, target.password, target.host, target.port, target.db) == ("us:er", "p@w/", "h", 7, 1)
+    assert target.tls is not None
+    assert (target.tls.keyfile, target.tls.checks_host) == ("/k", False)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:secret@h:port/0", "redis://:secret@h/mail", "redis://:secret@h/0?dbb=secret", "rediss://:secret@h/?ssl_cert_reqs=x"]
+)
+def test_a_wrong_url_is_refused_without_telling_its_secret(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_url(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "later"),
+    [
+        ("LOADING Redis is loading the dataset in memory", "LOADING", True),
+        ("WRONGTYPE Operation against a key script: 12ab, on @user_script:12.", "WRONGTYPE", False),
+        ("ERR Error running script (call to f_12ab): @user_script:3: WRONGTYPE Operation against", "WRONGTYPE", False),
+        ("ERR Error running script (call to f_12ab): @user_script:3: -READONLY You can't write", "READONLY", True),
+        ("ERR max number of clients reached", "ERR", True),
+        ("MOVED 3999 127.0.0.1:6381", "MOVED", False),
+        ("OOM command not allowed when used memory > 'maxmemory'.", "OOM", True),
+    ],
+)
+def test_error_replies_are_understood_inside_scripts_too(message: str, code: str, later: bool) -> None:
+    assert judge(message)[:2] == (code, later)
+
+
+def test_nothing_blocks_the_loop_while_a_name_is_looked_up(rig: RedisRig) -> None:
+    rig.url = f"redis://no-such-host.invalid:{rig.server.port}/0"
+    broker = rig.make_broker()
+    ticks = 0
+
+    def tick() -> Iterator[Any]:
+        nonlocal ticks
+        while not rig.news:
+            ticks += 1
+            yield sleep(0.001)
+
+    opening = rig.kernel.spawn(broker.open(rig.owner(), ["q"], 15.0))
+    rig.do(tick())
+    assert ticks > 1
+    assert "cannot resolve no-such-host.invalid" in rig.news[0][1]
+    rig.do(broker.close())
+    rig.until(lambda: opening.ended)

@@ -1,0 +1,77 @@
+"""What kqueue.testing gives to the tests of applications."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from kqueue import JobState, JobTimedOut, KQueueJob, current, enqueue, job, offload, progress, sleep
+from kqueue.testing import FakeQueue, run
+
+
+class Greet(KQueueJob):
+    def __init__(self, whom: str) -> None:
+        self.whom = whom
+
+    def handle(self) -> Any:
+        yield sleep(20)
+        return f"hello {self.whom}"
+
+
+@job(name="testing.slow", timeout=5)
+async def slow() -> None:
+    await sleep(3600)
+
+
+@job(name="testing.chain")
+def chain() -> Any:
+    yield progress(0.5)
+    yield enqueue(Greet.job("from a job"))
+    return (yield offload(divmod, 7, 2)), current().attempt
+
+
+@job(name="testing.plain", isolated=True)
+def plain(values: tuple[int, ...]) -> Any:
+    Greet.dispatch("from a child")
+    return values
+
+
+def test_a_job_runs_to_its_end_and_no_time_passes() -> None:
+    assert run(Greet.job("ada")) == "hello ada"
+
+
+def test_arguments_go_through_json_as_they_would_in_a_queue() -> None:
+    with FakeQueue():
+        assert run(plain.job((1, 2))) == [1, 2]
+
+
+def test_a_timeout_fires_when_it_would() -> None:
+    with pytest.raises(JobTimedOut, match="5 s"):
+        run(slow.job())
+
+
+def test_dispatches_are_remembered_and_can_be_run() -> None:
+    with FakeQueue() as queue:
+        handle = Greet.dispatch("ada")
+        chain.dispatch()
+        assert [each.name for each in queue.jobs] == ["Greet", "testing.chain"]
+        assert queue.jobs[0] == Greet.job("ada")
+        assert handle.state() is JobState.READY
+        assert queue.run() == ["hello ada", ((3, 1), 1), "hello from a job"]
+        assert handle.state() is JobState.DONE
+
+
+def test_a_fake_queue_refuses_what_a_real_one_would() -> None:
+    with FakeQueue() as queue, pytest.raises(TypeError, match="args"):
+        Greet.dispatch(object())  # type: ignore[arg-type]
+    assert queue.jobs == []
+
+
+def test_after_it_dispatches_go_where_they_went_before() -> None:
+    jobs = sys.modules["kqueue.job"]  # `kqueue.job` itself is the decorator
+    dispatcher = jobs._dispatcher
+    with FakeQueue():
+        assert jobs._dispatcher is not dispatcher
+    assert jobs._dispatcher is dispatcher
