@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from .errors import EnvelopeError, NewerEnvelope
@@ -23,6 +24,7 @@ VERSION: Final = 1
 MAX_BYTES: Final = 1024 * 1024  # INTERFACES: over 1 MiB is refused, unless configured otherwise
 MAX_DEPTH: Final = 100  # of nested arrays and objects in arguments and results
 TAG: Final = "$kq"
+_TAG: Final = TAG.encode()
 LANES: Final = ("inline", "isolated")
 OPTIONS: Final = ("timeout", "max_memory", "max_cpu", "max_attempts", "backoff", "keep_result")  # may be in an envelope
 
@@ -94,7 +96,7 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Envelope:
             enqueued_at=float(_typed(fields, "enqueued_at", (int, float), 0.0)),
             options={name: fields[name] for name in OPTIONS if fields.get(name) is not None},
             trace=_typed(fields, "trace", str, None),
-            tagged=TAG.encode() in data or b"\\" in data,
+            tagged=_TAG in data or b"\\" in data,
         )
     except OverflowError as error:
         raise EnvelopeError(f"the envelope holds a number out of range: {error}") from None
@@ -104,9 +106,16 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text:.20} is larger than any float")
+    return number
+
+
 # Made once: json.dumps and json.loads make a new encoder or decoder at every call that has options (6 µs each).
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
 
 
 def to_json(value: Any) -> bytes:
@@ -123,9 +132,15 @@ def from_json(data: bytes) -> Any:
     """Strict JSON. Raises EnvelopeError whatever is wrong with it."""
     try:
         value: Any = _decode(data.decode())
+        if b"\\u" in data:
+            _encode(value).encode()  # half of a surrogate pair is no text, and could never be written again
         return value
     except (ValueError, RecursionError) as error:
         raise EnvelopeError(f"not JSON: {error}") from None
+
+
+# Of a subclass, its value; `str(value)` would call what the subclass overrides.
+_PLAIN: Final[tuple[tuple[type, Any], ...]] = ((str, str.__str__), (int, int.__int__), (float, float.__float__))
 
 
 def pack(value: Any, where: str = "value", depth: int = 0) -> Any:
@@ -150,29 +165,35 @@ def pack(value: Any, where: str = "value", depth: int = 0) -> Any:
                 raise TypeError(f"{where} has the key {key!r:.60}; keys must be strings, since JSON would change others")
         plain = {key: pack(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
         return {TAG: "dict", "v": plain} if TAG in plain else plain
-    if isinstance(value, (str, int, float)):  # subclasses, enums among them
-        return pack(value.value if hasattr(value, "value") else kind.__mro__[-2](value), where, depth + 1)
-    return _tag(value, where)
+    for base, convert in _PLAIN:
+        if isinstance(value, base):
+            return pack(value.value if isinstance(value, Enum) else convert(value), where, depth + 1)
+    return _tag(value, where, depth)
 
 
-def unpack(value: Any) -> Any:
-    """The inverse of `pack`. Raises EnvelopeError for a tag it does not know or a value that does not fit its tag."""
+def unpack(value: Any, depth: int = 0) -> Any:
+    """The inverse of `pack`, but for tuples, which come back as lists.
+
+    Raises EnvelopeError for a tag it does not know, a value that does not fit its tag, and what is nested too deep.
+    """
+    if depth > MAX_DEPTH + 2:  # the list of arguments is a level, and so is the last value
+        raise EnvelopeError(f"a value is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, list):
-        return [unpack(item) for item in value]
+        return [unpack(item, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     if TAG not in value:
-        return {key: unpack(item) for key, item in value.items()}
+        return {key: unpack(item, depth + 1) for key, item in value.items()}
     name, content = value[TAG], value.get("v")
     if name == "dict" and isinstance(content, dict):
-        return {key: unpack(item) for key, item in content.items()}
+        return {key: unpack(item, depth + 1) for key, item in content.items()}
     try:
-        return _untag(name, content)
+        return _untag(name, content, depth)
     except Exception as error:
         raise EnvelopeError(f"a value tagged {name!r:.40} cannot be read: {error}") from None
 
 
-def _tag(value: Any, where: str) -> dict[str, Any]:
+def _tag(value: Any, where: str, depth: int) -> dict[str, Any]:
     from base64 import b64encode
     from datetime import date, datetime, time, timedelta
     from decimal import Decimal
@@ -188,13 +209,13 @@ def _tag(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, (bytes, bytearray)):
         return {TAG: "bytes", "v": b64encode(value).decode()}
     if isinstance(value, (set, frozenset)):
-        return {TAG: "set", "v": [pack(item, where) for item in value]}
+        return {TAG: "set", "v": [pack(item, where, depth + 1) for item in value]}
     raise TypeError(
         f"{where} is of type {type(value).__name__}, which a job cannot carry; pass an id, a path, or plain JSON values"
     )
 
 
-def _untag(name: Any, content: Any) -> Any:
+def _untag(name: Any, content: Any, depth: int) -> Any:
     from base64 import b64decode
     from datetime import date, datetime, time, timedelta
     from decimal import Decimal
@@ -208,11 +229,18 @@ def _untag(name: Any, content: Any) -> Any:
         "UUID": UUID,
         "Decimal": Decimal,
         "bytes": lambda text: b64decode(text, validate=True),
-        "set": lambda items: set(unpack(items)),
+        "set": lambda items: {_hashable(unpack(item, depth + 1)) for item in items},
     }
     if name not in readers:
         raise ValueError(f"known tags are {', '.join(readers)}")
     return readers[name](content)
+
+
+def _hashable(value: Any) -> Any:
+    """What stood in a set was hashable, so a list was a tuple, and a set a frozenset."""
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return frozenset(value) if isinstance(value, set) else value
 
 
 def _kind(value: Any) -> str:
@@ -230,8 +258,8 @@ def _typed(fields: dict[str, Any], name: str, kinds: Any, default: Any) -> Any:
 
 def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
     value = fields.get(name, default)
-    if not isinstance(value, str) or not value or len(value) > 255:
-        raise EnvelopeError(f'"{name}" is not a text of 1 to 255 characters: {value!r:.60}')
+    if not isinstance(value, str) or not 0 < len(value) <= 255 or not value.isprintable():
+        raise EnvelopeError(f'"{name}" is not a printable text of 1 to 255 characters: {value!a:.60}')
     if name == "id" and not PATTERN.fullmatch(value):
         raise EnvelopeError(f'"id" may hold letters, digits, - and _ (at most 64): {value!r:.60}')
     return value

@@ -1,9 +1,9 @@
 """Intake: how many jobs to ask for, from which queue, in which lane. Pure arithmetic; the runtime asks, and does the asking.
 
 Limits are kept by reserving less, never by failing a job: slots of each lane, slots of all, slots and a rate of a queue, a rate
-of all. Queues share by weight, as in deficit round robin (Shreedhar and Varghese, 1995): of every job that was taken, each queue
-that had some earns its share as credit, the queue that it came from pays for it, and one that had nothing keeps no credit. In
-strict order an earlier queue takes whatever it can.
+of all. Queues share each lane by weight, as in deficit round robin (Shreedhar and Varghese, 1995): of every job that was taken,
+each queue that may have more earns its share as credit, the queue that it came from pays for it, and one that ran dry keeps no
+credit. In strict order an earlier queue takes whatever it can.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .config import QueueSpec
 
 BATCH: Final = 200  # jobs asked for at once: more would start in one turn of the loop
 WINDOW_S: Final = 60.0
+MAX_CREDIT: Final = 50.0  # jobs: a queue that its own limits held back for an hour is not owed an hour of everybody else's
 
 
 class RateWindow:
@@ -31,7 +32,7 @@ class RateWindow:
         """How many may be taken now; None: any number."""
         if not self._limit:
             return None
-        while self._taken and self._taken[0][0] <= now - WINDOW_S:
+        while self._taken and self._taken[0][0] + WINDOW_S <= now:
             self._used -= self._taken.popleft()[1]
         return self._limit - self._used
 
@@ -47,15 +48,39 @@ class RateWindow:
         return max(0.0, self._taken[0][0] + WINDOW_S - now)
 
 
+class _Share:
+    """What one queue may take of one lane."""
+
+    def __init__(self) -> None:
+        self.credit = 0.0  # jobs it is owed; below 0: that it had too many
+        self.asked = 0  # when it was last asked
+        self.came = 0  # of those
+
+    @property
+    def dry(self) -> bool:
+        """It brought less than it was asked for, so it has no more. One that was asked for nothing may have some."""
+        return self.came < self.asked
+
+    def ask(self, count: int) -> None:
+        """It is about to be asked for `count` jobs."""
+        if self.dry:
+            self.credit = 0.0
+        self.asked, self.came = count, 0
+
+
 class _Queue:
-    """A queue's share and what of it runs."""
+    """A queue's shares, and what of it runs."""
 
     def __init__(self, spec: QueueSpec) -> None:
         self.spec = spec
-        self.credit = 0.0  # jobs it is owed; below 0: that it had too many
-        self.idle = False  # it had nothing when it was last asked
+        self.shares = {lane: _Share() for lane in LANES}
+        self.lanes = deque(LANES)  # where both draw on one limit, the first is served first; they take turns
         self.running = 0
         self.rate = RateWindow(spec.per_minute)
+
+    @property
+    def credit(self) -> float:
+        return sum(share.credit for share in self.shares.values() if not share.dry)
 
 
 class Ask(NamedTuple):
@@ -81,7 +106,6 @@ class Intake:
         self._rate = RateWindow(per_minute)
         self._clock = clock
         self.remaining = max_jobs or None  # jobs that may still be taken in this process's life; None: any number
-        self._lanes = deque(LANES)
         self.running = dict.fromkeys(LANES, 0)
 
     @property
@@ -93,9 +117,19 @@ class Intake:
         return sum(self.running.values())
 
     def started(self, queue: str, lane: str) -> None:
-        """A job of `queue` took a slot of `lane`."""
+        """A job of `queue` took a slot of `lane`, at the expense of the others that want one."""
         self.running[lane] += 1
-        self._queues[queue].running += 1
+        payer = self._queues[queue]
+        payer.running += 1
+        payer.shares[lane].came += 1
+        if len(self._queues) == 1:
+            return
+        payer.shares[lane].credit -= 1
+        earning = [each for each in self._queues.values() if each is payer or not each.shares[lane].dry]
+        weights = sum(each.spec.weight for each in earning)
+        for each in earning:
+            share = each.shares[lane]
+            share.credit = max(-MAX_CREDIT, min(share.credit + each.spec.weight / weights, MAX_CREDIT))
 
     def ended(self, queue: str, lane: str) -> None:
         """It gave the slot back."""
@@ -103,7 +137,7 @@ class Intake:
         self._queues[queue].running -= 1
 
     def has_slots(self) -> bool:
-        """Whether nothing but the queues themselves limits what can be had now: a slot in each lane, and of all limits some left."""
+        """Whether only the queues limit what can be had now: there is a slot in each lane, and some left of each limit."""
         if any(self.running[lane] >= slots for lane, slots in self._slots.items() if slots):
             return False
         limits = [(self._concurrent, self.total_running)]
@@ -111,46 +145,44 @@ class Intake:
         return all(used < limit for limit, used in limits if limit)
 
     def order(self) -> list[str]:
-        """The queues in the order in which to ask them now."""
-        if self._strict_order or len(self._queues) == 1:
-            return list(self._queues)
-        return sorted(self._queues, key=lambda name: (-self._queues[name].credit, -self._queues[name].spec.weight))
+        """The queues in the order in which to ask them now; one twice, when both its lanes have a chance of one job only."""
+        names = list(self._queues)
+        if not self._strict_order:
+            names.sort(key=lambda name: (-self._queues[name].credit, -self._queues[name].spec.weight))
+        return [name for name in names for _ in range(2 if self._is_scarce(name) and self._left(name) == 1 else 1)]
 
     def ask(self, name: str, share: bool = True) -> Ask | None:
-        """What to ask `name` for now; None: nothing. `share` False: whatever is free, since no other queue had use for it."""
+        """What to ask `name` for now; None: nothing.
+
+        Where there are several queues each is asked for its share, and then once more (`share` False) for whatever is still free,
+        unless it has just run dry.
+        """
         queue = self._queues[name]
-        total = BATCH
-        for limit, used in ((self._concurrent, self.total_running), (queue.spec.max_concurrent, queue.running)):
-            if limit:
-                total = min(total, limit - used)
-        for left in (self._rate.left(self._clock()), queue.rate.left(self._clock()), self.remaining):
-            if left is not None:
-                total = min(total, left)
-        if share and not self._strict_order and len(self._queues) > 1:
-            total = min(total, max(1, round(total * queue.spec.weight / self._total_weight + queue.credit)))
-        wants = {}
-        self._lanes.rotate()  # where both lanes draw on one limit, each is served first half of the time
-        for lane in self._lanes:
-            wants[lane] = max(0, min(total, self._slots.get(lane, 0) - self.running[lane]))
-            total -= wants[lane] if self._is_scarce(queue) else 0
+        left = self._left(name)
+        wants = {lane: max(0, min(left, self._slots.get(lane, 0) - self.running[lane])) for lane in LANES}
+        if self._is_scarce(name):  # half to each lane, and more of what the other has no slots for
+            first, second = queue.lanes
+            wants[first] = min(wants[first], max(left - left // 2, left - wants[second]))
+            wants[second] = min(wants[second], left - wants[first])
+        for lane, mine in queue.shares.items():
+            if share and not self._strict_order:
+                portion = round(wants[lane] * queue.spec.weight / self._total_weight + mine.credit)
+                wants[lane] = max(0, min(portion, wants[lane]))
+            elif not share and mine.dry and len(self._queues) > 1:
+                wants[lane] = 0
+                continue
+            mine.ask(wants[lane])
         return Ask(name, wants) if any(wants.values()) else None
 
     def got(self, ask: Ask, count: int) -> None:
-        """`ask` brought `count` jobs."""
+        """`ask` brought `count` jobs. Each of them is `started` next."""
         queue = self._queues[ask.queue]
         now = self._clock()
         self._rate.take(count, now)
         queue.rate.take(count, now)
         if self.remaining is not None:
             self.remaining -= count
-        queue.idle = count == 0
-        if queue.idle:
-            queue.credit = 0.0
-            return
-        busy = [other for other in self._queues.values() if not other.idle]
-        for other in busy:
-            other.credit += count * other.spec.weight / sum(each.spec.weight for each in busy)
-        queue.credit -= count
+        queue.lanes.rotate()
 
     def opens_in_s(self) -> float | None:
         """Seconds until a rate lets another job through; None: no rate holds one back now."""
@@ -159,7 +191,16 @@ class Intake:
         known = [wait for wait in waits if wait is not None]
         return min(known) if known else None
 
-    def _is_scarce(self, queue: _Queue) -> bool:
-        """Whether both lanes draw on one limit, so that what one may get the other may not."""
-        spec = queue.spec
+    def _left(self, name: str) -> int:
+        """How many jobs of `name` the limits that both lanes draw on let through now."""
+        queue = self._queues[name]
+        now = self._clock()
+        limits = [BATCH, self._rate.left(now), queue.rate.left(now), self.remaining]
+        limits += [self._concurrent - self.total_running] if self._concurrent else []
+        limits += [queue.spec.max_concurrent - queue.running] if queue.spec.max_concurrent else []
+        return max(0, min(limit for limit in limits if limit is not None))
+
+    def _is_scarce(self, name: str) -> bool:
+        """Whether there are such limits, so that what one lane gets the other does not."""
+        spec = self._queues[name].spec
         return self.remaining is not None or any((self._concurrent, self._per_minute, spec.max_concurrent, spec.per_minute))

@@ -79,7 +79,10 @@ class DispatchOptions(NamedTuple):
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _wait(value: Any) -> bool:
@@ -174,8 +177,9 @@ class Registry:
         self._jobs[registration.name] = registration
 
     def learn(self, registration: Registration) -> None:
-        """Take a job from the template's manifest, unless its code is here already."""
-        self._jobs.setdefault(registration.name, registration)
+        """Take a job from the template's manifest, unless its code is here already. It can run in a child only."""
+        isolated = registration._replace(options=registration.options._replace(isolated=True))
+        self._jobs.setdefault(registration.name, isolated)
 
     def get(self, name: str) -> Registration | None:
         return self._jobs.get(name)
@@ -218,8 +222,8 @@ def _is_cooperative(handler: Any, name: str) -> bool:
 
 
 def _register(target: Callable[..., Any], name: str, handler: Any, values: Mapping[str, Any]) -> Registration:
-    if not isinstance(name, str) or not 0 < len(name) <= 255:
-        raise UsageError(f"a job's name is a text of 1 to 255 characters, not {name!r:.60}")
+    if not isinstance(name, str) or not 0 < len(name) <= 255 or not name.isprintable():
+        raise UsageError(f"a job's name is a printable text of 1 to 255 characters, not {name!r:.60}; give it a name=")
     try:
         options = checked_options(values)
         registration = Registration(name, options, target, _is_cooperative(handler, name), target.__module__)
@@ -339,13 +343,17 @@ def dispatch_options(*, delay: Any = 0, at: Any = None, id: str | None = None, *
         raise UsageError(f"delay must be seconds or a timedelta, not negative, not {delay!r:.60}")
     if at is not None and not hasattr(at, "timestamp"):
         raise UsageError(f"at must be a datetime, not {at!r:.60}")
+    try:
+        due = None if at is None else at.timestamp()
+    except (ValueError, OverflowError, OSError) as error:  # a naive one that is before any time zone's year 1
+        raise UsageError(f"at is out of range: {error}") from None
     if id is not None and not (isinstance(id, str) and ID_PATTERN.fullmatch(id)):
         raise UsageError(f"an id is 1 to 64 letters, digits, - and _, not {id!r:.60}")
     for name, value in overrides.items():
         check_option(name, value)
         if name in ("isolated", "start"):
             raise UsageError(f"{name} is decided where the job is declared, not at dispatch")
-    return DispatchOptions(delay, None if at is None else at.timestamp(), id, overrides)
+    return DispatchOptions(delay, due, id, overrides)
 
 
 # -- declaring ----------------------------------------------------------------------------------------------------------
@@ -381,17 +389,17 @@ class KQueueJob:
     max_cpu: ClassVar[float] = 0
     keep_result: ClassVar[float] = 0
     registration: ClassVar[Registration]
+    _declared: ClassVar[JobOptions | None] = None  # its own `options`, or its base's; None: the attributes above say them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        declared = cls.__dict__.get("options")
-        if isinstance(declared, JobOptions):
-            delattr(cls, "options")  # so that `SendEmail.options(delay=…)` still works
-            values: dict[str, Any] = declared._asdict()
-        else:
-            values = {name: getattr(cls, name) for name in JobOptions._fields}
-        if "handle" not in vars(cls) and not any("handle" in vars(base) for base in cls.__mro__[1:-2]):
+        if isinstance(cls.__dict__.get("options"), JobOptions):
+            cls._declared = cls.__dict__["options"]
+            del cls.options  # so that `SendEmail.options(delay=…)` still works
+        if cls.handle is KQueueJob.handle:
             return  # a base of jobs, not a job
+        declared = cls._declared
+        values = {name: getattr(cls, name) for name in JobOptions._fields} if declared is None else declared._asdict()
         name = cls.__dict__.get("name", cls.__qualname__)
         cls.registration = _register(cls, name, cls.handle, values)
 
@@ -447,10 +455,12 @@ class JobFunction(Generic[P, R]):
     """A function under `@job`. Calling it still calls the function."""
 
     def __init__(self, function: Callable[P, R], name: str | None, values: Mapping[str, Any]) -> None:
+        if isinstance(function, type) or not callable(function):
+            raise UsageError(f"@job takes a function, or options as in @job(timeout=10), not {function!r:.60}")
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(self, attribute, getattr(function, attribute, None))
         self.__wrapped__ = function
-        self.registration = _register(function, name or function.__qualname__, function, values)
+        self.registration = _register(function, name or getattr(function, "__qualname__", None) or "", function, values)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__wrapped__(*args, **kwargs)

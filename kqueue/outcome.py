@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from .errors import KQueueError
+
 CAUSES: Final = ("ok", "exception", "timeout", "memory", "cpu", "signal", "exit", "lost", "cancelled", "refused")
 ENDED_BY: Final = ("job", "supervisor", "kernel", "operator", "shutdown")
 
@@ -64,9 +66,11 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
         trace = trace.tb_next
+    if trace is None and not isinstance(error, KQueueError):
+        trace = error.__traceback__  # an error of KQueue's own
     try:
         message = str(error)
-    except Exception as broken:
+    except BaseException as broken:
         message = f"(its __str__ raised {type(broken).__name__})"
     lines = "".join(format_exception(type(error), error, trace))
     return {

@@ -206,6 +206,8 @@ class KQueueRuntime:
             outcome = Outcome("timeout" if late else "cancelled", "supervisor", error=describe_error(error))
             self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to end it ({error})"))
             self.stop("a job that would not stop", exit_code=EXIT_RESTART)
+        elif isinstance(error, JobCancelled):  # before its first step
+            outcome = Outcome("cancelled", "shutdown")
         else:
             outcome = Outcome("lost", "supervisor", error=describe_error(error))
             self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
@@ -294,10 +296,10 @@ class KQueueRuntime:
         if stale:
             self.events.emit(facts.LeaseLost(id, job))
             return
-        if held.context is not None or outcome.cause == "refused":
+        then, delay_s = ended.verdict.then, ended.verdict.settlement.delay_s
+        if held.context is not None or then == "dead":
             self.processed += 1
             self.failed += not outcome.ok
-        then, delay_s = ended.verdict.then, ended.verdict.settlement.delay_s
         if ended.verdict.settlement.lane is None:  # a move to the other lane is not an attempt
             self.events.emit(facts.JobEnded(id, job, held.strategy, held.lease.queue, outcome, then, delay_s))
 

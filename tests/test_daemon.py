@@ -30,7 +30,9 @@ def named(name: str, *args: Any, lane: str = "", **options: Any) -> BoundJob:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/queue.db"
-    return str(request.getfixturevalue("redis_server").url)
+    server = request.getfixturevalue("redis_server")
+    server.command("FLUSHALL")
+    return str(server.url)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerRefused, BrokerUnavailable, KQueueError, QueueFull
+from ..errors import BrokerUnavailable, KQueueError, QueueFull
 from ..kernel.traps import Park, sleep
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
@@ -222,14 +222,12 @@ class RedisBroker:
 
     def _ask(self, asked: Sequence[commands.Call | commands.Command]) -> Verb[list[Any]]:
         """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused when that is useless."""
-        asking = commands.Asking(asked, SCRIPTS, wait_for_rights=self._opened)
+        asking = commands.Asking(asked, SCRIPTS, self.address, wait_for_rights=self._opened)
         tries = 0
         while asking.left:
             try:
                 yield from self._transport.ready()
                 trouble = asking.hear((yield from self._transport.call(asking.commands(self._transport.digests))))
-            except BrokerRefused as error:
-                raise BrokerRefused(f"{self.address}: {error}") from None
             except BrokerUnavailable:
                 if self._closing or self._transport.closed:
                     raise

@@ -38,7 +38,7 @@ def _duration(context: click.Context, parameter: click.Parameter, value: str | N
 def dispatch(
     target: Target, job: str, arguments: str, delay: float, priority: int | None, queue: str | None, count: int | None, wait: bool
 ) -> int:
-    """Enqueue JOB, a registered name; print its id."""
+    """Enqueue JOB, by its registered name, and print its id."""
     args, kwargs = _arguments(arguments)
     overrides: dict[str, Any] = {name: value for name, value in (("priority", priority), ("queue", queue)) if value is not None}
     client = target.client

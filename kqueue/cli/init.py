@@ -60,7 +60,10 @@ def count_primes(below):
 @json_option
 @pass_target
 def init(target: Target, directory: str) -> None:
-    """Write a commented kqueue.yaml and a first job module, app/jobs.py, into DIRECTORY."""
+    """Write a kqueue.yaml and a first job module.
+
+    They go into DIRECTORY, the current one unless given, and work as they are. Nothing is overwritten.
+    """
     texts = {"kqueue.yaml": CONFIG, "app/__init__.py": "", "app/jobs.py": JOBS}
     files = {os.path.normpath(os.path.join(directory, name)): text for name, text in texts.items()}
     there = [path for path, text in files.items() if text and os.path.lexists(path)]

@@ -29,7 +29,10 @@ ANY_SIZE: Final = 1 << 30  # bytes; what is too large to run is still shown
 @json_option
 @pass_target
 def jobs(target: Target, state: str | None, queue: str | None, limit: int) -> None:
-    """List jobs: what waits, runs, is dead, or is done and kept. The next to run come first."""
+    """List jobs: waiting, running, dead.
+
+    Those that are done are listed while their results are kept. The next to run come first.
+    """
     store = target.client.store
     rows = [] if target.is_unused() else store.list(state, queue, limit)
     if target.json:
@@ -49,7 +52,10 @@ def jobs(target: Target, state: str | None, queue: str | None, limit: int) -> No
 @json_option
 @pass_target
 def show(target: Target, id: str) -> None:
-    """Show all there is to know of one job, its death certificates last."""
+    """Show all there is to know of one job.
+
+    Its death certificates, one for each attempt, come last.
+    """
     row = None if target.is_unused() else target.client.store.show(id)
     if row is None:
         where = target.client.store.address
@@ -117,7 +123,7 @@ def _page(row: Row, fields: dict[str, Any]) -> str:
     lines = [
         f"job        {printable(fields['job'] or UNREADABLE)}",
         f"id         {printable(row.id)}",
-        f"state      {row.state}, available {moment(row.available_at)}",
+        f"state      {row.state}{f', due {moment(row.available_at)}' if row.state in ('ready', 'delayed') else ''}",
         f"queue      {printable(row.queue)}, lane {row.lane}, priority {row.priority}",
         f"failed     {counters.attempts} attempts, {counters.crashes} crashes, {counters.recoveries} recoveries",
     ]
@@ -142,11 +148,12 @@ def _certificate(certificate: Any) -> str:
 
 
 def _told(certificate: dict[str, Any]) -> str:
-    exit = certificate["signal"] or ("" if certificate["exit_code"] is None else f"status {certificate['exit_code']}")
+    code = certificate["exit_code"]
+    exit = f" ({certificate['signal'] or f'status {code}'})" if certificate["signal"] or code is not None else ""
     pid = f", pid {certificate['pid']}" if certificate["pid"] else ""
     cpu_s = certificate["cpu_user_s"] + certificate["cpu_system_s"]
     lines = [
-        f"\nattempt {certificate['attempt']}  {certificate['cause']} {exit}".rstrip() + f", ended by {certificate['ended_by']}",
+        f"\nattempt {certificate['attempt']}  {certificate['cause']}{exit}, ended by {certificate['ended_by']}",
         f"           {moment(certificate['ended_at'])}, {certificate['strategy']}{pid}",
         f"used       {duration(certificate['duration_s'])}, {cpu_s:.3g} s of CPU, {certificate['max_memory_mib']:.0f} MiB",
     ]

@@ -22,6 +22,16 @@ def main() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        _report_bug()
+        return 70
+
+
+def _report_bug() -> None:
+    from traceback import print_exc
+
+    print("kqueued: internal error; please report it with what follows", file=sys.stderr)
+    print_exc()
 
 
 def _main() -> int:
@@ -50,6 +60,8 @@ def _ask_front() -> dict[str, Any] | int:
             from .front import front
 
             status = front(sys.argv[1:], write_fd)
+        except Exception:
+            _report_bug()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

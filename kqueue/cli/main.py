@@ -28,7 +28,7 @@ class _Command(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         try:
-            code = super().main(*args, **{**extra, "standalone_mode": False})
+            code = super().main(*args, **{"prog_name": "kqueue", **extra, "standalone_mode": False})
             sys.stdout.flush()
         except click.ClickException as error:
             code = _fail(_usage(error), error.exit_code)
@@ -71,7 +71,8 @@ def _place(error: BaseException) -> str:
 @click.pass_context
 def main(context: click.Context, path: str | None, json: bool) -> None:
     """Dispatch jobs and look at them, and at the daemon that runs them."""
-    context.obj = Target(path, json)
+    context.obj = target = Target(path, json)
+    context.call_on_close(target.close)
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -19,7 +19,10 @@ HEALTHY: Final = ("running", "quiet")
 @json_option
 @pass_target
 def status(target: Target, check: bool) -> int:
-    """Show what the daemon does now: its memory, what runs, what waits."""
+    """Show what the daemon does now.
+
+    Its memory, what runs and how far it is, what waits in the queues. Without a daemon the queues are still shown.
+    """
     found = target.ask("status") or _stopped(target)
     click.echo(json_text(found) if target.json else _page(found))
     return 1 if check and found["state"] not in HEALTHY else 0
@@ -52,7 +55,7 @@ def _page(found: Mapping[str, Any]) -> str:
 
 def _daemon(found: Mapping[str, Any]) -> str:
     if found["pid"] is None:
-        return f"kqueued is {found['state']}"
+        return "kqueued is stopped" if found["state"] == "stopped" else "whether a kqueued runs is not known"
     loop = found["loop"]
     return (
         f"kqueued {found['version']}, pid {found['pid']}, is {found['state']} "

@@ -61,6 +61,11 @@ class Target:
             self._client = client
         return self._client
 
+    def close(self) -> None:
+        """Close what was opened."""
+        if self._client is not None:
+            self._client.store.close()
+
     def is_unused(self) -> bool:
         """Whether nobody has ever used the queue: an SQLite file that is not there, which reading does not create."""
         address = self.client.store.address

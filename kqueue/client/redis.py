@@ -174,14 +174,12 @@ class _Wire:
 
         Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless.
         """
-        asking = commands.Asking(asked, CLIENT_SCRIPTS, words=_words)
+        asking = commands.Asking(asked, CLIENT_SCRIPTS, self.address, words=_words)
         deadline = time.monotonic() + self._patience_s
         tries = 0
         while asking.left:
             try:
                 trouble = asking.hear(self._exchange(asking.commands(_DIGESTS)))
-            except BrokerRefused as error:
-                raise BrokerRefused(f"{self.address}: {error}") from None
             except BrokerUnavailable as error:
                 trouble = str(error)
             if trouble:
@@ -210,7 +208,7 @@ class _Wire:
             connection.disconnect()
             verdict = commands.judge(_words(error))
             if verdict.code in commands.RIGHTS or isinstance(error, ResponseError):
-                raise BrokerRefused(verdict.text) from None
+                raise BrokerRefused(f"{self.address}: {verdict.text}") from None
             raise BrokerUnavailable(verdict.text if verdict.later else f"{error}; is Redis running there?") from None
         except BaseException:
             connection.disconnect()  # a reply may still be on its way

@@ -18,6 +18,7 @@ from ..outcome import Outcome, describe_error
 from .base import Work
 
 GRACE_S: Final = 1.0  # for a job to clean up after it was cancelled or timed out
+_ASYNCIO_WORDS: Final = ("no running event loop", "no current event loop")
 
 
 class InlineExecutionStrategy:
@@ -73,6 +74,8 @@ class InlineExecutionStrategy:
         except JobTimedOut as error:
             return Outcome("timeout", "supervisor", error=describe_error(error))
         except JobCancelled as error:
+            if not self._was_cancelled():  # the job made it itself; to release it for that would run it for ever
+                return Outcome("exception", error=describe_error(error))
             return Outcome("cancelled", "shutdown", error=describe_error(error))
         except MemoryError as error:
             return Outcome("memory", "kernel", error=describe_error(error))
@@ -83,6 +86,10 @@ class InlineExecutionStrategy:
             raise
         except BaseException as error:
             return Outcome("exception", error=_explained(describe_error(error)))
+
+    def _was_cancelled(self) -> bool:
+        task = self._kernel.current
+        return task is not None and task.grace_s is not None
 
 
 def result_json(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
@@ -95,6 +102,6 @@ def result_json(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
 
 def _explained(error: dict[str, Any]) -> dict[str, Any]:
     """asyncio's own words do not help whoever wrote an inline job: there is no asyncio loop, on purpose."""
-    if error["class"] == "RuntimeError" and "no running event loop" in error["message"]:
+    if error["class"] == "RuntimeError" and any(words in error["message"] for words in _ASYNCIO_WORDS):
         error["message"] += " (inline jobs do not run under asyncio: use kqueue.sleep and kqueue.io, or isolated=True)"
     return error

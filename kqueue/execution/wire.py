@@ -11,12 +11,14 @@ Both ends count on the other to lie: a child may write anything, so lengths are 
 from __future__ import annotations
 
 import array
+import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from ..codec import from_json, to_json
+from ..errors import EnvelopeError
 
 # supervisor -> template
 CONFIG: Final = 1  # what to import
@@ -101,13 +103,19 @@ def send_message(sock: socket.socket, kind: int, fields: Any, fds: Sequence[int]
 
 
 def receive_message(sock: socket.socket) -> tuple[int, Any, list[int]] | None:
-    """(kind, fields, fds), or None when the other end is gone. BlockingIOError when there is nothing."""
+    """(kind, fields, fds), or None when the other end is gone. BlockingIOError when there is nothing, WireError for nonsense."""
     space = socket.CMSG_SPACE(4 * 4)
-    data, ancillary, _, _ = sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     if not data:
         return None
-    return data[0], from_json(data[1:]), list(fds)
+    try:
+        return data[0], from_json(data[1:]), list(fds)
+    except EnvelopeError as error:
+        for fd in fds:
+            os.close(fd)
+        larger = f", for it is larger than {MAX_MESSAGE} bytes" if flags & socket.MSG_TRUNC else ""
+        raise WireError(f"a message of kind {data[0]} that cannot be read{larger}: {error}") from None

@@ -180,7 +180,7 @@ class Kernel:
         events = clock.select(self.poller, self._patience_s())
         began = clock.monotonic()
         if events:
-            for task, value in list(self.poller.ready(events)):
+            for task, value in self.poller.ready(events):
                 self.wake(task, value)
         for timer in self.timers.pop_due(began):
             if not timer.stale:

@@ -7,21 +7,20 @@ job closes and the next socket() hands out again looks registered here while epo
 from __future__ import annotations
 
 import selectors
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .loop import Task
 
-_EVENTS: Final = object()  # the waiter wants the ready events themselves
+Answer = Callable[[dict[int, int]], Any]  # of {fd: ready events}, what the task is woken with
 
 
 class _Waiter(NamedTuple):
     """One task that waits for one direction or both of one fd."""
 
     task: Task
-    value: Any
-    as_mapping: bool
+    answer: Answer
 
 
 class Poller:
@@ -34,7 +33,7 @@ class Poller:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def add(self, fd: int, events: int, task: Task, *, value: Any = _EVENTS, as_mapping: bool = False) -> None:
+    def add(self, fd: int, events: int, task: Task, answer: Answer) -> None:
         """Let `task` wait for `events` of `fd`. RuntimeError when another task does; OSError when `fd` cannot be polled."""
         if type(fd) is not int:
             raise TypeError(f"a task waits for the number of an fd, not for {type(fd).__name__}: write .fileno()")
@@ -52,7 +51,7 @@ class Poller:
             self._modify(fd, events | sum(directions))
         else:
             self._selector.register(fd, events)
-        self._waiters[fd] = {**directions, **dict.fromkeys(bits, _Waiter(task, value, as_mapping))}
+        self._waiters[fd] = {**directions, **dict.fromkeys(bits, _Waiter(task, answer))}
 
     def remove(self, fd: int, task: Task) -> None:
         """End what `task` waits for of `fd`, if anything. The fd may have been closed meanwhile."""
@@ -77,24 +76,15 @@ class Poller:
         """Wait for events up to `timeout_s` seconds (None: without end)."""
         return self._selector.select(timeout_s)
 
-    def ready(self, events: list[tuple[Any, int]]) -> Iterator[tuple[Task, Any]]:
+    def ready(self, events: list[tuple[Any, int]]) -> list[tuple[Task, Any]]:
         """The (task, value) pairs that these events wake, a task once."""
-        mappings: dict[Task, dict[int, int]] = {}
+        found: dict[Task, tuple[Answer, dict[int, int]]] = {}
         for key, mask in events:
-            directions = self._waiters.get(key.fd)
-            if directions is None:
-                continue
-            seen: dict[Task, int] = {}
-            for bit, waiter in directions.items():
+            for bit, waiter in self._waiters.get(key.fd, {}).items():
                 if mask & bit:
-                    seen[waiter.task] = seen.get(waiter.task, 0) | bit
-            for task, bits in seen.items():
-                waiter = next(w for w in directions.values() if w.task is task)
-                if waiter.as_mapping:
-                    mappings.setdefault(task, {})[key.fd] = bits
-                else:
-                    yield task, bits if waiter.value is _EVENTS else waiter.value
-        yield from mappings.items()
+                    fds = found.setdefault(waiter.task, (waiter.answer, {}))[1]
+                    fds[key.fd] = fds.get(key.fd, 0) | bit
+        return [(task, answer(fds)) for task, (answer, fds) in found.items()]
 
     def close(self) -> None:
         """Close the selector. Who waits stays noted, so that its generator is not collected."""

@@ -89,7 +89,7 @@ class wait_io(Trap):
         self.timeout_s = timeout_s
 
     def arm(self, kernel: Kernel, task: Task) -> Any:
-        kernel.poller.add(self.fd, self.events, task)
+        kernel.poller.add(self.fd, self.events, task, lambda ready: ready[self.fd])
         task.undo = lambda: kernel.poller.remove(self.fd, task)
         if self.timeout_s is not None:
             kernel.wake_at(task, kernel.clock.monotonic() + self.timeout_s, value=0)
@@ -114,7 +114,7 @@ class wait_any(Trap):
 
         task.undo = undo
         for fd, events in fds.items():
-            kernel.poller.add(fd, events, task, as_mapping=True)
+            kernel.poller.add(fd, events, task, lambda ready: ready)
         if self.timeout_s is not None:
             kernel.wake_at(task, kernel.clock.monotonic() + self.timeout_s, value={})
         return PARKED
@@ -139,7 +139,7 @@ class wait_process(Trap):
             os.close(pidfd)
 
         task.undo = undo
-        kernel.poller.add(pidfd, READ, task, value=None)
+        kernel.poller.add(pidfd, READ, task, lambda ready: None)
         return PARKED
 
 

@@ -11,7 +11,7 @@ Rule 1. One fact is one line, whatever is in it: names, errors and output are ot
         talk to a terminal is escaped.
 Rule 2. A log never raises and never holds up the loop. What a slow reader does not take is kept, up to BACKLOG, then dropped and
         counted. stderr stays blocking, since its file description is shared with the shell and others; poll(2) asks beforehand.
-Rule 3. `logging` is imported by jobs and libraries or not at all (0.3 MiB, 2 ms); the moment it is, it is ours.
+Rule 3. Who has configured `logging` before keeps it as it is. (Importing it costs 0.3 MiB, and setproctitle does so anyway.)
 
 How a job ran, and what becomes of it, is decided elsewhere; here it is only told.
 """
@@ -19,11 +19,13 @@ How a job ran, and what becomes of it, is decided elsewhere; here it is only tol
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from stat import S_ISREG
 from threading import RLock
@@ -36,7 +38,6 @@ from ..context import current_or_none
 STDERR: Final = 2
 LEVELS: Final = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
-FORMATS: Final = ("auto", "plain", "logfmt", "journald", "json")
 BACKLOG: Final = 256 * 1024  # bytes that wait for a slow reader
 CHUNK: Final = 4096  # bytes written at once; as PIPE_BUF, a pipe that polls writable takes them without blocking
 LONGEST: Final = 16384  # characters of a record's message, and of its traceback
@@ -64,7 +65,7 @@ class Logs:
         self._level = LEVELS.index(level)
         self._render = _renderer(format, fd)
         self._dropped = 0
-        _when_imported("logging", self._take_records)
+        self._take_records()
 
     def subscribe(self, events: facts.Events) -> None:
         """Log every fact of `events`."""
@@ -94,28 +95,27 @@ class Logs:
     def _subscriber(self, describe: Callable[[Any], Line]) -> Callable[[Any], None]:
         return lambda fact: self.write(describe(fact))
 
-    # -- Python's logging -------------------------------------------------------------------------------------------
-
     def _take_records(self) -> None:
-        import logging
-
         root = logging.getLogger()
-        if root.handlers:
-            return  # the operator's code has its own ideas
+        if not root.handlers:
+            root.addHandler(_Records(self))
+            root.setLevel(LEVELS[self._level].upper())
 
-        class Records(logging.Handler):
-            def emit(handler, record: logging.LogRecord) -> None:
-                self._record(record)
 
-        root.addHandler(Records())
-        root.setLevel(LEVELS[self._level].upper())
+class _Records(logging.Handler):
+    """Where Python's own log records go, those of libraries and of other threads included."""
 
-    def _record(self, record: Any) -> None:
-        """A LogRecord, from whichever thread. What was logged inside an inline job carries its name and id."""
+    def __init__(self, logs: Logs) -> None:
+        super().__init__()
+        self._logs = logs
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Instead of `emit`, around which logging holds a lock of its own; two locks are one too many for a __del__ that logs."""
         try:
-            self.write(_of_record(record))
+            self._logs.write(_of_record(record))
         except Exception as error:  # its arguments may be anything
-            self.write(Line(WARNING, f"a log record of {record.name} cannot be formatted: {error!r:.200}"))
+            self._logs.write(Line(WARNING, f"a log record of {record.name} cannot be formatted: {error!r:.200}"))
+        return True
 
 
 # -- what there is to say ---------------------------------------------------------------------------------------------------
@@ -181,7 +181,8 @@ def _daemon_ready(fact: facts.DaemonReady) -> Line:
     return Line(INFO, "ready", {**_rounded(fact, start_s=3), "queues": ",".join(fact.queues)})
 
 
-def _of_record(record: Any) -> Line:
+def _of_record(record: logging.LogRecord) -> Line:
+    """What was logged inside an inline job carries its name and id."""
     number = record.levelno  # 10, 20, 30, 40; libraries add levels in between
     job = current_or_none()
     fields = {
@@ -190,9 +191,7 @@ def _of_record(record: Any) -> Line:
         "id": getattr(record, "job_id", None) or (job and job.id),
     }
     if record.exc_info and record.exc_info[1] is not None:
-        from traceback import format_exception
-
-        fields["traceback"] = "".join(format_exception(record.exc_info[1]))[-LONGEST:].rstrip()
+        fields["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))[-LONGEST:].rstrip()
     level = ERROR if number >= 40 else WARNING if number >= 30 else INFO if number >= 20 else DEBUG
     return Line(level, record.getMessage()[:LONGEST], fields)
 
@@ -393,38 +392,3 @@ class _Sink:
             self._backlog.clear()  # a closed pipe, a full disk: there is nobody to tell
         finally:
             self._busy = False
-
-
-# -- noticing an import -----------------------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """A finder that finds one module as the others do, and has `then` called once it was imported."""
-
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self._name = name
-        self._then = then
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self._name or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
-
-            def execute_and_tell(module: Any) -> None:
-                execute(module)
-                self._then()
-
-            loader.exec_module = execute_and_tell
-        return spec
-
-
-def _when_imported(name: str, then: Callable[[], None]) -> None:
-    if name in sys.modules:
-        then()
-    else:
-        sys.meta_path.insert(0, _Watch(name, then))

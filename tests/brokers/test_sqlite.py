@@ -197,6 +197,26 @@ def test_a_long_lock_is_told_once_and_so_is_its_end(rig: SQLiteRig) -> None:
     assert pause_s > 0
 
 
+def test_closing_does_not_wait_for_a_file_that_stays_locked(rig: SQLiteRig) -> None:
+    rig.kernel = Kernel(clock=VirtualClock())
+    broker = rig.broker()
+    with closing(sqlite3.connect(rig.path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+
+        def main() -> Iterator[Any]:
+            waiting = rig.kernel.spawn(broker.wait(None))
+            asking = rig.kernel.spawn(broker.enqueue([new_job("a")]))
+            yield
+            yield from broker.close()
+            assert (yield join(waiting)) is False
+            yield join(asking)
+
+        with pytest.raises(BrokerUnavailable, match=r"kqueue\.db was closed before it could answer"):
+            rig.do(main())
+    rig.opened.remove(broker)
+    assert rig.sql("SELECT count(*) FROM kq_job") == [(0,)]
+
+
 def test_a_full_disk_delays_and_loses_nothing(rig: SQLiteRig) -> None:
     rig.kernel = Kernel(clock=VirtualClock())
     broker, told = rig.broker(), []
@@ -305,7 +325,9 @@ def test_what_may_not_be_written_is_refused() -> None:
         folder.chmod(0o755)
         assert f"Permission denied; make {folder} a directory that this user may write" in refusal(folder / "new.db", nobody)
         assert "Permission denied" in refusal(folder / "deeper" / "new.db", nobody)
-        SQLiteClient(str(folder / "old.db"), mode=0o644).enqueue([new_job("a")])
+        with closing(SQLiteClient(str(folder / "old.db"), mode=0o644)) as client:
+            client.enqueue([new_job("a")])
+            assert "this user may not read and write it" in refusal(folder / "old.db", nobody), "not even beside one who may"
         assert "this user may not read and write it" in refusal(folder / "old.db", nobody)
         os.chown(folder / "old.db", nobody, nobody)
         assert "change the mode or owner of" in refusal(folder / "old.db", nobody)

@@ -148,17 +148,18 @@ class Call(NamedTuple):
 class Asking:
     """Requests on their way to their replies: what to send next, and what to make of what came. The I/O is its owner's.
 
-    `wait_for_rights`: missing rights are trouble that may pass. `words` makes the server's words of an error reply.
+    `address` is for messages. `wait_for_rights`: missing rights are trouble that may pass. `words`: what the server said in an error.
     """
 
     def __init__(
-        self, asked: Sequence[Call | Command], scripts: Mapping[str, str], *, wait_for_rights: bool = False,
+        self, asked: Sequence[Call | Command], scripts: Mapping[str, str], address: str, *, wait_for_rights: bool = False,
         words: Callable[[Exception], str] = str,
     ) -> None:  # fmt: skip
         self.replies: list[Any] = [None] * len(asked)
         self.left = list(range(len(asked)))  # positions that have no reply yet
         self._asked = asked
         self._scripts = scripts
+        self._address = address
         self._wait_for_rights = wait_for_rights
         self._words = words
         self._loading = False  # the server has forgotten our scripts
@@ -185,7 +186,7 @@ class Asking:
             elif verdict.later or (self._wait_for_rights and verdict.code in RIGHTS):
                 trouble = verdict.text
             else:
-                raise BrokerRefused(verdict.text)
+                raise BrokerRefused(f"{self._address}: {verdict.text}")
         self.left, self._loading = again, unknown
         return trouble
 

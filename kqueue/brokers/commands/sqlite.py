@@ -95,8 +95,8 @@ _ENQUEUE: Final = (
     "ON CONFLICT (id) DO NOTHING"
 )
 _WAITING: Final = (
-    "SELECT (SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'ready' AND queue = ?1 LIMIT ?2)) + "
-    "(SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'delayed' AND queue = ?1 LIMIT ?2))"
+    "SELECT (SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'ready' AND queue = :queue LIMIT :most)) + "
+    "(SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'delayed' AND queue = :queue LIMIT :most))"
 )
 _NEXT_DUE: Final = (
     "SELECT available_at FROM kq_job WHERE state = 'delayed' AND queue = ? AND available_at BETWEEN -1e12 AND 1e12 "
@@ -126,11 +126,11 @@ _DELAY: Final = (
 )
 _CERTIFY: Final = (
     "INSERT OR REPLACE INTO kq_certificate (job_id, n, body) "
-    "SELECT ?1, coalesce(max(n), 0) + 1, ?2 FROM kq_certificate WHERE job_id = ?1"
+    "SELECT :id, coalesce(max(n), 0) + 1, :body FROM kq_certificate WHERE job_id = :id"
 )
 _ONLY_THE_LAST: Final = (
-    "DELETE FROM kq_certificate WHERE job_id = ?1 "
-    f"AND n <= (SELECT max(n) - {MAX_CERTIFICATES} FROM kq_certificate WHERE job_id = ?1)"
+    "DELETE FROM kq_certificate WHERE job_id = :id "
+    f"AND n <= (SELECT max(n) - {MAX_CERTIFICATES} FROM kq_certificate WHERE job_id = :id)"
 )
 _FORGET: Final = "DELETE FROM kq_certificate WHERE job_id = ?"  # of a job that is gone
 _HELD: Final = "SELECT rowid, queue FROM kq_job WHERE state = 'leased' AND epoch = ? LIMIT ?"
@@ -174,7 +174,7 @@ def open_epoch(tx: Transaction, owner: Owner, lease_s: float) -> dict[str, int]:
 def enqueue(tx: Transaction, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
     if max_depth:
         for queue in {job.queue for job in jobs}:
-            (waiting,) = tx.db.execute(_WAITING, (queue, max_depth)).fetchone()
+            (waiting,) = tx.db.execute(_WAITING, {"queue": queue, "most": max_depth}).fetchone()
             if waiting + sum(job.queue == queue for job in jobs) > max_depth:
                 raise QueueFull(f"queue {queue!r} holds {waiting} jobs, allowed are {max_depth}")
     fresh = []
@@ -321,8 +321,8 @@ def _settle(tx: Transaction, item: Settlement) -> bool:
 
 
 def _certify(tx: Transaction, id: str, certificate: bytes) -> None:
-    tx.db.execute(_CERTIFY, (id, certificate))
-    tx.db.execute(_ONLY_THE_LAST, (id,))
+    tx.db.execute(_CERTIFY, {"id": id, "body": certificate})
+    tx.db.execute(_ONLY_THE_LAST, {"id": id})
 
 
 def _recover(tx: Transaction, epochs: Iterable[str]) -> dict[str, int]:

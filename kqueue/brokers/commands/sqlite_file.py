@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from ...errors import BrokerRefused, BrokerUnavailable
@@ -93,15 +93,9 @@ class SQLiteFile:
     def _transact(self, begin: str, work: Callable[[Transaction], T], create: bool) -> tuple[T, bool]:
         with self._lock:
             db = self._connection(create)
-            db.execute(begin)
-            try:
+            with _between(db, begin):
                 transaction = Transaction(db, self._clock())
                 value = work(transaction)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
             return value, transaction.rings
 
     def _connection(self, create: bool) -> sqlite3.Connection:
@@ -160,16 +154,10 @@ class SQLiteFile:
         for pragma in ("synchronous = FULL", "temp_store = MEMORY", "journal_size_limit = 67108864"):
             db.execute(f"PRAGMA {pragma}")
         if not _has_schema(db):
-            db.execute("BEGIN IMMEDIATE")
-            try:
+            with _between(db, "BEGIN IMMEDIATE"):
                 if not _has_schema(db):  # somebody else may have been quicker
                     for statement in SCHEMA:
                         db.execute(statement)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
         try:
             # What cannot be written, SQLite opens for reading only, without a word. That it would be locked is answer enough.
             db.execute("DELETE FROM kq_meta WHERE 0")
@@ -254,6 +242,19 @@ def make_bells(file: SQLiteFile) -> int:
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _between(db: sqlite3.Connection, begin: str) -> Iterator[None]:
+    """`begin` and COMMIT, or ROLLBACK when what stands between them, or COMMIT itself, raises."""
+    db.execute(begin)
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def _says(error: Exception, words: tuple[str, ...]) -> bool:

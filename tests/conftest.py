@@ -1,0 +1,21 @@
+"""What all tests share: real servers, and their versions at the head of the report."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+from tests.servers import RedisServer, redis_version
+
+
+def pytest_report_header() -> list[str]:
+    return [redis_version(), f"sqlite: {sqlite3.sqlite_version}"]
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One Redis for the session; a test that needs it empty or broken empties it, or starts its own."""
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
