@@ -177,9 +177,16 @@ class Registry:
         self._jobs[registration.name] = registration
 
     def learn(self, registration: Registration) -> None:
-        """Take a job from the template's manifest, unless its code is here already. It can run in a child only."""
-        isolated = registration._replace(options=registration.options._replace(isolated=True))
-        self._jobs.setdefault(registration.name, isolated)
+        """Take a job from the template's manifest. One whose code is not here can run in a child only.
+
+        Of one whose code is here already, only how its signature reads is new.
+        """
+        known = self._jobs.get(registration.name)
+        if known is not None and known.target is not None:
+            self._jobs[registration.name] = known._replace(signature=registration.signature)
+        else:
+            isolated = registration._replace(options=registration.options._replace(isolated=True))
+            self._jobs[registration.name] = isolated
 
     def get(self, name: str) -> Registration | None:
         return self._jobs.get(name)

@@ -3,8 +3,8 @@
     reserve -> decode -> admit -> choose -> execute -> judge -> settle        (_life, read it first)
 
 Around that there is little: `_feed` reserves for slots that are free and holds no backlog, `_settle_all` ends leases in batches,
-`_keep_alive` renews and sweeps, and `stop` turns "running" into "terminating". Everything is a task of one kernel. Only this file
-settles a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
+`upkeep.py` keeps the epoch alive, and `stop` turns "running" into "terminating". Everything is a task of one kernel. Only this
+file settles a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
 
     starting -> running <-> quiet
                    |          |
@@ -22,10 +22,10 @@ from typing import Any, Final, NamedTuple
 from . import events as facts
 from .brokers import open_broker
 from .brokers.base import LEASE_S, STALE, Broker, Lease, Owner
-from .codec import decode, to_json
+from .codec import decode
 from .config import QueueSpec
 from .context import JobContext
-from .dispatch import describe, prepare
+from .dispatch import prepare
 from .errors import BrokerUnavailable, EnvelopeError, JobCancelled, JobNotFound, NewerEnvelope, Refused
 from .events import Events
 from .execution.base import ExecutionStrategy, Work
@@ -38,15 +38,14 @@ from .kernel import Abandoned, Clock, Kernel, Park, Task, sleep
 from .kernel.signals import Signals
 from .loading import template_config
 from .outcome import Outcome, describe_error
-from .process import resident_mib
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
+from .upkeep import EXIT_RESTART, Upkeep
 from .verdict import Verdict, defer, judge, move
 
 Steps = Generator[Any, Any, Any]
 
-STOP_PATIENCE_S: Final = 5.0  # beyond the graces, for settling and closing (INTERFACES: SIGTERM)
-EXIT_RESTART: Final = 75  # EX_TEMPFAIL: the service manager is to start us again
+SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays within grace + kill_grace + 5 s (INTERFACES)
 
 
 class Held:
@@ -90,9 +89,10 @@ class KQueueRuntime:
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
-        self.kernel.on_slow = self._report_slow
-        self.kernel.on_crash = self._crashed
-        self.broker = open_broker(broker, self._broker_news) if isinstance(broker, str) else broker
+        self._upkeep = Upkeep(self, lease_s, heartbeat_s, memory_limit_mib)
+        self.kernel.on_slow = self._upkeep.report_slow
+        self.kernel.on_crash = self._upkeep.crashed
+        self.broker = open_broker(broker, self._upkeep.broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
         self.state = "starting"
         self.exit_code = 0
@@ -106,8 +106,6 @@ class KQueueRuntime:
         self._owner = Owner(new_id(), identity)
         self._lease_s = lease_s
         self._bury_unknown = bury_unknown
-        self._memory_limit_mib = memory_limit_mib
-        self._heartbeat_s = heartbeat_s
         self._grace_s = grace_s
         self._template_given = template
         self._strategies: dict[str, ExecutionStrategy] = {}
@@ -195,7 +193,7 @@ class KQueueRuntime:
         if self._settler:
             self.kernel.unpark(self._settler)
         if not self._sated:
-            self._nudge()
+            self.nudge()
 
     def _mishap(self, held: Held, error: BaseException) -> _Ended:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
@@ -265,9 +263,9 @@ class KQueueRuntime:
         """Pass doorbells on to the feeder."""
         while True:
             yield from self.broker.wait(None)
-            self._nudge()
+            self.nudge()
 
-    def _nudge(self) -> None:
+    def nudge(self) -> None:
         """Have the feeder look again: something may be ready, or a slot is free that something may have waited for."""
         self._nudged = True
         if self._feeder:
@@ -288,7 +286,7 @@ class KQueueRuntime:
                 self._account(ended, stale=answer == STALE)
             if not self._busy():
                 self.kernel.unpark(self._drained)
-                self._nudge()  # for --burst, which ends when the queue is empty, too
+                self.nudge()  # for --burst, which ends when the queue is empty, too
 
     def _account(self, ended: _Ended, stale: bool) -> None:
         held, outcome = ended.held, ended.outcome
@@ -302,48 +300,6 @@ class KQueueRuntime:
             self.failed += not outcome.ok
         if ended.verdict.settlement.lane is None:  # a move to the other lane is not an attempt
             self.events.emit(facts.JobEnded(id, job, held.strategy, held.lease.queue, outcome, then, delay_s))
-
-    # -- staying alive ----------------------------------------------------------------------------------------------
-
-    def _keep_alive(self) -> Steps:
-        """Renew our epoch every third of a lease, then recover what dead epochs hold."""
-        while True:
-            yield sleep(self._lease_s / 3)
-            yield from self.broker.renew()
-            self._recovered((yield from self.broker.sweep()))
-
-    def _recovered(self, counts: Mapping[str, int]) -> None:
-        for queue, jobs in counts.items():
-            self.events.emit(facts.JobsRecovered(queue, jobs))
-        if counts:
-            self._nudge()
-
-    def _beat(self) -> Steps:
-        """The periodic line, and the look at our own memory."""
-        while True:
-            yield sleep(self._heartbeat_s)
-            memory_mib = resident_mib()
-            self.events.emit(facts.Heartbeat(memory_mib, self.processed, self.failed, len(self.held), self.state))
-            if self._memory_limit_mib and memory_mib > self._memory_limit_mib:
-                self.stop(f"{memory_mib:.0f} MiB, over runtime.memory_limit {self._memory_limit_mib}", exit_code=EXIT_RESTART)
-
-    def _obey(self, signals: Signals) -> Steps:
-        """What signals mean: see INTERFACES."""
-        while True:
-            for name in (yield from signals.receive()):
-                if name == "SIGUSR1":
-                    self.quiet()
-                elif name in ("SIGHUP", "SIGUSR2"):
-                    what = "reload" if name == "SIGHUP" else "upgrade in place"
-                    self.events.emit(facts.Warned(f"{name}: this version cannot {what}; restart the service instead"))
-                elif self.state == "terminating":
-                    self._grace_s = 0.0
-                    self.events.emit(facts.Warned(f"{name} again: ending what still runs"))
-                    self._end_everything()
-                    yield  # one turn, so that each strategy knows why before the kill
-                    self.isolated.link.kill_all()
-                else:
-                    self.stop(name)
 
     # -- starting and stopping --------------------------------------------------------------------------------------
 
@@ -376,14 +332,22 @@ class KQueueRuntime:
         self.exit_code = exit_code
         self.events.emit(facts.DaemonStopping(why, len(self.held)))
         self.kernel.unpark(self._stopper)
-        self._nudge()
+        self.nudge()
+
+    def hurry(self) -> Steps:
+        """While terminating: wait for no job any longer. A generator: what each strategy is told needs a turn before the kill."""
+        self._grace_s = 0.0
+        self._end_everything()
+        yield
+        self.isolated.link.kill_all()
+        self.kernel.unpark(self._drained)
 
     def quiet(self) -> None:
         """Stop reserving, keep running."""
         if self.state == "running":
             self.state = "quiet"
             self.events.emit(facts.Warned("quiet: no more jobs are reserved; those that run go on. SIGTERM ends the daemon"))
-            self._nudge()
+            self.nudge()
 
     def execute_job(self, job: BoundJob) -> Task:
         """Run `job` here and now, without a queue: admitted, chosen and executed like any other. The task's value is its Outcome.
@@ -407,7 +371,7 @@ class KQueueRuntime:
 
     def _main(self, max_time_s: float) -> Steps:
         if self._signals is not None:
-            self._loop(self._obey(self._signals))
+            self._loop(self._upkeep.obey(self._signals))
         starter = self.kernel.spawn(self._start(), name="start")
         starter.on_end = self._started
         while not starter.ended and self.state == "starting":
@@ -434,11 +398,11 @@ class KQueueRuntime:
         for strategy in self._strategies.values():
             yield from strategy.start()
         recovered = yield from self.broker.open(self._owner, self._intake.queues, self._lease_s)
-        self._recovered(recovered)
-        yield from self._publish()
-        self.isolated.link.on_manifest = lambda: self._loop(self._publish())  # of the templates that replace this one
-        self._recovered((yield from self.broker.sweep()))
-        for steps in (self._settle_all(), self._keep_alive(), self._beat(), self._listen()):
+        self._upkeep.recovered(recovered)
+        yield from self._upkeep.publish()
+        self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
+        self._upkeep.recovered((yield from self.broker.sweep()))
+        for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)
         self.state = "running"
         took_s = self.kernel.clock.monotonic() - self._began
@@ -447,14 +411,14 @@ class KQueueRuntime:
     def _finish(self) -> Steps:
         """Wait for what runs; end what will not; settle; let go."""
         clock = self.kernel.clock
-        deadline = clock.monotonic() + self._grace_s
-        while self._busy() and clock.monotonic() < deadline:
-            yield Park(self._drained, deadline - clock.monotonic())
+        began = clock.monotonic()
+        while self._busy() and (left_s := began + self._grace_s - clock.monotonic()) > 0:
+            yield Park(self._drained, left_s)
         self._end_everything()
-        grace_s = max(strategy.cancel_grace_s for strategy in self._strategies.values())
-        deadline = clock.monotonic() + grace_s + STOP_PATIENCE_S - 1
-        while self._busy() and clock.monotonic() < deadline:
-            yield Park(self._drained, deadline - clock.monotonic())
+        began = clock.monotonic()
+        patience_s = max(strategy.cancel_grace_s for strategy in self._strategies.values()) + SETTLE_S
+        while self._busy() and (left_s := began + patience_s - clock.monotonic()) > 0:
+            yield Park(self._drained, left_s)
         if self._busy():
             left = len(self.held) + len(self._unsettled) + self._settling
             self.events.emit(facts.Warned(f"{left} jobs could not be settled; they are ready again once our lease has expired"))
@@ -498,31 +462,6 @@ class KQueueRuntime:
 
     def template(self) -> Mapping[str, Any]:
         return self._template_given if self._template_given is not None else template_config(security=self.security)
-
-    def _publish(self) -> Steps:
-        """Tell clients what can be dispatched, and within which limits."""
-        manifest = {registration.name: describe(registration) for registration in registry}
-        yield from self.broker.publish("manifest", to_json(manifest))
-        yield from self.broker.publish("limits", to_json({"queue_depth": self.security.queue_depth}))
-
-    def _report_slow(self, task: Task, seconds: float) -> None:
-        held = self.held.get(task.name)
-        if held is not None and held.context is not None:
-            self.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
-
-    def _crashed(self, task: Task) -> None:
-        """A task of KQueue's own failed. Crash-only: stop, and let the service manager start a sound one."""
-        trace = describe_error(task.error)["traceback"] if task.error is not None else ""
-        self.events.emit(facts.Warned(f"internal error in {task.name}; please report it\n{trace}"))
-        self.stop("internal error", exit_code=70)
-
-    def _broker_news(self, kind: str, text: str, retry_in_s: float) -> None:
-        if kind == "lost":
-            self.events.emit(facts.BrokerLost(self.broker.address, text, retry_in_s))
-        elif kind == "back":
-            self.events.emit(facts.BrokerBack(self.broker.address))
-        else:
-            self.events.emit(facts.Warned(text))
 
 
 def _refused(reason: Exception) -> Outcome:

@@ -42,7 +42,7 @@ class FakeQueue:
         set_dispatcher(self._before)
 
     def run(self) -> list[Any]:
-        """Run what was dispatched, and what that dispatches, until nothing is left; the results, in order. Raises a job's error."""
+        """Run what was dispatched, and what that dispatches, until nothing is left; the results, in order. Raises its errors."""
         results = []
         while self.jobs:
             results.append(run(self.jobs.pop(0), queue=self))
@@ -122,7 +122,8 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
         enter(context)
         task = kernel.current
         if timeout_s and task is not None:
-            kernel.throw_at(task, timeout_s, JobTimedOut(f"{job.name} ran longer than its timeout of {timeout_s:g} s"), grace_s=1.0)
+            error = JobTimedOut(f"{job.name} ran longer than its timeout of {timeout_s:g} s")
+            kernel.throw_at(task, timeout_s, error, grace_s=1.0)
         kwargs = {key: unpack(value) for key, value in envelope.kwargs.items()}
         result = registration.call(unpack(envelope.args), kwargs)
         if isinstance(result, types.CoroutineType):

@@ -74,7 +74,18 @@ class RedisServer:
         program = shutil.which("redis-server") or lack("redis-server")
         ports = ["--port", "0", "--tls-port", str(self.port)] if self.tls else ["--port", str(self.port)]
         tls = self.tls.options if self.tls else []
-        fixed = ["--bind", "127.0.0.1", "--unixsocket", self.socket_path, "--dir", str(self.directory), "--save", "", *ports, *tls]
+        fixed = [
+            "--bind",
+            "127.0.0.1",
+            "--unixsocket",
+            self.socket_path,
+            "--dir",
+            str(self.directory),
+            "--save",
+            "",
+            *ports,
+            *tls,
+        ]
         log = (self.directory / "redis.log").open("ab")
         with log:
             self.process = subprocess.Popen(
@@ -137,7 +148,16 @@ class Certificates:
              "-out", certificate, "-days", "30", "-extfile", str(directory / "names")],
         ):  # fmt: skip
             subprocess.run([openssl, *args], check=True, capture_output=True)
-        self.options = ["--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", self.ca, "--tls-auth-clients", "no"]
+        self.options = [
+            "--tls-cert-file",
+            certificate,
+            "--tls-key-file",
+            key,
+            "--tls-ca-cert-file",
+            self.ca,
+            "--tls-auth-clients",
+            "no",
+        ]
 
 
 class Proxy:

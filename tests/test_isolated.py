@@ -17,6 +17,7 @@ from kqueue.codec import from_json, unpack
 from kqueue.dispatch import prepare
 from kqueue.loading import template_config
 from tests.apps.zoo import PIDS
+from tests.daemon import alive, tree
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -66,11 +67,10 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    before = set(os.listdir("/proc/self/fd"))
+    fds, children = len(os.listdir("/proc/self/fd")), tree(os.getpid())
     yield Bench()
-    assert len(set(os.listdir("/proc/self/fd"))) == len(before), "an fd was left open"
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # no child and no zombie is left
+    assert len(os.listdir("/proc/self/fd")) == fds, "an fd was left open"
+    assert tree(os.getpid()) == children, "a child or a zombie was left"
 
 
 # -- what a job gets --------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_a_killed_job_takes_its_children_with_it(bench: Bench, tmp_path: Path, m
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 3
     for pid in pids:
-        assert not _alive(pid), f"{pid} outlived its job"
+        assert not alive(pid), f"{pid} outlived its job"
 
 
 def test_fifty_good_jobs_beside_every_bad_one(bench: Bench) -> None:
@@ -274,13 +274,3 @@ def test_an_async_job_in_a_child_has_asyncio(bench: Bench) -> None:
 def test_a_result_of_tagged_types_comes_back(bench: Bench) -> None:
     assert bench.one("returns", "bytes").result == b"\x00\xff"
     assert bench.one("returns", "set").result == {1}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-

@@ -1,11 +1,11 @@
 """Redis and Valkey behind the nine verbs: what to ask (commands.redis), whom (redis_transport), and when to ask it again.
 
-Rule 1. Every request carries a number, and the scripts remember each sender's last one. So a verb repeats a request whose reply was
-        lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way: one
-        reservation a queue, one settlement in all, and of enqueues as many as there are senders, each with a name of its own.
+Rule 1. Every request carries a number, and the scripts remember each sender's last one. So a verb repeats a request whose reply
+        was lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way:
+        one reservation a queue, one settlement in all, and as many enqueues as there are senders, each with its own name.
 Rule 2. A reply that says "not now" (LOADING, READONLY, OOM, …) is reported, waited out with backoff, and asked again.
-Rule 3. A reservation whose task was cancelled before its reply came is asked for again by the next one, and by `close`: no job is left
-        leased that nobody knows of. What comes back beyond what was wanted is released at no cost to it.
+Rule 3. A reservation whose task was cancelled before its reply came is asked for again by the next one, and by `close`: no job
+        is left leased that nobody knows of. What comes back beyond what was wanted is released, at no cost to the job.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..errors import BrokerUnavailable, KQueueError, QueueFull
 from ..kernel.traps import Park, sleep
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
-from .commands.redis_lua import LANES, SCRIPTS
+from .commands.redis_lua import LANES
+from .commands.redis_scripts import SCRIPTS
 from .redis_transport import News, RedisTransport, this_kernel
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ SENDER_MEMORY_S: Final = 86400  # how long an outage may last whose repeated enq
 
 
 class RedisBroker:
-    """A queue in Redis, for the daemon. `on_event(kind, text, retry_in_s)` hears "lost", "back" and "warning". Opens nothing yet."""
+    """A queue in Redis, for the daemon. Making one opens nothing.
+
+    `on_event(kind, text, retry_in_s)` hears of trouble: "lost" (with the seconds until the next try), "back", "warning".
+    """
 
     capabilities = Capabilities(durable=True, remote=True, shared=True)
 
@@ -132,6 +136,7 @@ class RedisBroker:
 
     def renew(self) -> Verb[None]:
         yield from self._release_surplus()
+        yield from self._list_queues(self._queues)
         flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
         for queue, flag in zip(self._queues, flags, strict=True):
             if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
@@ -221,7 +226,7 @@ class RedisBroker:
     # -- asking -----------------------------------------------------------------------------------------------------
 
     def _ask(self, asked: Sequence[commands.Call | commands.Command]) -> Verb[list[Any]]:
-        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused when that is useless."""
+        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless."""
         asking = commands.Asking(asked, SCRIPTS, self.address, wait_for_rights=self._opened)
         tries = 0
         while asking.left:

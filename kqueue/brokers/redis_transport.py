@@ -9,10 +9,10 @@ Rule 1. Requests are sent at once and in order, and replies are matched in order
 Rule 2. When the connection is lost, everyone in the FIFO gets BrokerUnavailable, and nobody knows what the server still did.
         Repeating is the caller's business, since only it knows how to do it without doing it twice.
 Rule 3. Silence of REPLY_TIMEOUT_S while somebody waits is a lost connection.
-Rule 4. Once ready, it never gives up: what would have been a refusal at the start (a password changed meanwhile) is reported and tried again.
+Rule 4. Once it was ready it never gives up: what was a refusal at the start (a password) is reported then, and tried again.
 
-RESP3, so that doorbells (pushes) and replies share the connection. hiredis packs and parses. Nothing here may import redis-py (20 MB,
-asyncio), hashlib (the server computes the digests of scripts), or ssl unless the URL says TLS.
+RESP3, so that doorbells (pushes) and replies share the connection. hiredis packs and parses. Nothing here may import redis-py
+(20 MB, asyncio), hashlib (the server computes the digests of scripts), or ssl unless the URL says TLS.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class RedisTransport:
             yield Park(self._waiting)
 
     def send(self, request: _Request) -> None:
-        """Put the request's commands on the wire, or what the socket does not take now into the buffer that the keeper empties."""
+        """Put the request's commands on the wire; what the socket does not take now, the keeper sends later."""
         if self.state != "ready":
             raise BrokerUnavailable(f"{self.target.address}: {self._lost or 'the connection is closed'}")
         self._fifo.append(request)
@@ -200,6 +200,14 @@ class RedisTransport:
     # -- the keeper -------------------------------------------------------------------------------------------------
 
     def _keep(self) -> Verb[None]:
+        try:
+            yield from self._keep_connected()
+        finally:  # stopped; or broken, and then nobody may wait for it for ever
+            if self.state != "refused":
+                self._drop("the connection was closed", "stopped")
+            self._wake_waiting()
+
+    def _keep_connected(self) -> Verb[None]:
         tries = 0
         while True:
             try:
@@ -210,7 +218,6 @@ class RedisTransport:
                 if not self._was_ready:
                     self._drop(str(error), "refused")
                     self._refusal = error
-                    self._wake_waiting()
                     return
                 reason = str(error)
             except (BrokerUnavailable, OSError) as error:

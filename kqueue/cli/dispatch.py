@@ -43,10 +43,11 @@ def dispatch(
     overrides: dict[str, Any] = {name: value for name, value in (("priority", priority), ("queue", queue)) if value is not None}
     client = target.client
     bound = client.named(job, args, kwargs, dispatch_options(delay=delay, **overrides))
-    if not client.manifest():
-        note = f"note: no kqueued has published its jobs to {client.store.address} yet, so the name {job!r} could not be checked"
-        click.echo(note, err=True)
+    on_trust = not client.manifest()
     handles = _dispatch(target, bound, count or 1)
+    if on_trust:
+        note = f"note: no kqueued has published its jobs to {client.store.address} yet, so the name {job!r} could not be checked"
+        click.echo(printable(note), err=True)
     if wait:
         return _wait(target, handles, many=count is not None)
     ids = [handle.id for handle in handles]

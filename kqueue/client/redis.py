@@ -1,10 +1,10 @@
 """Redis for clients: the blocking protocol over redis-py's connections, with the very scripts that the daemon uses.
 
-redis-py connects, authenticates, speaks TLS and parses; its command layer, pool and retries are not used. They cost more than the
-round trip, and their retries would add a job again that has already run: here a request is repeated only as the scripts recognise it.
+redis-py connects, authenticates, speaks TLS and parses. Its command layer, pool and retries are not used: they cost as much
+as the round trip, and a retry could add a job again that has already run. Here a repeated request is one that the scripts know.
 
-Thread-safe without a lock: a connection, and a sender's name, belong to one call at a time, taken from lists whose pop and append are
-atomic. Fork-safe: a child that finds another process's lists starts new ones.
+Thread-safe without a lock: a connection, and a sender's name, belong to one call at a time, taken from lists whose pop and append
+are atomic. Fork-safe: a child that finds another process's lists starts new ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from ..brokers.base import NewJob, QueueStats, Row, place
 from ..brokers.commands import redis as commands
-from ..brokers.commands.redis_lua import CLIENT_SCRIPTS, LANES
+from ..brokers.commands.redis_lua import LANES
+from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
 from ..errors import BrokerRefused, BrokerUnavailable, QueueFull
 
 REPLY_TIMEOUT_S: Final = 5.0
@@ -30,14 +31,14 @@ LIST_AGAIN_S: Final = 60.0  # between two notes of a queue's name, which somebod
 _DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
 # redis-py cuts these codes off its messages and says them by the class.
 _CODES: Final = {
-    "AuthenticationError": "WRONGPASS", "NoPermissionError": "NOPERM", "AuthorizationError": "NOAUTH", "BusyLoadingError": "LOADING",
-    "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "NoScriptError": "NOSCRIPT", "MasterDownError": "MASTERDOWN",
+    "AuthenticationError": "WRONGPASS", "AuthorizationError": "NOAUTH", "NoPermissionError": "NOPERM", "NoScriptError": "NOSCRIPT",
+    "BusyLoadingError": "LOADING", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "MasterDownError": "MASTERDOWN",
     "ClusterDownError": "CLUSTERDOWN", "TryAgainError": "TRYAGAIN", "MovedError": "MOVED", "AskError": "ASK",
 }  # fmt: skip
 
 
 class RedisClient:
-    """A queue in Redis behind the blocking protocol (`brokers.base.Store`). Connects when it is first asked something.
+    """A queue in Redis behind the blocking protocol (`brokers.base.Store`). It connects when it is first asked something.
 
     `patience_s` (seconds): how long a call goes on trying before it raises BrokerUnavailable.
     """

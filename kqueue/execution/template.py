@@ -19,7 +19,7 @@ import time
 from types import FrameType
 from typing import Any, Final
 
-from ..dispatch import describe
+from ..dispatch import describe, signature_of
 from ..job import registry
 from ..loading import ImportFailed, import_modules, import_script
 from ..security import SecurityConfig
@@ -66,7 +66,8 @@ def _import(config: dict[str, Any]) -> None:
 
 def _introduce(control: socket.socket, import_s: float) -> None:
     for registration in registry:
-        wire.send_message(control, wire.JOB_KNOWN, describe(registration))
+        described = describe(registration._replace(signature=signature_of(registration)))
+        wire.send_message(control, wire.JOB_KNOWN, described)
     for thread in sys._current_frames():
         if thread != _main_thread():
             warning = "a job module started a thread at import; a fork has only one, so it is missing in every job"

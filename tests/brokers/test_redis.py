@@ -224,7 +224,22 @@ GARBAGE: dict[str, list[tuple[Any, ...]]] = {
     "a delayed job that is a list": [("ZADD", "kq:{q}:delayed", 1, "bad"), ("RPUSH", f"{JOB}bad", "x")],
     "counters that are no numbers": [
         ("ZADD", READY, 1, "bad"),
-        ("HSET", f"{JOB}bad", "envelope", "x", "attempts", "many", "n", "nan", "crashes", "-1", "available_at", "", "priority", "1e999"),
+        (
+            "HSET",
+            f"{JOB}bad",
+            "envelope",
+            "x",
+            "attempts",
+            "many",
+            "n",
+            "nan",
+            "crashes",
+            "-1",
+            "available_at",
+            "",
+            "priority",
+            "1e999",
+        ),
     ],
     "only an envelope": [("ZADD", READY, "-inf", "bad"), ("HSET", f"{JOB}bad", "envelope", "x")],
     "certificates that are none": [("ZADD", READY, 1, "bad"), ("SET", "kq:{q}:certs:bad", "x")],
@@ -259,7 +274,9 @@ def test_garbage_is_leased_beside_its_neighbours_and_can_be_settled(rig: RedisRi
 
 
 @pytest.mark.parametrize("damage", [("DEL", f"{JOB}bad"), ("SET", f"{JOB}bad", "x")])
-def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_garbage(rig: RedisRig, damage: tuple[Any, ...]) -> None:
+def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_garbage(
+    rig: RedisRig, damage: tuple[Any, ...]
+) -> None:
     dead, alive = rig.broker(lease_s=0.2), rig.broker(lease_s=30)
     rig.do(dead.enqueue([new_job("bad", at=1.0), new_job("good", at=2.0)]))
     reserve(rig, dead)
@@ -508,7 +525,13 @@ def test_a_url_is_read_as_redis_py_reads_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://:secret@h:port/0", "redis://:secret@h/mail", "redis://:secret@h/0?dbb=secret", "rediss://:secret@h/?ssl_cert_reqs=x"]
+    "url",
+    [
+        "redis://:secret@h:port/0",
+        "redis://:secret@h/mail",
+        "redis://:secret@h/0?dbb=secret",
+        "rediss://:secret@h/?ssl_cert_reqs=x",
+    ],
 )
 def test_a_wrong_url_is_refused_without_telling_its_secret(url: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -296,7 +296,9 @@ def test_what_will_never_serve_us_is_refused(rig: RedisRig, impostor: Callable[[
         (b"-ERR max number of clients reached\r\n", "max number of clients"),
     ],
 )
-def test_what_may_serve_us_later_is_waited_for(rig: RedisRig, impostor: Callable[[bytes], str], answer: bytes, reason: str) -> None:
+def test_what_may_serve_us_later_is_waited_for(
+    rig: RedisRig, impostor: Callable[[bytes], str], answer: bytes, reason: str
+) -> None:
     assert reason in stays_lost(rig, impostor(answer))
 
 

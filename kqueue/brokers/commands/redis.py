@@ -1,4 +1,4 @@
-"""Redis: where it is (the URL), what is asked of it (calls of the scripts in redis_lua), and what its answers mean. No I/O.
+"""Redis: where it is (the URL), what is asked of it (calls of the scripts in redis_scripts), and what its answers mean. No I/O.
 
 Shared by the daemon's transport, which must stay small, and by the client. So nothing here may import redis-py, ssl or urllib.
 """
@@ -99,7 +99,7 @@ def _decode(text: str) -> str:
     return re.sub("(?:%[0-9A-Fa-f]{2})+", lambda hex: bytes.fromhex(hex[0].replace("%", "")).decode("utf-8", "replace"), text)
 
 
-# -- asking, and what an error means ----------------------------------------------------------------------------------------------
+# -- asking, and what an error means ----------------------------------------------------------------------------------
 
 RIGHTS: Final = ("NOAUTH", "WRONGPASS", "NOPERM")  # somebody may give them back
 _LATER: Final = {"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "OOM", "MISCONF", "NOREPLICAS"}
@@ -148,7 +148,8 @@ class Call(NamedTuple):
 class Asking:
     """Requests on their way to their replies: what to send next, and what to make of what came. The I/O is its owner's.
 
-    `address` is for messages. `wait_for_rights`: missing rights are trouble that may pass. `words`: what the server said in an error.
+    `address` is for messages; `words(error)` is what the server said.
+    `wait_for_rights`: missing rights are trouble that may pass.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Asking:
         return sent
 
     def hear(self, answers: Sequence[Any]) -> str:
-        """Take the answers to `commands`. Returns why some have to be asked again later; "": they need not. Raises BrokerRefused."""
+        """Take the answers to `commands`. Why some have to be asked again later; "": none has. BrokerRefused: that is useless."""
         again, trouble, unknown = [], "", False
         for position, answer in zip(self.left, answers[len(answers) - len(self.left) :], strict=True):
             if not isinstance(answer, Exception):
@@ -348,7 +349,7 @@ def read_stats(reply: Sequence[int]) -> QueueStats:
 
 
 def read_row(queue: str, id: str, state: bytes, fields: Sequence[bytes | None], certificates: Sequence[bytes]) -> Row:
-    """A job as clients see it, whatever stands in its hash. `fields` in the order of ROW_FIELDS; none: it has no readable hash."""
+    """A job as clients see it, whatever stands in its hash. `fields` in the order of ROW_FIELDS, or none of them at all."""
     envelope, lane, priority, at, *counts, result = fields or (None,) * len(ROW_FIELDS)
     return Row(
         id, queue, state.decode(), LANES[lane == b"isolated"], int(_seconds(priority)), _seconds(at),

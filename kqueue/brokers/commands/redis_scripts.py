@@ -1,0 +1,304 @@
+"""The scripts that Redis runs for us: one a verb, each short, none of which scans. Redis and Valkey, 6.2 or later.
+
+KEYS[1] is what the queue's keys begin with; in a cluster it sends the script to their slot. redis_lua has the keys and the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from .redis_lua import BASE, BELL, CERTIFY, DUE, EPOCHS, PLACE, RECOVER
+
+# ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
+#       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
+# ->    a digit a job (1: new), or the depth that left no room, as an integer
+_ENQUEUE = """
+local memory = prefix .. 'client:' .. ARGV[1]
+local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
+if request == ARGV[2] then return answers end
+
+local max_depth = tonumber(ARGV[4])
+if max_depth > 0 then
+  local depth = 0
+  for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed'}) do depth = depth + redis.call('ZCARD', prefix .. set) end
+  if depth + ARGV[5] > max_depth then return depth end
+end
+
+local keys, digits, moments, seen = {}, {}, {}, {}
+for i = 6, #ARGV, 6 do keys[#keys + 1] = job_key(ARGV[i]) end
+local all_new = redis.call('EXISTS', unpack(keys)) == 0
+for i, key in ipairs(keys) do
+  local at = 6 * i
+  digits[i] = '0'
+  if not seen[key] and (all_new or redis.call('EXISTS', key) == 0) then
+    digits[i] = '1'
+    moments[i] = tonumber(ARGV[at + 4]) or now + (tonumber(ARGV[at + 3]) or 0)
+    place(ARGV[at], lane_of(ARGV[at + 1]), tonumber(ARGV[at + 2]), moments[i])
+  end
+  seen[key] = true
+end
+local any = write_places()
+for i, key in ipairs(keys) do
+  if moments[i] then
+    local at = 6 * i
+    redis.call('HSET', key, 'envelope', ARGV[at + 5], 'lane', lane_of(ARGV[at + 1]), 'priority', ARGV[at + 2],
+      'available_at', moment(moments[i]))
+  end
+end
+answers = table.concat(digits)
+redis.call('SET', memory, ARGV[2] .. ' ' .. answers, 'EX', ARGV[3])
+if any then ring() end
+return answers
+"""
+
+# ARGV: epoch, identity, lease in seconds, request, how many of each lane
+# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; a list a lane, three a job: id, n, fields
+_RESERVE = """
+local epoch, request = ARGV[1], ARGV[4]
+local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
+local lanes, names = {{}, {}}, {'inline', 'isolated'}
+
+local function read(id)
+  local job = redis.pcall('HMGET', job_key(id),
+    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'available_at', 'n', 'epoch')
+  return job.err and {} or job
+end
+
+local function add(lane, id, n, job)
+  lane[#lane + 1] = id
+  lane[#lane + 1] = n
+  lane[#lane + 1] = job
+end
+
+local function answer(how)
+  local head = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')
+  return {how, head[2] and moment(math.min(math.max(0, head[2] - now), 1e9)) or false, lanes[1], lanes[2]}
+end
+
+redis.call('HLEN', leased)
+local last = redis.call('GET', memory)
+last = last and cmsgpack.unpack(last) or {}
+if last[1] == request then
+  for i, n in ipairs(redis.call('HMGET', leased, unpack(last, 2))) do
+    local id = last[i + 1]
+    if n then add(redis.pcall('HGET', job_key(id), 'lane') == 'isolated' and lanes[2] or lanes[1], id, n, read(id)) end
+  end
+  return answer('repeated')
+end
+
+move_due()
+local how, size, ids = 'enough', 0, {}
+for index, name in ipairs(names) do
+  local want = tonumber(ARGV[4 + index])
+  ids[index] = want > 0 and redis.call('ZRANGE', prefix .. 'ready:' .. name, 0, want - 1) or {}
+  if #ids[index] < want then how = 'short' end
+end
+local held, recovered, taken = {}, {}, {request}
+for index = 1, 2 do
+  for i, id in ipairs(ids[index]) do
+    if size > MAX_BYTES then
+      how = 'enough'
+      ids[index][i] = nil
+    else
+      local job = read(id)
+      local n = math.floor(math.max(0, number(job[7], 0))) + 1
+      if job[8] then recovered[#recovered + 1] = {job_key(id), n} end
+      size = size + #(job[1] or '')
+      add(lanes[index], id, n, job)
+      held[#held + 1] = id
+      held[#held + 1] = n
+      taken[#taken + 1] = id
+    end
+  end
+end
+
+if #held > 0 then
+  for index, name in ipairs(names) do
+    if #ids[index] > 0 then redis.call('ZREM', prefix .. 'ready:' .. name, unpack(ids[index])) end
+  end
+  redis.call('HSET', leased, unpack(held))
+  if not redis.call('ZSCORE', prefix .. 'epochs', epoch) then register(epoch, ARGV[2], ARGV[3]) end
+  for _, job in ipairs(recovered) do
+    redis.call('HDEL', job[1], 'epoch')
+    redis.call('HSET', job[1], 'n', job[2])
+  end
+  redis.call('SET', memory, cmsgpack.pack(taken), 'EX', MEMORY)
+end
+if how == 'short' then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
+return answer(how)
+"""
+
+# ARGV: the tokens' epoch, sender, request, number of plain acks; two for each of those: id, n; then twelve for each other one:
+#       id, n, verb, attempts, crashes, recoveries, deferrals, delay, "" or lane, "" or certificate, "" or result, keep_s
+# ->    a digit for each in that order (1: settled)
+_SETTLE = """
+local epoch, others = ARGV[1], 5 + 2 * ARGV[4]
+local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'settled:' .. ARGV[2]
+local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
+if request == ARGV[3] then return answers end
+
+local at, ids = {}, {}
+for i = 5, others - 1, 2 do at[#at + 1] = i end
+for i = others, #ARGV, 12 do at[#at + 1] = i end
+for i, position in ipairs(at) do ids[i] = ARGV[position] end
+if others <= #ARGV then check_sets() end
+
+local settled, digits, ended, strays, seen = {}, {}, {}, {}, {}
+for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
+  local id, n = ids[i], ARGV[at[i] + 1]
+  local good = held == n
+  if not good then
+    local job = redis.pcall('HMGET', job_key(id), 'epoch', 'n')
+    good = job[1] == epoch and job[2] == n
+    if good then strays[#strays + 1] = id end
+  end
+  settled[i] = good and not seen[id]
+  digits[i] = settled[i] and '1' or '0'
+  if settled[i] then
+    ended[#ended + 1] = id
+    seen[id] = true
+  end
+end
+answers = table.concat(digits)
+if #ended == 0 then return answers end
+
+redis.call('HDEL', leased, unpack(ended))
+if #strays > 0 then
+  for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed'}) do redis.call('ZREM', prefix .. set, unpack(strays)) end
+end
+local gone = {}
+local function keep(id, ...)
+  local key = job_key(id)
+  if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
+  redis.call('HDEL', key, 'epoch')
+  redis.call('HSET', key, ...)
+end
+for i, id in ipairs(ids) do
+  if settled[i] and at[i] < others then
+    gone[#gone + 1] = job_key(id)
+    gone[#gone + 1] = prefix .. 'certs:' .. id
+  elseif settled[i] then
+    local n, verb, attempts, crashes, recoveries, deferrals, delay, lane, certificate, result, seconds =
+      unpack(ARGV, at[i] + 1, at[i] + 11)
+    if certificate ~= '' then certify(id, certificate) end
+    if verb == 'ack' then
+      keep(id, 'n', n, 'result', result)
+      redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
+    else
+      local job = redis.pcall('HMGET', job_key(id), 'lane', 'priority', 'available_at')
+      lane = lane_of(lane ~= '' and lane or job[1])
+      local due = delay + 0 > 0 and now + delay or number(job[3], now)
+      keep(id, 'n', n, 'lane', lane, 'available_at', moment(due),
+        'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals)
+      if verb == 'release' then
+        place(id, lane, number(job[2], 0), due)
+      else
+        redis.call('ZADD', prefix .. 'dead', moment(now), id)
+      end
+    end
+  end
+end
+if #gone > 0 then redis.call('DEL', unpack(gone)) end
+local any = write_places()
+redis.call('SET', memory, ARGV[3] .. ' ' .. answers, 'EX', MEMORY)
+if any then ring() end
+return answers
+"""
+
+# ARGV: epoch, identity, lease in seconds  ->  recovered jobs; 1 when there are more (call again)
+_OPEN = """
+local epoch, identity, recovered = ARGV[1], ARGV[2], 0
+beat(ARGV[3])
+register(epoch, identity, ARGV[3])
+local owners = identity ~= '' and redis.call('HGETALL', prefix .. 'owners') or {}
+for i = 1, #owners, 2 do
+  if owners[i + 1] == identity and owners[i] ~= epoch and recovered < MAX_BATCH then
+    recovered = recovered + recover(owners[i], MAX_BATCH - recovered)
+  end
+end
+if recovered > 0 then ring() end
+return {recovered, recovered == MAX_BATCH and 1 or 0}
+"""
+
+# ARGV: epoch, identity, lease in seconds  ->  whether the idle flag stands
+_RENEW = """
+beat(ARGV[3])
+register(ARGV[1], ARGV[2], ARGV[3])
+return redis.call('EXISTS', prefix .. 'idle')
+"""
+
+# ARGV: lease in seconds  ->  recovered jobs; 1 when there is more to do (call again)
+_SWEEP = """
+local moved = move_due()
+local done = redis.call('ZRANGEBYSCORE', prefix .. 'done', '-inf', now, 'LIMIT', 0, MAX_BATCH)
+if #done > 0 then
+  local keys = {}
+  for _, id in ipairs(done) do
+    keys[#keys + 1] = job_key(id)
+    keys[#keys + 1] = prefix .. 'certs:' .. id
+  end
+  redis.call('ZREM', prefix .. 'done', unpack(done))
+  redis.call('DEL', unpack(keys))
+end
+local recovered, bound = 0, beat(ARGV[1]) and 0 or now
+for _, epoch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'epochs', '-inf', bound, 'LIMIT', 0, MAX_BATCH)) do
+  if recovered < MAX_BATCH then recovered = recovered + recover(epoch, MAX_BATCH - recovered) end
+end
+if moved + recovered > 0 then ring() end
+return {recovered, math.max(recovered, moved, #done) == MAX_BATCH and 1 or 0}
+"""
+
+# ARGV: epoch  ->  nothing. Score 0 says that it was given up, which no hush protects.
+_CLOSE = "redis.call('ZADD', KEYS[1] .. 'epochs', 'XX', 0, ARGV[1])"
+
+# ->    ready, delayed, leased, dead
+_STATS = """
+local leased = 0
+for _, epoch in ipairs(redis.call('ZRANGE', prefix .. 'epochs', 0, -1)) do
+  leased = leased + redis.call('HLEN', prefix .. 'leased:' .. epoch)
+end
+local function count(set) return redis.call('ZCARD', prefix .. set) end
+return {count('ready:inline') + count('ready:isolated'), count('delayed'), leased, count('dead')}
+"""
+
+# ARGV: id, certificate  ->  1 when it was waiting, and is dead now
+_CANCEL = """
+local id, found = ARGV[1], 0
+check_sets()
+for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed'}) do found = found + redis.call('ZREM', prefix .. set, id) end
+if found == 0 then return 0 end
+redis.pcall('HDEL', job_key(id), 'epoch')
+certify(id, ARGV[2])
+redis.call('ZADD', prefix .. 'dead', moment(now), id)
+return 1
+"""
+
+# ARGV: id, names of fields  ->  nil, or: state, fields, certificates
+_SHOW = """
+local id, state = ARGV[1], false
+for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed', 'dead', 'done'}) do
+  if not state and redis.call('ZSCORE', prefix .. set, id) then state = string.match(set, '^%a+') end
+end
+if not state and redis.call('EXISTS', job_key(id)) == 0 then return false end
+local row = redis.pcall('HMGET', job_key(id), unpack(ARGV, 2))
+local certificates = redis.pcall('LRANGE', prefix .. 'certs:' .. id, 0, -1)
+return {state or 'leased', row.err and {} or row, certificates.err and {} or certificates}
+"""
+
+SCRIPTS: Final[Mapping[str, str]] = {
+    "enqueue": BASE + BELL + PLACE + _ENQUEUE,
+    "reserve": BASE + PLACE + DUE + EPOCHS + _RESERVE,
+    "settle": BASE + BELL + PLACE + CERTIFY + _SETTLE,
+    "open": BASE + BELL + PLACE + EPOCHS + RECOVER + _OPEN,
+    "renew": BASE + EPOCHS + _RENEW,
+    "sweep": BASE + BELL + PLACE + DUE + EPOCHS + RECOVER + _SWEEP,
+    "stats": BASE + _STATS,
+    "close": _CLOSE,
+}
+CLIENT_SCRIPTS: Final[Mapping[str, str]] = {
+    "enqueue": SCRIPTS["enqueue"],
+    "stats": SCRIPTS["stats"],
+    "cancel": BASE + PLACE + CERTIFY + _CANCEL,
+    "show": BASE + _SHOW,
+}

@@ -1,0 +1,119 @@
+"""What a runtime does besides running jobs: keep its epoch alive, watch its memory, obey signals, and tell who listens.
+
+No lease is settled here and no job is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from . import events as facts
+from .codec import to_json
+from .dispatch import describe
+from .job import registry
+from .kernel import sleep
+from .outcome import describe_error
+from .process import resident_mib
+
+if TYPE_CHECKING:
+    from .kernel import Task
+    from .kernel.signals import Signals
+    from .runtime import KQueueRuntime
+
+Steps = Generator[Any, Any, Any]
+
+EXIT_RESTART: Final = 75  # EX_TEMPFAIL: the service manager is to start us again
+EXIT_BUG: Final = 70  # EX_SOFTWARE
+
+
+class Upkeep:
+    """One for a runtime. `lease_s` seconds, `heartbeat_s` seconds, `memory_limit_mib` MiB (0: no limit)."""
+
+    def __init__(self, runtime: KQueueRuntime, lease_s: float, heartbeat_s: float, memory_limit_mib: int) -> None:
+        self._runtime = runtime
+        self._lease_s = lease_s
+        self._heartbeat_s = heartbeat_s
+        self._memory_limit_mib = memory_limit_mib
+
+    def loops(self) -> list[Steps]:
+        """The tasks to run as long as the runtime does."""
+        return [self._keep_alive(), self._beat()]
+
+    def _keep_alive(self) -> Steps:
+        """Renew our epoch every third of a lease, then recover what dead epochs hold."""
+        broker = self._runtime.broker
+        while True:
+            yield sleep(self._lease_s / 3)
+            yield from broker.renew()
+            self.recovered((yield from broker.sweep()))
+
+    def recovered(self, counts: Mapping[str, int]) -> None:
+        """Jobs of dead supervisors are ready again."""
+        for queue, jobs in counts.items():
+            self._runtime.events.emit(facts.JobsRecovered(queue, jobs))
+        if counts:
+            self._runtime.nudge()
+
+    def _beat(self) -> Steps:
+        """The periodic line, and the look at our own memory."""
+        runtime = self._runtime
+        while True:
+            yield sleep(self._heartbeat_s)
+            memory_mib = resident_mib()
+            runtime.events.emit(
+                facts.Heartbeat(memory_mib, runtime.processed, runtime.failed, len(runtime.held), runtime.state)
+            )
+            if self._memory_limit_mib and memory_mib > self._memory_limit_mib:
+                why = f"{memory_mib:.0f} MiB, over runtime.memory_limit {self._memory_limit_mib}"
+                runtime.stop(why, exit_code=EXIT_RESTART)
+
+    def obey(self, signals: Signals) -> Steps:
+        """What each signal means: see INTERFACES."""
+        runtime = self._runtime
+        while True:
+            for name in (yield from signals.receive()):
+                if name == "SIGUSR1":
+                    runtime.quiet()
+                elif name in ("SIGHUP", "SIGUSR2"):
+                    what = "reload" if name == "SIGHUP" else "upgrade in place"
+                    self.warn(f"{name}: this version cannot {what}; restart the service instead")
+                elif runtime.state == "terminating":
+                    self.warn(f"{name} again: ending what still runs")
+                    yield from runtime.hurry()
+                else:
+                    runtime.stop(name)
+
+    def publish(self) -> Steps:
+        """Tell clients what can be dispatched, and within which limits."""
+        runtime = self._runtime
+        manifest = {registration.name: describe(registration) for registration in registry}
+        yield from runtime.broker.publish("manifest", to_json(manifest))
+        yield from runtime.broker.publish("limits", to_json({"queue_depth": runtime.security.queue_depth}))
+
+    def warn(self, message: str) -> None:
+        self._runtime.events.emit(facts.Warned(message))
+
+    # -- what the kernel and the broker report ----------------------------------------------------------------------
+
+    def report_slow(self, task: Task, seconds: float) -> None:
+        """A task kept the loop too long."""
+        held = self._runtime.held.get(task.name)
+        if held is not None and held.context is not None:
+            self._runtime.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
+
+    def crashed(self, task: Task) -> None:
+        """A task of KQueue's own failed. Crash-only: stop, and let the service manager start a sound one."""
+        trace = describe_error(task.error)["traceback"] if task.error is not None else ""
+        self.warn(f"internal error in {task.name}; please report it\n{trace}")
+        self._runtime.stop("internal error", exit_code=EXIT_BUG)
+
+    def broker_news(self, kind: str, text: str, retry_in_s: float) -> None:
+        """`brokers.News`."""
+        runtime = self._runtime
+        if kind == "lost":
+            runtime.events.emit(facts.BrokerLost(runtime.broker.address, text, retry_in_s))
+        elif kind == "back":
+            runtime.events.emit(facts.BrokerBack(runtime.broker.address))
+        else:
+            self.warn(text)
