@@ -37,6 +37,7 @@ MAX_CLIENTS: Final = 64
 BACKLOG: Final = 128  # connections that wait to be accepted
 SILENCE_S: Final = 10.0  # for a request to be complete
 DEAFNESS_S: Final = 10.0  # for an answer to be taken
+SLICE: Final = 500  # items of a list encoded in one turn of the loop
 NO_DESCRIPTORS_PAUSE_S: Final = 0.1
 LONGEST_PATH: Final = 107  # bytes; sun_path has 108 with its NUL, unix(7)
 
@@ -110,7 +111,7 @@ class Control:
         """One request after the other, until the client goes, or must."""
         with suppress(OSError):
             if _uid_of(client) not in (0, os.geteuid()):
-                yield from self._send(client, {"ok": False, "error": "this daemon answers its own user and root only"})
+                yield from self._send(client, _refusal("this daemon answers its own user and root only"))
                 return
             unread = bytearray()
             while True:
@@ -118,7 +119,7 @@ class Control:
                 if line is None:
                     return
                 if len(line) > MAX_REQUEST:
-                    yield from self._send(client, {"ok": False, "error": f"a request has at most {MAX_REQUEST} bytes"})
+                    yield from self._send(client, _refusal(f"a request has at most {MAX_REQUEST} bytes"))
                     return
                 task = self._kernel.current
                 assert task is not None
@@ -144,9 +145,9 @@ class Control:
                 return None
             unread += data
 
-    def _send(self, client: socket.socket, answer: Mapping[str, Any]) -> Steps:
+    def _send(self, client: socket.socket, answer: bytes) -> Steps:
         """Send `answer`; whether it was taken in time."""
-        left = memoryview(to_json(answer) + b"\n")
+        left = memoryview(answer)
         deadline = self._now() + DEAFNESS_S
         while left:
             try:
@@ -162,7 +163,7 @@ class Control:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def _answer(self, line: bytes) -> Steps:
-        """What to answer to `line`, whatever it is."""
+        """The line to answer to `line`, whatever that is."""
         try:
             request = from_json(line)
             name = request.get("command") if isinstance(request, dict) else None
@@ -171,14 +172,36 @@ class Control:
                 known = ", ".join(sorted(self._commands))
                 raise UsageError(f'no such command; say {{"command": NAME}}, where NAME is one of {known}')
             fields = yield from command(request)
-            return {"ok": True, **fields}
+            return (yield from _encoded({"ok": True, **fields}))
         except EnvelopeError as error:
-            return {"ok": False, "error": f"the request is {error}"}
+            return _refusal(f"the request is {error}")
         except KQueueError as error:
-            return {"ok": False, "error": str(error)}
+            return _refusal(str(error))
         except Exception as error:
             self._runtime.events.emit(Warned(f"internal error in a control command: {error!r}; please report it"))
-            return {"ok": False, "error": f"internal error: {error!r}"}
+            return _refusal(f"internal error: {error!r}")
+
+
+def _refusal(why: str) -> bytes:
+    return to_json({"ok": False, "error": why}) + b"\n"
+
+
+def _encoded(answer: Mapping[str, Any]) -> Steps:
+    """`answer` as a line. 10,000 running jobs take 15 ms to encode, so a long list takes several turns of the loop."""
+    fields = []
+    for name, value in answer.items():
+        text = (yield from _encoded_list(value)) if isinstance(value, list) else to_json(value)
+        fields.append(to_json(name) + b":" + text)
+    return b"{" + b",".join(fields) + b"}\n"
+
+
+def _encoded_list(items: list[Any]) -> Steps:
+    pieces = []
+    for start in range(0, len(items), SLICE):
+        if start:
+            yield
+        pieces.append(to_json(items[start : start + SLICE])[1:-1])
+    return b"[" + b",".join(pieces) + b"]"
 
 
 def _uid_of(client: socket.socket) -> int:

@@ -1,6 +1,6 @@
 """Real servers for tests: started on a free port of 127.0.0.1, killed for real, and never left running.
 
-Where the program is missing the test is skipped with the reason; under CI (`CI=true`) that is a failure, so nothing is skipped unseen.
+Where the program is missing the test is skipped with the reason; under CI (`CI=true`) that is a failure, so that no skip goes unseen.
 """
 
 from __future__ import annotations
@@ -140,13 +140,14 @@ class Certificates:
         self.ca = str(directory / "ca.pem")
         key, request, certificate = (str(directory / f"server.{kind}") for kind in ("key", "csr", "pem"))
         (directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+        ca_key, days = str(directory / "ca.key"), ["-days", "30"]
         new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        signed = ["-CA", self.ca, "-CAkey", ca_key, "-CAcreateserial", "-extfile", str(directory / "names")]
         for args in (
-            ["req", "-x509", *new_key, "-keyout", str(directory / "ca.key"), "-out", self.ca, "-days", "30", "-subj", "/CN=test CA"],
+            ["req", "-x509", *new_key, "-keyout", ca_key, "-out", self.ca, *days, "-subj", "/CN=test CA"],
             ["req", *new_key, "-keyout", key, "-out", request, "-subj", "/CN=localhost"],
-            ["x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", str(directory / "ca.key"), "-CAcreateserial",
-             "-out", certificate, "-days", "30", "-extfile", str(directory / "names")],
-        ):  # fmt: skip
+            ["x509", "-req", "-in", request, *signed, "-out", certificate, *days],
+        ):
             subprocess.run([openssl, *args], check=True, capture_output=True)
         self.options = [
             "--tls-cert-file",

@@ -53,7 +53,7 @@ def fail(request: Mapping[str, Any]) -> Steps:
 
 def long_answer(request: Mapping[str, Any]) -> Steps:
     yield
-    return {"text": "x" * 1_000_000}
+    return {"none": [], "one": [1], "many": [{"n": n, "text": "x" * 100} for n in range(10_000)]}
 
 
 COMMANDS = {"echo": echo, "refuse": refuse, "fail": fail, "long": long_answer}
@@ -151,6 +151,18 @@ def test_one_connection_may_ask_again_and_again_and_ahead(rig: Rig) -> None:
         return [answer["request"]["n"] for answer in [first, *rest]]
 
     assert rig.run(script) == [1, 2, 3, 4]
+
+
+def test_a_long_answer_takes_several_turns_and_is_whole(rig: Rig) -> None:
+    def script() -> Steps:
+        turns = rig.runtime.kernel.turns
+        answer = yield from rig.client().ask(b'{"command": "long"}\n')
+        return answer, rig.runtime.kernel.turns - turns
+
+    answer, turns = rig.run(script)
+    assert (answer["none"], answer["one"]) == ([], [1])
+    assert [item["n"] for item in answer["many"]] == list(range(10_000))
+    assert turns > 20
 
 
 def test_a_request_may_come_in_pieces(rig: Rig) -> None:

@@ -19,6 +19,7 @@ from kqueue.dispatch import prepare
 from kqueue.job import DispatchOptions
 from tests.apps import inline
 from tests.daemon import ROOT, Daemon, alive, tree, wait_gone
+from tests.servers import RedisServer
 
 
 def named(name: str, *args: Any, lane: str = "", **options: Any) -> BoundJob:
@@ -406,3 +407,61 @@ def test_an_unwritable_database_ends_with_4(tmp_path: Path) -> None:
         assert str(tmp_path / "file") in daemon.log[0]
     finally:
         daemon.close()
+
+
+def test_a_redis_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    daemon = Daemon(tmp_path, server.url)
+    try:
+        daemon.start(wait=False)
+        assert "refused" in daemon.wait_log("broker lost", 2)
+        server.start()
+        daemon.wait_log("ready broker=")
+        assert daemon.dispatch(inline.note.job("at last"))[0].result(20) == "at last"
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+        server.stop()
+
+
+def test_waiting_for_a_redis_ends_by_sigterm(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, RedisServer(tmp_path).url)
+    try:
+        daemon.start(wait=False)
+        daemon.wait_log("broker lost")
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+
+
+def test_a_wrong_password_ends_with_4_and_is_not_shown(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--requirepass", "right").start()
+    daemon = Daemon(tmp_path, server.url_for(password="wrong"))
+    try:
+        assert daemon.run("--log-level", "info") == 4
+        assert "password" in daemon.log[-1].lower() or "WRONGPASS" in daemon.log[-1]
+        assert "wrong@" not in "\n".join(daemon.log)
+        assert ":wrong" not in "\n".join(daemon.log)
+    finally:
+        daemon.close()
+        server.stop()
+
+
+def test_redis_killed_and_back_costs_no_job(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always").start()
+    daemon = Daemon(tmp_path, server.url).start()
+    try:
+        handles = daemon.dispatch(*[inline.nap.job(1.0, str(n)) for n in range(50)], *[named("crunch", n) for n in range(5)])
+        daemon.marks.wait("start", 50)
+        server.kill()
+        daemon.wait_log("broker lost")
+        daemon.marks.wait("end", 50)
+        server.start()
+        daemon.wait_log("broker back")
+        assert [handle.result(20) for handle in handles[:50]] == [str(n) for n in range(50)]
+        assert all(handle.wait(20) for handle in handles[50:])
+        assert len(daemon.marks.lines) == 105, "nothing ran twice"
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+        server.stop()

@@ -41,7 +41,7 @@ class RedisBroker:
     def __init__(self, url: str, *, on_event: News = lambda kind, text, retry_in_s: None) -> None:
         target = commands.parse_url(url)
         self.address = target.address
-        self._transport = RedisTransport(target, SCRIPTS, self._heard_bell, self._connected, on_event)
+        self._transport = RedisTransport(target, SCRIPTS, on_push=self._heard_bell, on_ready=self._connected, on_news=on_event)
         self._kernel: Kernel | None = None
         self._owner = Owner("", "")
         self._queues: Sequence[str] = ()

@@ -91,13 +91,9 @@ class RedisTransport:
     """
 
     def __init__(
-        self,
-        target: Target,
-        scripts: Mapping[str, str],
-        on_push: Callable[[bytes], None],
-        on_ready: Callable[[], None],
+        self, target: Target, scripts: Mapping[str, str], *, on_push: Callable[[bytes], None], on_ready: Callable[[], None],
         on_news: News,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.target = target
         self.state = "idle"
         self.scripts = scripts
@@ -208,11 +204,11 @@ class RedisTransport:
             self._wake_waiting()
 
     def _keep_connected(self) -> Verb[None]:
-        tries = 0
+        tries, ready_at = 0, 0.0
         while True:
             try:
                 yield from self._establish()
-                tries = 0
+                ready_at = self._now()
                 yield from self._serve()
             except BrokerRefused as error:
                 if not self._was_ready:
@@ -222,6 +218,8 @@ class RedisTransport:
                 reason = str(error)
             except (BrokerUnavailable, OSError) as error:
                 reason = str(error)
+            if self.state == "ready" and self._now() - ready_at > self._cap_s:
+                tries = 0  # it did work; a server that lets us in and throws us out at once does not
             self._drop(reason, "lost")
             delay_s = self.backoff_s(tries)
             tries += 1
@@ -266,9 +264,7 @@ class RedisTransport:
     def _greet(self, deadline: float) -> Verb[None]:
         """HELLO, which also names and authenticates us; then the database, the scripts, the doorbells."""
         target = self.target
-        auth: tuple[Arg, ...] = (
-            ("AUTH", target.username or "default", target.password) if target.password or target.username else ()
-        )
+        auth: list[Arg] = ["AUTH", target.username or "default", target.password] if target.password or target.username else []
         (hello,) = yield from self._exchange([("HELLO", 3, *auth, "SETNAME", self._name)], deadline)
         if isinstance(hello, ReplyError) and "unknown command" in str(hello).lower():
             raise BrokerRefused(f"{target.address}: it is older than Redis 6 (it does not know HELLO); KQueue needs 6.2 or later")
@@ -320,7 +316,7 @@ class RedisTransport:
         if not self._lost:
             ready = yield wait_io(self._socket.fileno(), events, left_s)
             if not ready and deadline is not None and self._now() >= deadline:
-                raise BrokerUnavailable(f"no answer in {CONNECT_TIMEOUT_S:g} s, during {self.state}")
+                raise BrokerUnavailable(f"no answer to the handshake in {CONNECT_TIMEOUT_S:g} s")
         if self._lost:
             raise BrokerUnavailable(self._lost)
         self._flush()
@@ -350,7 +346,7 @@ class RedisTransport:
                 if replies:
                     return replies  # a last word, such as "max number of clients reached"; the end comes with the next read
                 raise BrokerUnavailable(
-                    f"it closed the connection, during {self.state}" if self.state != "ready" else "it closed the connection"
+                    "it closed the connection" + (" during the handshake" if self.state == "handshake" else "")
                 )
             self._heard_at = self._now()
             try:

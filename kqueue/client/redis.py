@@ -31,9 +31,10 @@ LIST_AGAIN_S: Final = 60.0  # between two notes of a queue's name, which somebod
 _DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
 # redis-py cuts these codes off its messages and says them by the class.
 _CODES: Final = {
-    "AuthenticationError": "WRONGPASS", "AuthorizationError": "NOAUTH", "NoPermissionError": "NOPERM", "NoScriptError": "NOSCRIPT",
-    "BusyLoadingError": "LOADING", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "MasterDownError": "MASTERDOWN",
-    "ClusterDownError": "CLUSTERDOWN", "TryAgainError": "TRYAGAIN", "MovedError": "MOVED", "AskError": "ASK",
+    "AuthenticationError": "WRONGPASS", "AuthorizationError": "NOAUTH", "NoPermissionError": "NOPERM",
+    "BusyLoadingError": "LOADING", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "NoScriptError": "NOSCRIPT",
+    "MasterDownError": "MASTERDOWN", "ClusterDownError": "CLUSTERDOWN", "TryAgainError": "TRYAGAIN",
+    "MovedError": "MOVED", "AskError": "ASK",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.errors import QueueFull
 
@@ -52,7 +53,7 @@ def test_a_client_and_the_daemon_enqueue_the_same_way(rig: Any) -> None:
 def test_a_full_queue_refuses_the_whole_batch(rig: Any) -> None:
     client = rig.make_client()
     client.enqueue([new_job("a"), new_job("b", delay_s=100)], max_depth=3)
-    with pytest.raises(QueueFull, match="'q'.*3"):
+    with pytest.raises(QueueFull, match=r"'q'.*3"):
         client.enqueue([new_job("c"), new_job("d")], max_depth=3)
     assert client.enqueue([new_job("c")], max_depth=3) == [True]
     assert client.enqueue([new_job("z", queue="other")], max_depth=3) == [True], "depth counts per queue"
@@ -266,6 +267,30 @@ def test_expiry_makes_a_job_eligible_and_no_more(rig: Any) -> None:
     assert rig.do(other.sweep()) == {"q": 1}
     assert settle(rig, slow, lease, "ack") == SETTLED, "nobody has reserved it since"
     assert reserve(rig, other) == []
+
+
+@pytest.mark.parametrize("verb", ["ack", "release", "bury"])
+def test_a_token_that_settles_after_its_expiry_settles_once(rig: Any, verb: str) -> None:
+    slow, other, client = rig.broker(lease_s=0.3), rig.broker(lease_s=30), rig.make_client()
+    rig.do(slow.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, slow)
+    rig.elapse(0.4)
+    rig.do(other.sweep())
+    assert settle(rig, slow, lease, verb, keep_s=60) == SETTLED
+    before = client.show("a", "q")
+    assert settle(rig, slow, lease, "ack") == STALE
+    assert client.show("a", "q") == before
+
+
+def test_a_token_is_stale_once_its_recovered_job_was_cancelled(rig: Any) -> None:
+    slow, other, client = rig.broker(lease_s=0.3), rig.broker(lease_s=30), rig.make_client()
+    rig.do(slow.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, slow)
+    rig.elapse(0.4)
+    rig.do(other.sweep())
+    assert client.cancel("a", b"{}", "q") is True
+    assert settle(rig, slow, lease, "ack") == STALE
+    assert client.show("a", "q").state == "dead"
 
 
 def test_renewal_keeps_everything_the_epoch_holds(rig: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kqueue.brokers import dial, redis_transport
 from kqueue.brokers.base import SETTLED, Settlement
 from kqueue.client.redis import RedisClient
@@ -304,7 +305,7 @@ def test_what_may_serve_us_later_is_waited_for(
 
 def test_who_says_nothing_is_given_up(rig: RedisRig, impostor: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_transport, "CONNECT_TIMEOUT_S", 0.2)
-    assert "no answer in 0.2 s" in stays_lost(rig, impostor(b""))
+    assert "no answer to the handshake in 0.2 s" in stays_lost(rig, impostor(b""))
 
 
 # -- how it is lost, and comes back -----------------------------------------------------------------------------------
