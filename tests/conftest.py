@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 
 import pytest
+
 from tests.servers import RedisServer, redis_version
 
 

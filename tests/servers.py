@@ -1,6 +1,6 @@
 """Real servers for tests: started on a free port of 127.0.0.1, killed for real, and never left running.
 
-Where the program is missing the test is skipped with the reason; under CI (`CI=true`) that is a failure, so that no skip goes unseen.
+Where the program is missing the test is skipped with the reason; under CI (`CI=true`) that is a failure: no skip goes unseen.
 """
 
 from __future__ import annotations

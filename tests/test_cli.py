@@ -100,13 +100,6 @@ class Home:
             self._client.store.close()
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KQUEUE_URL", "KQUEUE_CONFIG"):
@@ -237,6 +230,26 @@ def test_what_is_no_envelope_shows_as_just_that(home: Home, garbage: bytes) -> N
     page = home.kqueue("show", id)
     assert "(unreadable)" in page.out
     assert page.out.replace("\n", "").isprintable()
+
+
+def test_garbage_in_the_sets_of_redis_shows_too(make_home: MakeHome, redis_server: RedisServer) -> None:
+    redis_server.command("FLUSHALL")
+    home = make_home(redis_server.url)
+    home.dispatch("greet")
+    redis_server.command("ZADD", "kq:{default}:ready:inline", 0, b"\xff\x9b \n{}")
+    rows = home.kqueue("jobs", "--json").json
+    assert [row["job"] for row in rows] == [None, "greet"]
+    page = home.kqueue("jobs").out
+    assert "\\n{}" in page
+    assert page.replace("\n", "").isprintable()
+
+
+def test_json_output_is_json_whatever_a_queue_holds(sqlite_home: Home) -> None:
+    nasty = "\x7f\x9b\u2028\u202e\U000e0001 é 😀"
+    id = sqlite_home.dispatch("greet", "--args", json.dumps([nasty]))
+    ended = sqlite_home.kqueue("show", id, "--json")
+    assert ended.out.rstrip("\n").isprintable()
+    assert ended.json["args"] == [nasty]
 
 
 def test_a_certificate_that_somebody_else_wrote_shows_as_it_is() -> None:

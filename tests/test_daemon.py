@@ -402,7 +402,7 @@ def test_an_unwritable_database_ends_with_4(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     daemon = Daemon(tmp_path, f"sqlite:///{tmp_path}/file/queue.db")
     try:
-        assert daemon.run() == 4
+        assert daemon.run("--log-level", "info") == 4
         assert len(daemon.log) == 1, daemon.log
         assert str(tmp_path / "file") in daemon.log[0]
     finally:

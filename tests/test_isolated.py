@@ -222,6 +222,11 @@ def test_a_flood_is_kept_off_the_log_and_harms_nobody(bench: Bench) -> None:
     assert len(flood.ended.outcome.output) == 8192
 
 
+def test_what_a_job_logs_is_output_with_its_name(bench: Bench) -> None:
+    ran = bench.one("logs")
+    assert bench.output(ran.ended.id) == [("stderr", "INFO logs: for the record")]
+
+
 # -- frames -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from ..errors import BrokerUnavailable, KQueueError, QueueFull
 from ..kernel.traps import Park, sleep
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
-from .commands.redis_lua import LANES
+from .commands.redis_lua import LANES, MEMORY_S
 from .commands.redis_scripts import SCRIPTS
 from .redis_transport import News, RedisTransport, this_kernel
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
 
 POLL_S: Final = 1.0  # between looks, where the user may not hear doorbells
-SENDER_MEMORY_S: Final = 86400  # how long an outage may last whose repeated enqueues still add nothing twice
 
 
 class RedisBroker:
@@ -89,7 +88,7 @@ class RedisBroker:
             batch = [jobs[position] for position in positions]
             queue = batch[0].queue
             room = (max_depth, queues.pop(queue)) if queue in queues else (0, 0)  # the first batch speaks for all of its queue
-            (reply,) = yield from self._ask([commands.enqueue(sender, SENDER_MEMORY_S, batch, *room)])
+            (reply,) = yield from self._ask([commands.enqueue(sender, MEMORY_S, batch, *room)])
             if isinstance(reply, int):
                 raise QueueFull(commands.full(queue, reply, max_depth))
             for position, digit in zip(positions, reply, strict=True):
@@ -231,7 +230,7 @@ class RedisBroker:
         tries = 0
         while asking.left:
             try:
-                yield from self._transport.ready()
+                yield from self._transport.ready(patient=not self._closing)
                 trouble = asking.hear((yield from self._transport.call(asking.commands(self._transport.digests))))
             except BrokerUnavailable:
                 if self._closing or self._transport.closed:

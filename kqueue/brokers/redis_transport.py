@@ -152,13 +152,13 @@ class RedisTransport:
             replies = yield request
         return replies  # type: ignore[no-any-return]
 
-    def ready(self) -> Verb[None]:
-        """Wait for a connection. BrokerRefused: there will be none; BrokerUnavailable: it was closed."""
+    def ready(self, patient: bool = True) -> Verb[None]:
+        """Wait for a connection. BrokerRefused: there will be none; BrokerUnavailable: it is closed, or lost and nobody waits."""
         while self.state != "ready":
             if self._refusal is not None:
                 raise self._refusal
-            if self.closed:
-                raise BrokerUnavailable(f"{self.target.address}: the connection is closed")
+            if self.closed or not patient:
+                raise BrokerUnavailable(f"{self.target.address}: the connection is {'closed' if self.closed else 'lost'}")
             yield Park(self._waiting)
 
     def send(self, request: _Request) -> None:

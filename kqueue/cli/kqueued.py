@@ -96,6 +96,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # inline jobs have sockets by the thousand
     jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
+    logs = Logs(options["log_level"] or config.log.level, config.log.format)  # first: what modules log at import goes there, too
     try:
         instance = Instance(config.state_dir, config.instance)
         import_modules("jobs.modules", jobs.modules, jobs.path, security)
@@ -119,12 +120,14 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             heartbeat_s=config.runtime.memory_check_s,
             grace_s=config.shutdown.grace_s,
         )
-        logs = Logs(options["log_level"] or config.log.level, config.log.format)
         logs.subscribe(runtime.events)
         status = Status(runtime)
         Titles(runtime, config.instance)
         control = Control(runtime, config.control.socket, config.control.mode, {"status": status.command})
-        control.start()
+        try:
+            control.start()
+        except ConfigError as error:
+            raise config.error("control.socket", str(error)) from None
         gc.freeze()  # what is here now is here to stay: no collection need look at it again
         try:
             return runtime.run(burst=options["burst"], max_jobs=options["max_jobs"], max_time_s=options["max_time"])

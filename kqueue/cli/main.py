@@ -20,7 +20,7 @@ from .status import status
 from .target import Target
 from .text import printable
 
-EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 70, 130
+EXIT_INTERNAL, EXIT_INTERRUPTED = 70, 130
 
 
 class _Command(click.Group):

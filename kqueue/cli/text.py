@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..codec import to_json
-from ..observe.logs import printable
+from ..observe.logs import json_text, printable
 
 __all__ = ["ago", "block", "duration", "json_text", "moment", "printable", "table"]
 
@@ -61,8 +60,3 @@ def moment(then: float) -> str:
     except (OverflowError, ValueError, OSError):  # anything may stand in an envelope
         return f"{then} s since 1970"
     return f"{local} ({ago(then)})"
-
-
-def json_text(value: Any) -> str:
-    """Compact JSON, printable."""
-    return printable(to_json(value).decode())

@@ -44,7 +44,7 @@ class RedisClient:
     `patience_s` (seconds): how long a call goes on trying before it raises BrokerUnavailable.
     """
 
-    def __init__(self, url: str, *, patience_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, patience_s: float = 3.0) -> None:
         self._wire = _Wire(commands.parse_url(url), patience_s)
         self.address = self._wire.address
         self._listed: dict[str, float] = {}  # queue -> when its name was last noted

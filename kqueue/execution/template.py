@@ -10,6 +10,7 @@ When the supervisor goes, for whatever reason, its end of the socket closes; the
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import select
 import signal
@@ -60,6 +61,8 @@ def _import(config: dict[str, Any]) -> None:
         import_modules(f"jobs.{key}", config[key], config["path"], security)
     if config["main_file"]:
         import_script(config["main_file"])
+    # For current().logger and libraries in a job; does nothing when a module has configured logging itself.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     gc.collect()
     gc.freeze()  # so that a child's first collection does not touch, and thereby copy, every page
 

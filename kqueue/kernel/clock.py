@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 from .poller import Poller
+
+LONGEST_S: Final = 86400.0  # of one wait; epoll takes no more than 24 days
 
 
 class Clock:
@@ -16,8 +18,8 @@ class Clock:
         return time.monotonic()
 
     def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
-        """Wait for events up to `timeout_s` seconds (None: without end)."""
-        return poller.select(timeout_s)
+        """Wait for events up to `timeout_s` seconds (None: without end), or less."""
+        return poller.select(timeout_s if timeout_s is None else min(timeout_s, LONGEST_S))
 
 
 class VirtualClock(Clock):

@@ -26,7 +26,6 @@ from .timers import ANY_WAIT, Timer, Timers
 from .traps import PARKED, Trap
 
 MAX_IMMEDIATE: Final = 64
-MAX_PATIENCE_S: Final = 86400.0  # of one select; epoll takes no more than 24 days
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
 
 Steps = Generator[Any, Any, Any] | Coroutine[Any, Any, Any]
@@ -200,7 +199,7 @@ class Kernel:
         deadline = self.timers.next_deadline()
         if deadline is None:
             return None
-        return min(max(0.0, deadline - self.clock.monotonic()), MAX_PATIENCE_S)
+        return max(0.0, deadline - self.clock.monotonic())
 
     def _fire(self, timer: Timer) -> None:
         task = timer.task

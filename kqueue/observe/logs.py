@@ -32,8 +32,8 @@ from threading import RLock
 from typing import Any, Final, NamedTuple
 
 from .. import events as facts
-from ..codec import to_json
 from ..context import current_or_none
+from ..execution.output import Rate
 
 STDERR: Final = 2
 LEVELS: Final = ("debug", "info", "warning", "error")
@@ -65,13 +65,14 @@ class Logs:
         self._level = LEVELS.index(level)
         self._render = _renderer(format, fd)
         self._dropped = 0
+        self._done_rate = Rate()
         self._take_records()
 
     def subscribe(self, events: facts.Events) -> None:
         """Log every fact of `events`."""
         for kind, (most, describe) in _DESCRIPTIONS.items():
             if most >= self._level:
-                events.subscribe(kind, self._subscriber(describe))
+                events.subscribe(kind, self._job_ended if kind is facts.JobEnded else self._subscriber(describe))
         events.subscribe(facts.Heartbeat, lambda fact: self.flush())
         events.subscribe(facts.DaemonStopped, lambda fact: self.flush(LAST_PATIENCE_S))
 
@@ -94,6 +95,19 @@ class Logs:
 
     def _subscriber(self, describe: Callable[[Any], Line]) -> Callable[[Any], None]:
         return lambda fact: self.write(describe(fact))
+
+    def _job_ended(self, fact: facts.JobEnded) -> None:
+        """Each job that failed; of those that are done, at most output.LINES_PER_S a second, and the number of the rest.
+
+        A line costs as much as a fifth of a job that does nothing, and nobody reads ten thousand a second.
+        """
+        if fact.then == "done" and self._level > DEBUG:
+            if not self._done_rate.allows(time.monotonic()):
+                return
+            if self._done_rate.held_back:
+                held_back, self._done_rate.held_back = self._done_rate.held_back, 0
+                self.write(Line(INFO, f"{held_back} more jobs done; log.level: debug has a line for each"))
+        self.write(_job_ended(fact))
 
     def _take_records(self) -> None:
         root = logging.getLogger()
@@ -217,7 +231,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.BrokerLost: (WARNING, _broker_lost),
     facts.BrokerBack: (INFO, lambda fact: Line(INFO, "broker back", fact._asdict())),
     facts.JobsRecovered: (WARNING, _jobs_recovered),
-    facts.TemplateStarted: (INFO, lambda fact: Line(INFO, "template started", _rounded(fact, start_s=3))),
+    facts.TemplateStarted: (DEBUG, lambda fact: Line(DEBUG, "template started", _rounded(fact, start_s=3))),
     facts.TemplateDied: (ERROR, _template_died),
     facts.Warned: (WARNING, lambda fact: Line(WARNING, fact.message)),
 }
@@ -246,6 +260,16 @@ def _escaped(character: str) -> str:
     number = ord(character)
     code = f"x{number:02x}" if number < 0x100 else f"u{number:04x}" if number < 0x10000 else f"U{number:08x}"
     return _SHORT.get(character, f"\\{code}")
+
+
+# Not codec.to_json, which refuses what a queue must not carry: half a surrogate pair, say, and any object.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+
+
+def json_text(value: Any) -> str:
+    """`value` as one line of JSON, with whatever is not printable escaped as JSON does."""
+    text = _encode(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _renderer(format: str, fd: int) -> Renderer:
@@ -287,18 +311,7 @@ def _journald(line: Line, now: float) -> str:
 
 def _json(line: Line, now: float) -> str:
     fields = {name: value for name, value in line.fields.items() if value is not None}
-    values = {"time": _utc(now), "level": LEVELS[line.level], "msg": line.message, **fields}
-    try:
-        text = to_json(values).decode()
-    except TypeError:  # a text with half a surrogate pair, say
-        text = to_json({name: printable(str(value)) for name, value in values.items()}).decode()
-    return text if text.isprintable() else "".join(map(_json_escaped, text))
-
-
-def _json_escaped(character: str) -> str:
-    if character.isprintable():
-        return character
-    return json.dumps(character)[1:-1]  # beyond U+FFFF it takes two escapes
+    return json_text({"time": _utc(now), "level": LEVELS[line.level], "msg": line.message, **fields})
 
 
 _RENDERERS: Final[dict[str, Renderer]] = {

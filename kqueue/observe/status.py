@@ -26,6 +26,7 @@ from ..runtime import Held, KQueueRuntime
 Steps = Generator[Any, Any, Any]
 
 COUNTS_AGE_S: Final = 1.0  # counts of the queues are not asked for again before
+COUNTS_RARITY: Final = 20  # nor before so many times what they took: SQLite needs 0.15 s for a million jobs
 COUNTS_PATIENCE_S: Final = 1.0  # with a broker that does not answer
 SLICE: Final = 500  # running jobs described in one turn of the loop
 
@@ -39,7 +40,7 @@ class Status:
         self._retried = 0
         self._killed = 0
         self._counts: dict[str, QueueStats] = {}
-        self._counted_at: float | None = None  # None: never
+        self._count_again_at = 0.0  # by the kernel's clock
         self._counting: Task | None = None
         self._marks = ((self._began, 0), (self._began, 0))  # (when, turns of the loop) at the last two heartbeats
         runtime.events.subscribe(facts.JobEnded, self._count_job)
@@ -107,20 +108,20 @@ class Status:
         }
 
     def _queues(self) -> Steps:
-        fresh = self._counted_at is not None and self._now() - self._counted_at < COUNTS_AGE_S
-        if not fresh and self._runtime.state not in ("starting", "stopped"):
+        if self._now() >= self._count_again_at and self._runtime.state not in ("starting", "stopped"):
             if self._counting is None or self._counting.ended:
                 self._counting = self._runtime.kernel.spawn(self._count(), name="queue counts")
             yield Park(self._counting.joiners, COUNTS_PATIENCE_S)
         return self._counts
 
     def _count(self) -> Steps:
+        began = self._now()
         try:
             counts = yield from self._runtime.broker.stats()
         except Exception:  # whatever is wrong with the broker, those who work with it say so; a look must not end the daemon
             return
         self._counts = {**dict.fromkeys(self._counts, QueueStats()), **counts}
-        self._counted_at = self._now()
+        self._count_again_at = self._now() + max(COUNTS_AGE_S, COUNTS_RARITY * (self._now() - began))
 
     def _loop(self) -> dict[str, float]:
         since, turns = self._marks[0]

@@ -47,7 +47,9 @@ def busy_cpus() -> float:
 def print_table(samples: Samples, failures: Sequence[str]) -> None:
     width = max(len(figure.label) for figure in FIGURES)
     for broker in dict.fromkeys(broker for broker, _ in samples):
-        click.echo(f"\n{broker:{width}}  {'median':>11} {'min':>11} {'max':>11}       target")
+        rounds = max(len(values) for (name, _), values in samples.items() if name == broker)
+        heading = f"{broker}, {rounds} round{'s' * (rounds > 1)}"
+        click.echo(f"\n{heading:{width}}  {'median':>11} {'min':>11} {'max':>11}      target")
         for figure in FIGURES:
             values = samples.get((broker, figure.key))
             if values:

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Measure KQueue against its targets, with a Redis and daemons of its own."""
     wanted = BROKERS if broker == "both" else (broker,)
-    names = only or tuple(MEASUREMENTS)
+    names = [name for name in MEASUREMENTS if name in only or not only]
     samples: dict[tuple[str, str], list[float]] = {}
     failures: list[str] = []
     noise: list[float] = []
@@ -95,7 +95,7 @@ def main(
         sys.exit(1)
 
 
-def _interleaved(names: tuple[str, ...], benches: list[Bench]) -> Iterator[tuple[str, Bench]]:
+def _interleaved(names: Sequence[str], benches: Sequence[Bench]) -> Iterator[tuple[str, Bench]]:
     for name in names:
         for bench in benches:
             if bench.broker == "redis" or name not in ONLY_ON_REDIS:

@@ -109,6 +109,11 @@ def talks(lines: int, text: str = "hello") -> None:
 
 
 @job(isolated=True)
+def logs() -> None:
+    current().logger.info("for the record")
+
+
+@job(isolated=True)
 def talks_garbage() -> None:
     os.write(1, b"\xff\xfe\x00 not text\n" + b"x" * 20_000 + b"\nno newline at the end")
 

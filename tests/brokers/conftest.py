@@ -43,7 +43,9 @@ class Rig:
         """Drive one verb to its end on the rig's kernel."""
         return self.kernel.run(verb)
 
-    def broker(self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",)) -> Any:
+    def broker(
+        self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",)
+    ) -> Any:
         """A broker, opened as a new epoch. `broker.recovered` is what `open` recovered."""
         broker = self.make_broker()
         owner = Owner(epoch or new_id(), identity)
@@ -162,13 +164,6 @@ class RedisRig(Rig):
         super().close()
         for client in self.clients:
             client.close()
-
-
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
-    yield server
-    server.stop()
 
 
 RIGS = [MemoryRig, SQLiteRig, RedisRig]

@@ -312,6 +312,11 @@ def test_a_structure_of_a_wrong_type_is_refused_with_its_reason(rig: RedisRig) -
     assert rig.server.command("ZREM", "kq:{q}:delayed", "due") == 1, "what is due has not left its place"
     rig.server.command("DEL", READY)
     assert client.enqueue([new_job("a")]) == [True], "nothing of it had been written"
+    leased = f"kq:{{q}}:leased:{broker._owner.epoch}"
+    rig.server.command("SET", leased, "x")
+    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
+        rig.do(broker.reserve("q", {"inline": 1}))
+    rig.server.command("DEL", leased)
     (lease,) = reserve(rig, broker)
     rig.server.command("SET", "kq:{q}:dead", "x")
     with pytest.raises(BrokerRefused, match="WRONGTYPE"):
@@ -451,6 +456,7 @@ def test_large_envelopes_go_and_come_in_parts(rig: RedisRig) -> None:
         assert len(part) < 20
         leases += part
     assert [lease.envelope for lease in leases] == [job.envelope for job in jobs]
+    assert rig.news == []
 
 
 def test_no_lane_starves_when_more_is_wanted_than_fits_a_batch(rig: RedisRig) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from kqueue.brokers import dial, redis_transport
 from kqueue.brokers.base import SETTLED, Settlement
+from kqueue.brokers.commands import redis
 from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable
 
@@ -113,13 +114,16 @@ def test_it_waits_for_a_redis_that_starts_later(rig: RedisRig, server: RedisServ
 # -- who is let in ----------------------------------------------------------------------------------------------------
 
 
+RIGHTS = redis._NEXT_STEP["NOPERM"].partition(": ")[2].split()  # what our own message tells the operator to allow
+
+
 @pytest.fixture
 def locked(server: RedisServer) -> RedisServer:
-    """Nobody gets in but the users of these tests; the tests' own commands come over a connection without a password no more."""
+    """One with three users."""
     server.start()
     server.commands(
         [
-            ("ACL", "SETUSER", "worker", "on", ">right", "~kq:*", "&kq:*", "+@all", "-@dangerous"),
+            ("ACL", "SETUSER", "worker", "on", ">right", "resetchannels", *RIGHTS),
             ("ACL", "SETUSER", "deaf", "on", ">right", "~kq:*", "resetchannels", "+@all"),
             ("ACL", "SETUSER", "reader", "on", ">right", "~kq:*", "&*", "+@read", "+@connection"),
         ]
@@ -127,8 +131,18 @@ def locked(server: RedisServer) -> RedisServer:
     return server
 
 
-def test_a_user_with_few_rights_is_enough(rig: RedisRig, locked: RedisServer) -> None:
-    assert runs_a_job(rig, open_at(rig, locked.url_for("worker", "right")))
+def test_the_rights_that_we_ask_for_are_enough(rig: RedisRig, locked: RedisServer) -> None:
+    broker = open_at(rig, locked.url_for("worker", "right"))
+    assert runs_a_job(rig, broker)
+    client = RedisClient(rig.url)
+    assert client.enqueue([new_job("a"), new_job("b", delay_s=10)]) == [True, True]
+    assert client.cancel("a", b"{}") is True
+    assert [row.state for row in client.list(None, None, 10)] == ["dead", "delayed"]
+    assert client.document("manifest") is None
+    for verb in (broker.renew(), broker.sweep(), broker.stats(), broker.publish("manifest", b"{}")):
+        rig.do(verb)
+    assert rig.news == []
+    client.close()
 
 
 @pytest.mark.parametrize("user", ["worker", "nobody"])

@@ -106,7 +106,7 @@ _LATER: Final = {"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "RE
 _NEXT_STEP: Final = {
     "NOAUTH": "put user and password into the queue's URL",
     "WRONGPASS": "check user and password in the queue's URL",
-    "NOPERM": "allow the user what KQueue needs: ~kq:* &kq:* +@read +@write +@scripting +@connection +@pubsub",
+    "NOPERM": "allow the user what KQueue needs: ~kq:* &kq:* +@read +@write +@scripting +@connection +@pubsub +time",
     "WRONGTYPE": "a key of KQueue was overwritten by something else; look at the keys kq:* and rename or delete that one",
     "MOVED": "this is a Redis Cluster, and another node holds the queue; give that node's address",
     "ASK": "this is a Redis Cluster that is moving the queue's slot; try again when it is done",

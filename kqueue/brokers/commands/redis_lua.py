@@ -24,7 +24,8 @@ Rule 3. The first write is one that Redis allows when its memory is full (ZREM, 
         full Redis takes no new jobs but still works off those it has. Where that cannot be (enqueue), nothing has been written.
 Rule 4. `leased:<epoch>` proves a lease. A job that was recovered keeps the epoch and number it had, so that this token still
         settles (expiry makes eligible, no more); whatever happens to it next removes the field `epoch`.
-Rule 5. A request that comes again is answered as it was the first time, as long as its sender has made no other since.
+Rule 5. A request that comes again is answered as it was the first time, as long as its sender has made no other since. What a
+        reservation took is remembered as long as its epoch: forgotten, it would be held by an owner who does not know of it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..base import MAX_BATCH, MAX_CERTIFICATES, PRIORITY_STEP_S
 
 LANES: Final = ("inline", "isolated")
 MAX_BATCH_BYTES: Final = 8 << 20  # of envelopes in one command or reply
-MEMORY_S: Final = 600  # that the answers of Rule 5 are kept for daemons
+MEMORY_S: Final = 86400  # that answers to daemons are kept (Rule 5), so how long an outage may last
 ROW_FIELDS: Final = (
     "envelope", "lane", "priority", "available_at", "attempts", "crashes", "recoveries", "deferrals", "result",
 )  # fmt: skip
@@ -164,6 +165,7 @@ local function recover(epoch, limit)
   if redis.call('EXISTS', leased) == 0 then
     redis.call('ZREM', prefix .. 'epochs', epoch)
     redis.call('HDEL', prefix .. 'owners', epoch)
+    redis.call('DEL', prefix .. 'last:' .. epoch)
   end
   return #held / 2
 end

@@ -103,7 +103,7 @@ for index = 1, 2 do
     else
       local job = read(id)
       local n = math.floor(math.max(0, number(job[7], 0))) + 1
-      if job[8] then recovered[#recovered + 1] = {job_key(id), n} end
+      if job[8] then recovered[#recovered + 1] = job_key(id) end
       size = size + #(job[1] or '')
       add(lanes[index], id, n, job)
       held[#held + 1] = id
@@ -119,11 +119,8 @@ if #held > 0 then
   end
   redis.call('HSET', leased, unpack(held))
   if not redis.call('ZSCORE', prefix .. 'epochs', epoch) then register(epoch, ARGV[2], ARGV[3]) end
-  for _, job in ipairs(recovered) do
-    redis.call('HDEL', job[1], 'epoch')
-    redis.call('HSET', job[1], 'n', job[2])
-  end
-  redis.call('SET', memory, cmsgpack.pack(taken), 'EX', MEMORY)
+  for _, key in ipairs(recovered) do redis.call('HDEL', key, 'epoch') end
+  redis.call('SET', memory, cmsgpack.pack(taken))
 end
 if how == 'short' then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
 return answer(how)
