@@ -467,7 +467,8 @@ class JobFunction(Generic[P, R]):
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(self, attribute, getattr(function, attribute, None))
         self.__wrapped__ = function
-        self.registration = _register(function, name or getattr(function, "__qualname__", None) or "", function, values)
+        known_as = getattr(function, "__qualname__", "") if name is None else name
+        self.registration = _register(function, known_as, function, values)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__wrapped__(*args, **kwargs)

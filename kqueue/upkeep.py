@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import events as facts
 from .codec import to_json
 from .dispatch import describe
+from .errors import KQueueError
 from .job import registry
 from .kernel import sleep
 from .outcome import describe_error
@@ -104,6 +105,10 @@ class Upkeep:
 
     def crashed(self, task: Task) -> None:
         """A task of KQueue's own failed. Crash-only: stop, and let the service manager start a sound one."""
+        if isinstance(task.error, KQueueError):  # such as a broker that refuses what it took before
+            self.warn(str(task.error))
+            self._runtime.stop(type(task.error).__name__, exit_code=task.error.exit_code)
+            return
         trace = describe_error(task.error)["traceback"] if task.error is not None else ""
         self.warn(f"internal error in {task.name}; please report it\n{trace}")
         self._runtime.stop("internal error", exit_code=EXIT_BUG)

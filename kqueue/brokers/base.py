@@ -140,7 +140,9 @@ class Broker(Protocol):
     def reserve(self, queue: str, wants: Mapping[str, int]) -> Verb[Reserved]:
         """Lease up to `wants[lane]` of the best ready jobs of each lane of `queue`; moves due jobs first. Never waits for jobs.
 
-        An epoch that expired meanwhile is registered again in the same step, so that no lease is ever without an owner.
+        It may return fewer than there are (batches are bounded), but never none. The runtime has one reserve and one settle under
+        way at a time, and a broker may count on that. An epoch that expired meanwhile is registered again in the same step, so
+        that no lease is ever without an owner.
         """
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:

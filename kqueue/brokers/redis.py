@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BrokerUnavailable, KQueueError, QueueFull
-from ..kernel.traps import Park, sleep
+from ..kernel.traps import Park, sleep, this_kernel
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
 from .commands.redis_lua import LANES, MEMORY_S
 from .commands.redis_scripts import SCRIPTS
-from .redis_transport import News, RedisTransport, this_kernel
+from .redis_transport import News, RedisTransport
 
 if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task

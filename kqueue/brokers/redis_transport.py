@@ -45,15 +45,6 @@ _NOTHING: Final = object()
 News = Callable[[str, str, float], None]  # kind ("lost", "back" or "warning"), text, seconds until the next try
 
 
-class this_kernel(Trap):
-    """Answers with the kernel that drives the task: for a verb that spawns."""
-
-    __slots__ = ()
-
-    def arm(self, kernel: Kernel, task: Task) -> Any:
-        return kernel
-
-
 class _Request(Trap):
     """Send commands, and wait for all of their replies: a list, in which errors stand as ReplyError."""
 

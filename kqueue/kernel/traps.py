@@ -202,3 +202,12 @@ class run(Trap):
 
         task.undo = undo
         return PARKED
+
+
+class this_kernel(Trap):
+    """Answers with the kernel that drives the task: for what must spawn or wake others."""
+
+    __slots__ = ()
+
+    def arm(self, kernel: Kernel, task: Task) -> Any:
+        return kernel

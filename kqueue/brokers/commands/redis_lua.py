@@ -110,6 +110,11 @@ end
 """
 
 DUE: Final = """
+local function next_due()
+  local head = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')
+  return head[2] and math.min(math.max(0, head[2] - now), 1e9) or false
+end
+
 local function move_due()
   local due = redis.call('ZRANGEBYSCORE', prefix .. 'delayed', '-inf', now, 'WITHSCORES', 'LIMIT', 0, MAX_BATCH)
   if #due == 0 then return 0 end

@@ -71,10 +71,8 @@ local function add(lane, id, n, job)
   lane[#lane + 1] = job
 end
 
-local function answer(how)
-  local head = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')
-  return {how, head[2] and moment(math.min(math.max(0, head[2] - now), 1e9)) or false, lanes[1], lanes[2]}
-end
+local due = next_due()
+local function answer(how) return {how, due and moment(due), lanes[1], lanes[2]} end
 
 redis.call('HLEN', leased)
 local last = redis.call('GET', memory)
@@ -87,7 +85,10 @@ if last[1] == request then
   return answer('repeated')
 end
 
-move_due()
+if due == 0 then
+  move_due()
+  due = next_due()
+end
 local how, size, ids = 'enough', 0, {}
 for index, name in ipairs(names) do
   local want = tonumber(ARGV[4 + index])
