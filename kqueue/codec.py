@@ -233,6 +233,8 @@ def _untag(name: Any, content: Any, depth: int) -> Any:
     }
     if name not in readers:
         raise ValueError(f"known tags are {', '.join(readers)}")
+    if not isinstance(content, list if name in ("set", "timedelta") else str):
+        raise ValueError(f"its value is {_kind(content)}")
     return readers[name](content)
 
 

@@ -98,7 +98,6 @@ class Intake:
         per_minute: int = 0, max_jobs: int = 0, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._queues = {spec.name: _Queue(spec) for spec in queues}
-        self._total_weight = sum(spec.weight for spec in queues)
         self._slots = dict(slots)
         self._strict_order = strict_order
         self._concurrent = concurrent
@@ -125,11 +124,11 @@ class Intake:
         if len(self._queues) == 1:
             return
         payer.shares[lane].credit -= 1
-        earning = [each for each in self._queues.values() if each is payer or not each.shares[lane].dry]
-        weights = sum(each.spec.weight for each in earning)
-        for each in earning:
+        weight = self._weight(payer, lane)
+        for each in self._queues.values():
             share = each.shares[lane]
-            share.credit = max(-MAX_CREDIT, min(share.credit + each.spec.weight / weights, MAX_CREDIT))
+            if each is payer or not share.dry:
+                share.credit = max(-MAX_CREDIT, min(share.credit + each.spec.weight / weight, MAX_CREDIT))
 
     def ended(self, queue: str, lane: str) -> None:
         """It gave the slot back."""
@@ -154,8 +153,8 @@ class Intake:
     def ask(self, name: str, share: bool = True) -> Ask | None:
         """What to ask `name` for now; None: nothing.
 
-        Where there are several queues each is asked for its share, and then once more (`share` False) for whatever is still free,
-        unless it has just run dry.
+        Where there are several queues, each is asked for its share, and then once more (`share` False) for what is still free,
+        which those share that have not just run dry.
         """
         queue = self._queues[name]
         left = self._left(name)
@@ -165,12 +164,13 @@ class Intake:
             wants[first] = min(wants[first], max(left - left // 2, left - wants[second]))
             wants[second] = min(wants[second], left - wants[first])
         for lane, mine in queue.shares.items():
-            if share and not self._strict_order:
-                portion = round(wants[lane] * queue.spec.weight / self._total_weight + mine.credit)
-                wants[lane] = max(0, min(portion, wants[lane]))
-            elif not share and mine.dry and len(self._queues) > 1:
+            if not share and mine.dry and len(self._queues) > 1:
                 wants[lane] = 0
                 continue
+            if not self._strict_order:
+                portion = wants[lane] * queue.spec.weight / self._weight(queue, lane, share)
+                least, most = (0, portion + mine.credit) if share else (1, portion)
+                wants[lane] = min(wants[lane], max(least, round(most)))
             mine.ask(wants[lane])
         return Ask(name, wants) if any(wants.values()) else None
 
@@ -199,6 +199,10 @@ class Intake:
         limits += [self._concurrent - self.total_running] if self._concurrent else []
         limits += [queue.spec.max_concurrent - queue.running] if queue.spec.max_concurrent else []
         return max(0, min(limit for limit in limits if limit is not None))
+
+    def _weight(self, queue: _Queue, lane: str, all_of_them: bool = False) -> int:
+        """Of `queue` and of those that may have more for `lane`, or of all."""
+        return sum(q.spec.weight for q in self._queues.values() if all_of_them or q is queue or not q.shares[lane].dry)
 
     def _is_scarce(self, name: str) -> bool:
         """Whether there are such limits, so that what one lane gets the other does not."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .errors import KQueueError
-
 CAUSES: Final = ("ok", "exception", "timeout", "memory", "cpu", "signal", "exit", "lost", "cancelled", "refused")
 ENDED_BY: Final = ("job", "supervisor", "kernel", "operator", "shutdown")
 
@@ -56,18 +54,18 @@ class Outcome(NamedTuple):
         return {"attempt": attempt, "strategy": strategy, **fields}
 
 
-def describe_error(error: BaseException) -> dict[str, Any]:
-    """Class, message, traceback and `mro` of `error`, as JSON values. The traceback begins where KQueue's own frames end.
+def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, Any]:
+    """Class, message, traceback and `mro` of `error`, as JSON values.
+
+    The traceback begins where KQueue's own frames end; `whole`: with them, for an error that is KQueue's own.
 
     Locals never stand in it; the message is cut at 4 KiB and the traceback at 16 KiB, since both can be huge.
     """
     from traceback import format_exception
 
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
+    while trace is not None and not whole and trace.tb_frame.f_code.co_filename.startswith(_OURS):
         trace = trace.tb_next
-    if trace is None and not isinstance(error, KQueueError):
-        trace = error.__traceback__  # an error of KQueue's own
     try:
         message = str(error)
     except BaseException as broken:

@@ -15,7 +15,7 @@ from typing import Any
 
 import kqueue
 from kqueue.client import Client, from_config
-from kqueue.config import load_config
+from kqueue.config_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 20.0  # a test that waits so long has failed; nothing is measured by it

@@ -22,7 +22,7 @@ from kqueue.cli.jobs import _certificate
 from kqueue.cli.main import main
 from kqueue.cli.text import ago, block, duration, moment, table
 from kqueue.client import Client, from_config
-from kqueue.config import load_config
+from kqueue.config_file import load_config
 from kqueue.job import BoundJob, DispatchOptions
 from tests.daemon import Daemon
 from tests.servers import RedisServer

@@ -12,18 +12,10 @@ from pathlib import Path
 import pytest
 
 from kqueue.codec import MAX_BYTES
-from kqueue.config import (
-    NOT_YET,
-    SETTINGS,
-    Config,
-    QueueSpec,
-    load_config,
-    make_config,
-    parse_duration,
-    parse_size,
-    resolve_url,
-)
+from kqueue.config import Config, QueueSpec
+from kqueue.config_file import load_config, make_config
 from kqueue.errors import ConfigError, UsageError
+from kqueue.settings import NOT_YET, SETTINGS, parse_duration, parse_size, resolve_url
 
 Load = Callable[..., Config]
 
@@ -611,10 +603,11 @@ def test_the_schema_and_the_records_agree() -> None:
 
 
 def test_importing_and_receiving_a_configuration_costs_the_supervisor_little() -> None:
+    plain = json.dumps(make_config().to_plain())
     program = (
         "import json, sys; from kqueue import config, security; "
-        "plain = json.dumps(config.make_config().to_plain()); config.Config.from_plain(json.loads(plain)); "
-        "heavy = {'yaml', 'dataclasses', 'inspect', 'pathlib', 'subprocess', 'click', 'urllib.parse', 'difflib'}; "
+        f"config.Config.from_plain(json.loads({plain!r})); "
+        "heavy = {'yaml', 'dataclasses', 'inspect', 'pathlib', 'subprocess', 'click', 'urllib.parse', 'kqueue.settings'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     # -S: site's .pth files, which an installation may have, import things of their own

@@ -203,7 +203,7 @@ def overwrite(daemon: Daemon, tmp_path: Path, id: str, envelope: bytes) -> None:
         return
     import redis
 
-    from kqueue.config import load_config
+    from kqueue.config_file import load_config
 
     with redis.Redis.from_url(load_config(str(daemon.config)).queue.url) as connection:
         connection.hset(f"kq:{{default}}:job:{id}", "envelope", envelope)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kqueue.config import NOT_YET, QUEUE_SETTINGS, SETTINGS, Config, Setting, load_config
+from kqueue.config import Config
+from kqueue.config_file import load_config
 from kqueue.job import TRANSITIONS, JobState
 from kqueue.security import SecurityConfig
+from kqueue.settings import NOT_YET, QUEUE_SETTINGS, SETTINGS, Setting
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "config/kqueue.yaml"

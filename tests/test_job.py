@@ -685,7 +685,7 @@ GOOD = """
     reveal_type(SendEmail.dispatch("x", copies=2))
     reveal_type(SendEmail.job("x"))
     reveal_type(SendEmail.options(priority=5).dispatch("x"))
-    reveal_type(ping("x"))
+    reveal_type(ping)
     reveal_type(dispatch_many([SendEmail.job("a"), plain.job("b")]))
 """
 REVEALED = [

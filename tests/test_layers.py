@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "kqueue"
 # (floor, room, the modules in it; "brokers" stands for everything under it that no longer name claims)
 ROOMS = [
     (0, "ground", ["errors", "ids", "job", "codec", "context", "dispatch", "outcome", "events", "config", "security", "loading"]),
-    (0, "ground", ["process"]),
+    (0, "ground", ["process", "settings", "config_file"]),
     (1, "kernel", ["kernel"]),
     (1, "stores", ["brokers.base", "brokers.commands"]),  # the protocol and plain commands, which clients and daemon share
     (1, "instance", ["instance"]),
@@ -45,7 +45,7 @@ EXCEPTIONS = {
 
 # What is installed besides Python, and the modules that may import it.
 THIRD_PARTY = {
-    "yaml": ["config"],
+    "yaml": ["config_file"],
     "redis": ["client"],
     "hiredis": ["brokers.redis_transport", "brokers.commands.redis"],
     "click": ["cli"],

@@ -16,7 +16,7 @@ import pytest
 
 from kqueue import security as module
 from kqueue.codec import MAX_BYTES, Envelope
-from kqueue.config import make_config
+from kqueue.config_file import make_config
 from kqueue.errors import ConfigError, Refused, UsageError
 from kqueue.job import JobOptions, Registration
 from kqueue.security import (

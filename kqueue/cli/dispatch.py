@@ -17,7 +17,7 @@ BATCH: Final = 500  # jobs in one round trip
 
 
 def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float:
-    from ..config import parse_duration
+    from ..settings import parse_duration
 
     try:
         return 0.0 if value is None else parse_duration(value)

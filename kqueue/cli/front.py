@@ -10,8 +10,9 @@ import click
 
 from .. import __version__
 from ..codec import to_json
-from ..config import load_config, parse_duration
+from ..config_file import load_config
 from ..errors import ConfigError, UsageError
+from ..settings import parse_duration
 
 
 def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float:

@@ -40,7 +40,7 @@ class Target:
     def config(self) -> Config | None:
         """The configuration; None: there is only $KQUEUE_URL. Raises ConfigError."""
         from ..client import CONFIG_FILE
-        from ..config import load_config
+        from ..config_file import load_config
 
         path = self._path or os.environ.get("KQUEUE_CONFIG") or CONFIG_FILE
         if self._config is None and (path != CONFIG_FILE or os.path.exists(path) or not os.environ.get("KQUEUE_URL")):

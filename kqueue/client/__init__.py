@@ -12,11 +12,13 @@ from typing import Any, Final
 
 from ..brokers.base import Store
 from ..codec import MAX_BYTES, from_json
-from ..config import Config, load_config, resolve_url
+from ..config import Config
+from ..config_file import load_config
 from ..dispatch import NewJob, prepare, undescribe
 from ..errors import JobNotFound, UsageError, nearest
 from ..job import BoundJob, DispatchOptions, JobHandle, JobOptions, Registration, registry
 from ..security import SecurityConfig, check_dispatch
+from ..settings import resolve_url
 from .handle import Handle
 
 CONFIG_FILE: Final = "kqueue.yaml"

@@ -32,7 +32,7 @@ class Figure(NamedTuple):
 
 FIGURES: Sequence[Figure] = (
     # idle.py
-    Figure("idle_pss", "idle: supervisor, memory (PSS)", "MiB", 18),
+    Figure("idle_pss", "idle: supervisor, memory (PSS)", "MiB", {"redis": 18}),
     Figure("idle_anonymous", "idle: supervisor, anonymous part of it", "MiB"),
     Figure("idle_resident", "idle: supervisor, RSS (PSS if no other Python ran)", "MiB"),
     Figure("idle_tree_pss", "idle: supervisor and template (PSS)", "MiB"),

@@ -1,11 +1,12 @@
-"""Idle: what a kqueued costs that has nothing to do, on Redis (plaintext, unsigned).
+"""Idle: what a kqueued costs that has nothing to do. The target for its memory is for Redis, plaintext and unsigned.
 
 A daemon with a small inline module and a small isolated one is given 3 s to come to rest; then its memory is read, and over
 the next 5 s the CPU time and the wake-ups of the supervisor. A second daemon, whose isolated module is heavy to import (numpy,
 or 50 MB), shows by how much the supervisor grows with it: by RSS, which other processes do not move. A job that runs afterwards
 shows that both were alive.
 
-PSS depends on who else maps the same interpreter: alone on a machine, it is the RSS. So all three are printed.
+PSS depends on who else maps the same interpreter: alone on a machine, it is the RSS. So all three are printed. On SQLite, waiting
+for the disk counts as going to sleep, so each commit adds a wake-up or two to the periodic ones.
 """
 
 from __future__ import annotations

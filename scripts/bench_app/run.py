@@ -19,8 +19,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 import click
@@ -46,7 +47,6 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "forked": throughput.measure_forked,
     "parked": parked.measure,
 }
-ONLY_ON_REDIS = ("idle",)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,7 +81,7 @@ def main(
         for number in range(1, (rounds or (1 if quick else 3)) + 1):
             noise.append(report.busy_cpus())
             click.echo(f"round {number}   {noise[-1]:.2f} of {os.cpu_count()} CPUs are busy with something else", err=True)
-            for name, bench in _interleaved(names, benches):
+            for name, bench in product(names, benches):
                 click.echo(f"          {name} on {bench.broker}", err=True)
                 try:
                     for key, value in MEASUREMENTS[name](bench).items():
@@ -93,13 +93,6 @@ def main(
         json_file.write_text(json.dumps(report.as_json(found, noise, samples, failures), indent=1) + "\n")
     if failures:
         sys.exit(1)
-
-
-def _interleaved(names: Sequence[str], benches: Sequence[Bench]) -> Iterator[tuple[str, Bench]]:
-    for name in names:
-        for bench in benches:
-            if bench.broker == "redis" or name not in ONLY_ON_REDIS:
-                yield name, bench
 
 
 def _terminated(number: int, frame: object) -> None:

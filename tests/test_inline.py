@@ -1,0 +1,541 @@
+"""Inline jobs: whatever one does, its strategy returns an Outcome that says so, and the kernel goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from kqueue.codec import MAX_BYTES, decode
+from kqueue.context import JobContext, current, current_or_none
+from kqueue.dispatch import prepare
+from kqueue.errors import JobCancelled, JobTimedOut
+from kqueue.execution.base import Work
+from kqueue.execution.inline import GRACE_S, InlineExecutionStrategy
+from kqueue.execution.jobtraps import enqueue, offload, progress
+from kqueue.job import BoundJob, JobOptions, Registration, _is_cooperative
+from kqueue.kernel import Abandoned, Kernel, Task, VirtualClock, join, sleep
+from kqueue.outcome import CAUSES, ENDED_BY, Outcome
+
+
+class Services:
+    """What a runtime does for a job, written down."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def enqueue(self, jobs: Any) -> Any:
+        yield sleep(1)
+        self.asked += [bound.name for bound in jobs]
+        return [f"id of {bound.name}" for bound in jobs]
+
+    def offload(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        yield sleep(2)
+        self.asked.append(current().name)
+        return function(*args, **kwargs)
+
+    def progress(self, context: JobContext) -> None:
+        self.asked.append((context.fraction, context.note))
+
+
+class Stage:
+    """A kernel on a virtual clock with the strategy on it."""
+
+    def __init__(self) -> None:
+        self.kernel = Kernel(clock=VirtualClock())
+        self.strategy = InlineExecutionStrategy(self.kernel)
+        self.services = Services()
+
+    def work(self, function: Callable[..., Any], *args: Any, options: Any = None, **kwargs: Any) -> Work:
+        declared = JobOptions(**(options or {}))
+        registration = Registration("the_job", declared, function, _is_cooperative(function, "the_job"), __name__)
+        data = prepare(BoundJob("the_job", args, kwargs), registration, arguments_too=False).envelope
+        envelope = decode(data)
+        context = JobContext(
+            id=envelope.id, name="the_job", queue="default", attempt=2, deadline=None, inline=True, services=self.services
+        )
+        return Work(envelope, data, registration, declared, 2, context)
+
+    def start(self, function: Callable[..., Any], *args: Any, **how: Any) -> Task:
+        return self.kernel.spawn(self.strategy.execute(self.work(function, *args, **how)))
+
+    def run(self, function: Callable[..., Any], *args: Any, **how: Any) -> Outcome:
+        task = self.start(function, *args, **how)
+        outcome: Outcome = self.kernel.run(_join(task))
+        assert outcome.cause in CAUSES
+        assert outcome.ended_by in ENDED_BY
+        outcome.certificate(attempt=1, strategy="inline", ended_at=0.0)
+        return outcome
+
+
+def _join(task: Task) -> Any:
+    return (yield join(task))
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.kernel.close()
+
+
+def message(outcome: Outcome) -> str:
+    assert outcome.error is not None
+    return f"{outcome.error['class']}: {outcome.error['message']}"
+
+
+# -- jobs that end well -------------------------------------------------------------------------------------------------------
+
+
+def generator_job(a: int, b: int = 0) -> Any:
+    yield sleep(0.5)
+    yield
+    return a + b
+
+
+async def coroutine_job(a: int, b: int = 0) -> int:
+    await sleep(0.5)
+    return a + b
+
+
+def plain_job(a: int, b: int = 0) -> int:
+    return a + b
+
+
+class ClassJob:
+    def __init__(self, a: int, b: int = 0) -> None:
+        self.sum = a + b
+
+    def handle(self) -> Any:
+        yield sleep(0.5)
+        return self.sum
+
+
+@pytest.mark.parametrize("job", [generator_job, coroutine_job, plain_job, ClassJob])
+def test_every_form_of_job_runs_and_its_result_is_kept_when_asked_for(stage: Stage, job: Callable[..., Any]) -> None:
+    outcome = stage.run(job, 1, b=2, options={"keep_result": 60})
+    assert (outcome.cause, outcome.ended_by, outcome.result, outcome.error) == ("ok", "job", b"3", None)
+    assert outcome.duration_s == (0 if job is plain_job else 0.5)
+    assert outcome.pid is None
+    assert outcome.limits == {"timeout": 30}
+    assert stage.run(job, 1).result is None, "without keep_result there is none"
+
+
+def test_a_result_is_carried_like_an_argument(stage: Stage) -> None:
+    outcome = stage.run(lambda: datetime(2026, 11, 24), options={"keep_result": 60})
+    assert json.loads(outcome.result or b"") == {"$kq": "datetime", "v": "2026-11-24T00:00:00"}
+    outcome = stage.run(lambda: None, options={"keep_result": 60})
+    assert outcome.result == b"null"
+
+
+def test_arguments_arrive_as_they_were_dispatched(stage: Stage) -> None:
+    seen: list[Any] = []
+
+    def job(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        yield
+
+    stage.run(job, 1, [None], datetime.max, to={b"x"})
+    assert seen == [((1, [None], datetime.max), {"to": {b"x"}})]
+
+
+def test_a_job_knows_itself_and_its_neighbours_do_not(stage: Stage) -> None:
+    def job() -> Any:
+        before = current()
+        yield sleep(1)
+        assert current() is before
+        return [before.name, before.attempt, before.queue]
+
+    def other() -> Any:
+        yield sleep(0.5)
+        return current_or_none() is None
+
+    neighbour = stage.kernel.spawn(other())
+    outcome = stage.run(job, options={"keep_result": 1})
+    assert json.loads(outcome.result or b"") == ["the_job", 2, "default"]
+    assert neighbour.value is True
+    assert current_or_none() is None
+
+
+# -- jobs that fail -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_is_described_with_the_line_of_the_job(stage: Stage) -> None:
+    def job() -> Any:
+        yield sleep(1)
+        raise ValueError("no such user")
+
+    outcome = stage.run(job)
+    assert (outcome.cause, outcome.ended_by, outcome.duration_s) == ("exception", "job", 1)
+    assert outcome.error is not None
+    assert message(outcome) == "ValueError: no such user"
+    assert outcome.error["mro"] == ["ValueError", "Exception", "BaseException"]
+    assert 'raise ValueError("no such user")' in outcome.error["traceback"]
+    assert "execution/inline.py" not in outcome.error["traceback"], "KQueue's own frames are of no use to anybody"
+
+
+class Odd(BaseException):
+    """An exception outside of Exception."""
+
+
+@pytest.mark.parametrize("error", [Odd("odd"), KeyboardInterrupt("odd"), StopIteration("odd"), asyncio.CancelledError("odd")])
+@pytest.mark.parametrize("kind", ["plain", "generator", "coroutine"])
+def test_no_exception_of_a_job_reaches_the_kernel(stage: Stage, error: BaseException, kind: str) -> None:
+    def plain() -> Any:
+        raise error
+
+    def generator() -> Any:
+        yield
+        raise error
+
+    async def coroutine() -> Any:
+        raise error
+
+    outcome = stage.run({"plain": plain, "generator": generator, "coroutine": coroutine}[kind])
+    assert (outcome.cause, outcome.ended_by) == ("exception", "job")
+    if not isinstance(error, StopIteration):  # which a generator turns into a RuntimeError
+        assert message(outcome) == f"{type(error).__name__}: odd"
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 3), (None, 0), ("a message", 1), (2.5, 1)])
+def test_sys_exit_ends_the_job_and_not_the_supervisor(stage: Stage, code: Any, status: int) -> None:
+    def job() -> Any:
+        yield
+        raise SystemExit(code)
+
+    outcome = stage.run(job)
+    assert (outcome.cause, outcome.ended_by, outcome.exit_code) == ("exit", "job", status)
+
+
+def test_running_out_of_memory_has_a_cause_of_its_own(stage: Stage) -> None:
+    def job() -> Any:
+        yield
+        raise MemoryError
+
+    assert stage.run(job).cause == "memory"
+
+
+def test_a_job_that_makes_its_own_cancellation_is_not_released_for_ever(stage: Stage) -> None:
+    """Nobody has cancelled it. What is released counts nothing, so it would run again, and again."""
+
+    def job() -> Any:
+        yield
+        raise JobCancelled("I do not feel like it")
+
+    outcome = stage.run(job)
+    assert (outcome.cause, message(outcome)) == ("exception", "JobCancelled: I do not feel like it")
+
+
+def test_an_error_that_cannot_be_printed_harms_nobody(stage: Stage) -> None:
+    class Evil(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    def job() -> Any:
+        yield
+        raise Evil
+
+    assert message(stage.run(job)) == "Evil: (its __str__ raised SystemExit)"
+
+
+@pytest.mark.parametrize("thing", [5, "text", [sleep(1)]])
+def test_yielding_nonsense_fails_with_advice(stage: Stage, thing: Any) -> None:
+    def job() -> Any:
+        yield thing
+
+    outcome = stage.run(job)
+    assert outcome.cause == "exception"
+    assert message(outcome).startswith("TypeError: a job yielded")
+    assert outcome.error is not None
+    assert "yield thing" in outcome.error["traceback"]
+
+
+# -- arguments and results that are refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [generator_job, coroutine_job, plain_job, ClassJob])
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"c": 1}), ((1,), {"a": 1})])
+def test_arguments_that_do_not_fit_are_refused_and_not_tried_again(stage: Stage, job: Any, args: Any, kwargs: Any) -> None:
+    outcome = stage.run(job, *args, **kwargs)
+    assert (outcome.cause, outcome.ended_by) == ("refused", "supervisor")
+    assert message(outcome).startswith("UsageError: the arguments do not fit job 'the_job': ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'{"$kq":"pickle","v":"gASV"}', b'{"$kq":"datetime","v":"yesterday"}', b"[" * 120 + b'{"$kq":"set","v":[]}' + b"]" * 120],
+)
+def test_arguments_that_cannot_be_read_are_refused(stage: Stage, data: bytes) -> None:
+    work = stage.work(plain_job, 1)
+    raw = b'{"v":1,"id":"a","job":"the_job","args":[' + data + b"]}"
+    outcome = stage.kernel.run(stage.strategy.execute(work._replace(envelope=decode(raw), data=raw)))
+    assert (outcome.cause, outcome.ended_by) == ("refused", "supervisor")
+    assert message(outcome).startswith("EnvelopeError: a value ")
+
+
+def test_a_type_error_of_the_job_itself_is_no_refusal(stage: Stage) -> None:
+    assert stage.run(lambda a: a + 1, "text").cause == "exception"
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (object(), "the result is of type object, which a job cannot carry"),
+        ({"a": float("nan")}, r"the result['a'] is nan"),
+        ("x" * (MAX_BYTES + 1), "store it and return a key"),
+        ("\ud800", "not valid Unicode"),
+    ],
+    ids=["object", "nan", "too large", "surrogate"],
+)
+def test_a_result_that_cannot_be_kept_is_the_job_s_error(stage: Stage, result: Any, words: str) -> None:
+    outcome = stage.run(lambda: result, options={"keep_result": 60})
+    assert outcome.cause == "exception"
+    assert words in message(outcome)
+    assert stage.run(lambda: result).cause == "ok", "and nobody minds where it is not kept"
+
+
+# -- time-outs and cancelling -------------------------------------------------------------------------------------------------
+
+
+def test_a_time_out_is_thrown_where_the_job_waits(stage: Stage) -> None:
+    cleaned = []
+
+    def job() -> Any:
+        try:
+            yield sleep(3600)
+        finally:
+            yield sleep(0.5)
+            cleaned.append(stage.kernel.clock.monotonic())
+
+    outcome = stage.run(job, options={"timeout": 10})
+    assert (outcome.cause, outcome.ended_by, outcome.limits) == ("timeout", "supervisor", {"timeout": 10})
+    assert message(outcome) == "JobTimedOut: the_job ran longer than its timeout of 10 s"
+    assert outcome.error is not None
+    assert "yield sleep(3600)" in outcome.error["traceback"]
+    assert outcome.duration_s == 10.5
+    assert cleaned == [10.5]
+
+
+def test_except_exception_does_not_swallow_a_time_out(stage: Stage) -> None:
+    async def job() -> None:
+        while True:
+            try:
+                await sleep(3600)
+            except Exception:
+                continue
+
+    assert stage.run(job, options={"timeout": 10}).cause == "timeout"
+
+
+def test_a_job_that_ends_in_time_hears_nothing(stage: Stage) -> None:
+    assert stage.run(generator_job, 1, options={"timeout": 1}).cause == "ok"
+    stage.kernel.run(generator_job(1))
+    assert stage.kernel.timers.next_deadline() is None
+
+
+def test_timeout_zero_is_no_limit(stage: Stage) -> None:
+    def job() -> Any:
+        yield sleep(1e6)
+
+    outcome = stage.run(job, options={"timeout": 0})
+    assert (outcome.cause, outcome.limits, outcome.duration_s) == ("ok", {}, 1e6)
+
+
+def test_a_cancelled_job_may_clean_up_and_is_released(stage: Stage) -> None:
+    def job() -> Any:
+        try:
+            yield sleep(3600)
+        finally:
+            yield sleep(0.5)
+
+    task = stage.start(job)
+    stage.kernel.turn()
+    stage.kernel.cancel(task, JobCancelled("KQueue is shutting down"), GRACE_S)
+    outcome = stage.kernel.run(_join(task))
+    assert (outcome.cause, outcome.ended_by, outcome.duration_s) == ("cancelled", "shutdown", 0.5)
+
+
+def test_a_time_out_during_the_clean_up_of_a_shutdown_changes_nothing(stage: Stage) -> None:
+    def job() -> Any:
+        try:
+            yield sleep(3600)
+        finally:
+            yield sleep(0.75)
+
+    task = stage.start(job, options={"timeout": 10})
+    stage.kernel.run(_sleeping(9.5))
+    stage.kernel.cancel(task, JobCancelled("KQueue is shutting down"), GRACE_S)
+    assert stage.kernel.run(_join(task)).cause == "cancelled"
+
+
+def _sleeping(seconds: float) -> Any:
+    yield sleep(seconds)
+
+
+def test_a_cancelled_job_that_finishes_all_the_same_has_finished(stage: Stage) -> None:
+    def job() -> Any:
+        try:
+            yield sleep(3600)
+        except JobCancelled:
+            yield sleep(0.5)
+
+    task = stage.start(job)
+    stage.kernel.turn()
+    stage.kernel.cancel(task, JobCancelled(), GRACE_S)
+    assert stage.kernel.run(_join(task)).cause == "ok"
+
+
+@pytest.mark.parametrize("error", [JobCancelled(), JobTimedOut()])
+def test_a_job_that_ignores_its_end_is_abandoned(stage: Stage, error: BaseException) -> None:
+    def job() -> Any:
+        while True:
+            try:
+                yield sleep(3600)
+            except (JobCancelled, JobTimedOut):
+                continue
+
+    task = stage.start(job)
+    stage.kernel.turn()
+    stage.kernel.cancel(task, error, GRACE_S)
+    with pytest.raises(Abandoned):
+        stage.kernel.run(_join(task))
+    assert stage.kernel.clock.monotonic() == GRACE_S
+
+
+# -- asyncio does not run here ------------------------------------------------------------------------------------------------
+
+
+async def sleeps() -> None:
+    await asyncio.sleep(1)
+
+
+async def waits_for() -> None:
+    await asyncio.wait_for(asyncio.sleep(1), 2)
+
+
+async def makes_a_task() -> None:
+    asyncio.create_task(forever())  # noqa: RUF006
+
+
+async def gathers() -> None:
+    await asyncio.gather(forever())
+
+
+async def forever() -> None:
+    await sleep(1e9)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:There is no current event loop:DeprecationWarning")
+@pytest.mark.parametrize("job", [sleeps, waits_for, makes_a_task])
+def test_asyncio_in_an_inline_job_says_what_to_use_instead(stage: Stage, job: Callable[..., Any]) -> None:
+    outcome = stage.run(job)
+    assert outcome.cause == "exception"
+    assert "no running event loop" in message(outcome)
+    for words in ("kqueue.sleep", "kqueue.io", "isolated=True"):
+        assert words in message(outcome)
+
+
+def test_a_future_of_another_loop_says_so_too(stage: Stage) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def job() -> None:
+        await loop.create_future()
+
+    outcome = stage.run(job)
+    loop.close()
+    for words in ("TypeError", "awaited Future of asyncio", "kqueue.sleep", "kqueue.io", "isolated=True"):
+        assert words in message(outcome)
+
+
+def test_a_bare_turn_of_asyncio_is_a_bare_yield(stage: Stage) -> None:
+    async def job() -> None:
+        await asyncio.sleep(0)
+
+    assert stage.run(job).cause == "ok"
+
+
+# -- what a job may ask for ---------------------------------------------------------------------------------------------------
+
+
+def test_enqueue_and_offload_are_answered_by_the_surroundings(stage: Stage) -> None:
+    def generator() -> Any:
+        first = yield enqueue(BoundJob("a", (), {}))
+        both = yield enqueue(BoundJob("b", (), {}), BoundJob("c", (), {}))
+        none = yield enqueue()
+        length = yield offload(len, "four")
+        return [first, both, none, length]
+
+    async def coroutine() -> Any:
+        first = await enqueue(BoundJob("a", (), {}))
+        both = await enqueue(BoundJob("b", (), {}), BoundJob("c", (), {}))
+        none = await enqueue()
+        return [first, both, none, await offload(len, "four")]
+
+    for job in (generator, coroutine):
+        stage.services.asked.clear()
+        outcome = stage.run(job, options={"keep_result": 1})
+        assert json.loads(outcome.result or b"null") == ["id of a", ["id of b", "id of c"], [], 4], outcome
+        assert stage.services.asked == ["a", "b", "c", "the_job"]
+
+
+def test_progress_takes_effect_when_called_and_may_be_yielded_or_not(stage: Stage) -> None:
+    def job() -> Any:
+        progress(0.25)
+        yield progress(0.5, "half")
+        assert (yield progress(1, "x" * 1000)) is None
+        return current().fraction
+
+    assert stage.run(job, options={"keep_result": 1}).result == b"1.0"
+    assert stage.services.asked == [(0.25, ""), (0.5, "half"), (1.0, "x" * 200)]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), float("inf"), "half", None])
+def test_progress_goes_from_nought_to_one(stage: Stage, fraction: Any) -> None:
+    def job() -> Any:
+        yield progress(fraction)
+
+    outcome = stage.run(job)
+    assert outcome.cause == "exception"
+    assert message(outcome).startswith(("ValueError: progress() takes a fraction from 0 to 1", "TypeError"))
+    assert stage.services.asked == []
+
+
+@pytest.mark.parametrize("thing", ["send_email", None, BoundJob, len])
+def test_enqueue_takes_bound_jobs_and_says_so(thing: Any) -> None:
+    with pytest.raises(TypeError, match=r"enqueue\(\) takes bound jobs such as SendEmail\.job\(\.\.\.\), not"):
+        enqueue(thing)
+
+
+def test_outside_of_a_job_they_say_that_there_is_none(stage: Stage) -> None:
+    def task(trap: Any) -> Any:
+        yield trap
+
+    for trap in (enqueue(BoundJob("a", (), {})), offload(len, "")):
+        with pytest.raises(RuntimeError, match="only there inside a running job"):
+            stage.kernel.run(task(trap))
+    with pytest.raises(RuntimeError, match="only there inside a running job"):
+        progress(0.5)
+
+
+def test_a_job_that_is_cancelled_while_it_enqueues_takes_the_request_along(stage: Stage) -> None:
+    def job() -> Any:
+        yield enqueue(BoundJob("a", (), {}))
+
+    task = stage.start(job)
+    stage.kernel.turn()
+    stage.kernel.turn()
+    stage.kernel.cancel(task, JobCancelled(), GRACE_S)
+    assert stage.kernel.run(_join(task)).cause == "cancelled"
+    stage.kernel.run(_sleeping(10))
+    assert stage.services.asked == []
+
+
+def test_the_strategy_needs_no_start_and_no_stop(stage: Stage) -> None:
+    assert stage.kernel.run(stage.strategy.start()) is None
+    assert stage.kernel.run(stage.strategy.stop()) is None
+    assert (stage.strategy.name, stage.strategy.cancel_grace_s) == ("inline", GRACE_S)
