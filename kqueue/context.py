@@ -33,7 +33,7 @@ class Services(Protocol):
 class JobContext:
     """The running job, as it sees itself."""
 
-    __slots__ = ("attempt", "deadline", "fraction", "id", "inline", "name", "note", "queue", "services")
+    __slots__ = ("attempt", "deadline", "fraction", "id", "inline", "name", "note", "pid", "queue", "services")
 
     def __init__(
         self, *, id: str, name: str, queue: str, attempt: int, deadline: float | None, inline: bool, services: Services
@@ -47,6 +47,7 @@ class JobContext:
         self.services = services
         self.fraction: float | None = None  # what it last reported by progress(); None: nothing yet
         self.note = ""
+        self.pid: int | None = None  # of its child, while it has one; None: it runs in this process
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:

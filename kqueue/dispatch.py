@@ -30,6 +30,12 @@ class NewJob(NamedTuple):
     at: float | None = None
 
 
+def options_of(bound: BoundJob, registration: Registration | None) -> JobOptions:
+    """The options that `bound` asks for: as declared, where that is known, and overridden by its dispatch."""
+    options = registration.options if registration is not None else JobOptions()
+    return options._replace(**bound.options.overrides) if bound.options.overrides else options
+
+
 def prepare(
     bound: BoundJob, registration: Registration | None, *, check: Check | None = None, max_bytes: int = MAX_BYTES,
     arguments_too: bool = True,
@@ -40,8 +46,7 @@ def prepare(
     code is here. Raises UsageError, Refused, TypeError, EnvelopeError.
     """
     dispatch = bound.options
-    options = registration.options if registration is not None else JobOptions()
-    merged = options._replace(**dispatch.overrides) if dispatch.overrides else options
+    merged = options_of(bound, registration)
     if check is not None:
         merged = check(merged, bound.name)
     if arguments_too and registration is not None and registration.target is not None:
@@ -99,7 +104,6 @@ def _signature(target: Callable[..., Any] | None) -> Any:
 
 
 def undescribe(fields: Mapping[str, Any]) -> Registration:
-    """The inverse of `describe`, without the code."""
-    return Registration(
-        fields["name"], JobOptions(**fields["options"]), None, fields["cooperative"], fields["module"], fields["signature"]
-    )
+    """The inverse of `describe`, without the code, and without options that a later version may have added."""
+    options = JobOptions(**{name: value for name, value in fields["options"].items() if name in JobOptions._fields})
+    return Registration(fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"])

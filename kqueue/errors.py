@@ -30,6 +30,10 @@ class UsageError(KQueueError):
     exit_code = 2
 
 
+class ArgumentsDoNotFit(UsageError):
+    """The arguments of a job do not fit its handler's signature, or cannot be read. No retry can change that."""
+
+
 class AlreadyRunning(KQueueError):
     """Another daemon with this host and instance holds the lock."""
 

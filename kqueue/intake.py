@@ -41,6 +41,13 @@ class RateWindow:
             self._taken.append((now, count))
             self._used += count
 
+    def give_back(self) -> None:
+        """One that was taken last did not run after all."""
+        if self._taken and self._taken[-1][1]:
+            when, count = self._taken[-1]
+            self._taken[-1] = (when, count - 1)
+            self._used -= 1
+
     def opens_in_s(self, now: float) -> float | None:
         """Seconds until another may be taken; None: one may now."""
         if self.left(now) != 0:
@@ -183,6 +190,13 @@ class Intake:
         if self.remaining is not None:
             self.remaining -= count
         queue.lanes.rotate()
+
+    def give_back(self, name: str) -> None:
+        """A job of queue `name` was taken and did not run: it was moved to its lane, or nobody here knows it."""
+        self._rate.give_back()
+        self._queues[name].rate.give_back()
+        if self.remaining is not None:
+            self.remaining += 1
 
     def opens_in_s(self) -> float | None:
         """Seconds until a rate lets another job through; None: no rate holds one back now."""

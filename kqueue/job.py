@@ -15,7 +15,7 @@ from math import isfinite
 from typing import Any, ClassVar, Final, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 from .context import current_or_none
-from .errors import DuplicateJob, JobNotFound, UsageError, nearest
+from .errors import ArgumentsDoNotFit, DuplicateJob, JobNotFound, UsageError, nearest
 from .ids import PATTERN as ID_PATTERN
 
 P = ParamSpec("P")
@@ -100,7 +100,7 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
         lambda v: v is None or _wait(v) or (isinstance(v, (list, tuple)) and len(v) > 0 and all(map(_wait, v))),
         "seconds, or a list of seconds",
     ),
-    "start": (lambda v: v in STARTS, "fork, pool or exec"),
+    "start": (lambda v: v == "fork", '"fork": this version has no "pool" and no "exec"'),
     "max_cpu": (_wait, "seconds, 0 for no limit"),
     "keep_result": (_wait, "seconds, 0 for not at all"),
 }
@@ -142,7 +142,7 @@ class Registration(NamedTuple):
         return "isolated" if self.isolated else "inline"
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Call the handler: a generator or coroutine for a cooperative one, else its result. UsageError: arguments do not fit."""
+        """Call the handler: a generator or coroutine for a cooperative one, else its result. Raises ArgumentsDoNotFit."""
         if self.target is None:
             raise JobNotFound(f"job {self.name!r} is known from the manifest only; its code is not imported here")
         bound = _call(self.target, self.name, args, kwargs)
@@ -157,7 +157,7 @@ def _call(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Ma
         # beforehand, and cost the supervisor 1 MB.
         here = error.__traceback__
         if here is not None and here.tb_next is None:
-            raise UsageError(f"the arguments do not fit job {name!r}: {error}") from None
+            raise ArgumentsDoNotFit(f"the arguments do not fit job {name!r}: {error}") from None
         raise
 
 

@@ -17,6 +17,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from . import events as facts
@@ -28,7 +29,7 @@ from .context import JobContext
 from .dispatch import prepare
 from .errors import BrokerUnavailable, EnvelopeError, JobCancelled, JobNotFound, NewerEnvelope, Refused
 from .events import Events
-from .execution.base import ExecutionStrategy, Work
+from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .ids import new_id
@@ -41,7 +42,7 @@ from .outcome import Outcome, describe_error
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import Verdict, defer, judge, move
+from .verdict import Verdict, defer, judge, move, postpone
 
 Steps = Generator[Any, Any, Any]
 
@@ -53,9 +54,10 @@ class Held:
 
     __slots__ = ("context", "job", "lease", "options", "started", "strategy", "task")
 
-    def __init__(self, lease: Lease, task: Task, started: float) -> None:
+    task: Task
+
+    def __init__(self, lease: Lease, started: float) -> None:
         self.lease = lease
-        self.task = task
         self.started = started  # by the kernel's clock
         self.job = ""  # its name, once the envelope is decoded
         self.strategy = lease.lane
@@ -64,11 +66,12 @@ class Held:
 
 
 class _Ended(NamedTuple):
-    """A job that has run and awaits its settlement. `verdict` None: there is no lease to settle."""
+    """A lease that awaits its settlement. `ran` False: no attempt was made."""
 
     held: Held
     outcome: Outcome
     verdict: Verdict
+    ran: bool = True
 
 
 class KQueueRuntime:
@@ -98,7 +101,7 @@ class KQueueRuntime:
         self.exit_code = 0
         self.processed = 0  # attempts that ended, whatever came of them
         self.failed = 0
-        self.held: dict[str, Held] = {}
+        self.held: set[Held] = set()
         self._specs = [QueueSpec(queue) if isinstance(queue, str) else queue for queue in queues]
         self._strict_order = strict_order
         self._slots = {"inline": max_inline, "isolated": max_isolated}
@@ -132,9 +135,9 @@ class KQueueRuntime:
 
     # -- the life of a job ------------------------------------------------------------------------------------------
 
-    def _life(self, lease: Lease) -> Steps:
+    def _life(self, held: Held) -> Steps:
         """One reservation, from its bytes to its verdict. Whatever it raises is KQueue's own fault; `_ended` deals with it."""
-        held = self.held[lease.token.id]
+        lease = held.lease
         try:
             envelope = self._decode(lease)
             held.job = envelope.job
@@ -142,20 +145,24 @@ class KQueueRuntime:
             options = held.options = admit(self.security, envelope, registration).options
         except (NewerEnvelope, JobNotFound) as reason:
             outcome = _refused(reason)
-            return _Ended(held, outcome, defer(lease, outcome, bury=self._bury_unknown))
+            return _Ended(held, outcome, defer(lease, outcome, bury=self._bury_unknown), ran=False)
         except (EnvelopeError, Refused) as reason:
             outcome = _refused(reason)
             return _Ended(held, outcome, judge(lease, held.options, outcome, "none"))
 
         strategy = self._choose(registration)
         if strategy.name != lease.lane:
-            return _Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name))
+            return _Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
 
         attempt = lease.counters.attempts + lease.counters.crashes + lease.counters.recoveries + 1
         work = self._work(registration, options, envelope, lease.envelope or b"", attempt)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
-        outcome = yield from strategy.execute(work)
+        try:
+            outcome = yield from strategy.execute(work)
+        except NotStarted as reason:
+            self.events.emit(facts.Warned(f"{envelope.job} {envelope.id} could not start and is tried again in 5 s: {reason}"))
+            return _Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
         return _Ended(held, outcome, judge(lease, options, outcome, strategy.name))
 
     def _decode(self, lease: Lease) -> Any:
@@ -184,11 +191,13 @@ class KQueueRuntime:
         )  # fmt: skip
         return Work(envelope, data, registration, options, attempt, context)
 
-    def _ended(self, task: Task) -> None:
+    def _ended(self, held: Held, task: Task) -> None:
         """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""
-        held = self.held.pop(task.name)
-        ended: _Ended = task.value if task.error is None else self._mishap(held, task.error)
+        self.held.discard(held)
         self._intake.ended(held.lease.queue, held.lease.lane)
+        ended: _Ended = task.value if task.error is None else self._mishap(held, task.error)
+        if not ended.ran:
+            self._intake.give_back(held.lease.queue)
         self._unsettled.append(ended)
         if self._settler:
             self.kernel.unpark(self._settler)
@@ -248,10 +257,19 @@ class KQueueRuntime:
         return took, next_due_s
 
     def _start_life(self, lease: Lease) -> None:
-        task = self.kernel.spawn(self._life(lease), name=lease.token.id)
-        task.on_end = self._ended
-        self.held[lease.token.id] = Held(lease, task, self.kernel.clock.monotonic())
+        if lease.counters.recoveries:
+            self._give_up_older(lease)
+        held = Held(lease, self.kernel.clock.monotonic())
+        self.held.add(held)
+        held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
+        held.task.on_end = partial(self._ended, held)
         self._intake.started(lease.queue, lease.lane)
+
+    def _give_up_older(self, lease: Lease) -> None:
+        """A job that was recovered came back to us while its first run still goes on: that one's lease is lost."""
+        for held in list(self.held):
+            if held.lease.token.id == lease.token.id and held.lease.queue == lease.queue:
+                self._end(held, "its lease was lost, and it runs again")
 
     def _is_finished(self) -> bool:
         """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
@@ -295,7 +313,7 @@ class KQueueRuntime:
             self.events.emit(facts.LeaseLost(id, job))
             return
         then, delay_s = ended.verdict.then, ended.verdict.settlement.delay_s
-        if held.context is not None or then == "dead":
+        if ended.ran or then == "dead":
             self.processed += 1
             self.failed += not outcome.ok
         if ended.verdict.settlement.lane is None:  # a move to the other lane is not an attempt
@@ -365,6 +383,11 @@ class KQueueRuntime:
             self.isolated.link.configure(self.template())
         return self.kernel.spawn(self._choose(registration).execute(work), name=envelope.id)
 
+    @property
+    def queues(self) -> list[str]:
+        """The names of the queues that are served."""
+        return self._intake.queues
+
     def check(self, options: JobOptions, name: str) -> JobOptions:
         """The options a dispatch may have, by the limits of `security`. Raises UsageError, or clamps."""
         return check_dispatch(self.security, options, name)
@@ -404,6 +427,8 @@ class KQueueRuntime:
         self._upkeep.recovered((yield from self.broker.sweep()))
         for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)
+        if self.state != "starting":  # stopped meanwhile
+            return
         self.state = "running"
         took_s = self.kernel.clock.monotonic() - self._began
         self.events.emit(facts.DaemonReady(self.broker.address, self._intake.queues, took_s))
@@ -440,9 +465,13 @@ class KQueueRuntime:
         return bool(self.held or self._unsettled or self._settling)
 
     def _end_everything(self) -> None:
-        for held in list(self.held.values()):
-            grace_s = self._strategies[held.strategy].cancel_grace_s
-            self.kernel.cancel(held.task, JobCancelled("KQueue is shutting down"), grace_s)
+        for held in list(self.held):
+            self._end(held, "KQueue is shutting down")
+
+    def _end(self, held: Held, why: str) -> None:
+        """Cancel the run, unless something ends it already: a second throw would interrupt its cleaning up."""
+        if held.task.grace_s is None:
+            self.kernel.cancel(held.task, JobCancelled(why), self._strategies[held.strategy].cancel_grace_s)
 
     def _stop_after(self, seconds: float) -> Steps:
         yield sleep(seconds)

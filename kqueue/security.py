@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .codec import MAX_BYTES
@@ -70,6 +70,16 @@ class SecurityConfig(NamedTuple):
             strict=security.strict,
         ).validated()
 
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> SecurityConfig:
+        """The inverse of `published`. What is missing in `fields` is no limit. Raises ConfigError for what makes no sense."""
+        known = {name: fields[name] for name in _PUBLISHED if name in fields}
+        return cls(**{"max_memory_mib": 0, "strict": False, **known}).validated()
+
+    def published(self) -> dict[str, Any]:
+        """What the daemon tells clients that have no configuration: all that is looked at at dispatch. JSON values."""
+        return {name: getattr(self, name) for name in _PUBLISHED}
+
     def validated(self) -> SecurityConfig:
         """Itself, paths made absolute. Raises ConfigError for what makes no sense."""
         for name in ("max_memory_mib", "max_concurrent", "per_minute", "queue_depth"):
@@ -82,6 +92,9 @@ class SecurityConfig(NamedTuple):
         _check(type(size) is int and size >= 1024, "max_envelope_bytes", "an integer of at least 1024", size)
         _check(type(self.strict) is bool, "strict", "True or False", self.strict)
         return self if self.allowed_paths is None else self._replace(allowed_paths=_absolute(self.allowed_paths))
+
+
+_PUBLISHED: Final = ("max_timeout_s", "max_memory_mib", "queue_depth", "max_envelope_bytes", "strict")
 
 
 def _with(preset: SecurityConfig, overrides: dict[str, Any]) -> SecurityConfig:

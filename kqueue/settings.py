@@ -174,9 +174,9 @@ NAMES: Final = Kind("a mapping of queues to weights (or to weight, max_concurren
 
 # -- the URL of the queue ---------------------------------------------------------------------------------------------------
 
-SCHEMES: Final = ("sqlite", "redis", "rediss", "memory")
+SCHEMES: Final = ("sqlite", "redis", "rediss", "unix", "memory")
 _SCHEMES_NOT_YET: Final = ("redis+sentinel", "postgresql", "sqs")
-_REDIS: Final = ("redis", "rediss")
+_REDIS: Final = ("redis", "rediss", "unix")
 
 
 def resolve_url(url: str, directory: str | None) -> str:
@@ -187,7 +187,7 @@ def resolve_url(url: str, directory: str | None) -> str:
     """
     scheme, colon, rest = url.partition("://")
     if not colon:
-        raise UsageError("it has no scheme: write sqlite:///path, redis://host:6379/0, rediss://… or memory://")
+        raise UsageError("it has no scheme: write sqlite:///path, redis://host:6379/0, rediss://…, unix:///path or memory://")
     if scheme in _SCHEMES_NOT_YET:
         raise UsageError(f"{scheme}:// is not supported by this version; use {', '.join(SCHEMES)}")
     if scheme not in SCHEMES:
@@ -222,8 +222,13 @@ def _check_redis(url: str) -> None:
         raise UsageError(
             "its host and port cannot be read; percent-encode / ? # @ in a password, or put it into queue.password_file"
         ) from None
-    if not re.fullmatch(r"/?[0-9]*", parts.path):
+    if parts.scheme == "unix":
+        if parts.hostname or parts.path in ("", "/"):
+            raise UsageError("a Unix socket takes three slashes, and an absolute path: unix:///run/redis/redis.sock?db=0")
+    elif not re.fullmatch(r"/?[0-9]*", parts.path):
         raise UsageError("after the host stands the number of the database, as in redis://host:6379/0")
+    if any(pair.startswith("db=") and not re.fullmatch("db=[0-9]+", pair) for pair in parts.query.split("&")):
+        raise UsageError("after db= stands the number of the database, as in ?db=0")
 
 
 def with_password(url: str, password: str) -> str:

@@ -72,6 +72,7 @@ class Upkeep:
     def obey(self, signals: Signals) -> Steps:
         """What each signal means: see INTERFACES."""
         runtime = self._runtime
+        asked_to_stop = False
         while True:
             for name in (yield from signals.receive()):
                 if name == "SIGUSR1":
@@ -79,18 +80,21 @@ class Upkeep:
                 elif name in ("SIGHUP", "SIGUSR2"):
                     what = "reload" if name == "SIGHUP" else "upgrade in place"
                     self.warn(f"{name}: this version cannot {what}; restart the service instead")
-                elif runtime.state == "terminating":
+                elif asked_to_stop:
                     self.warn(f"{name} again: ending what still runs")
                     yield from runtime.hurry()
                 else:
+                    asked_to_stop = True
                     runtime.stop(name)
 
     def publish(self) -> Steps:
-        """Tell clients what can be dispatched, and within which limits."""
+        """Tell clients, for each of our queues, what can be dispatched to it, and within which limits."""
         runtime = self._runtime
-        manifest = {registration.name: describe(registration) for registration in registry}
-        yield from runtime.broker.publish("manifest", to_json(manifest))
-        yield from runtime.broker.publish("limits", to_json({"queue_depth": runtime.security.queue_depth}))
+        manifest = to_json({registration.name: describe(registration) for registration in registry})
+        limits = to_json(runtime.security.published())
+        documents = {f"manifest:{queue}": manifest for queue in runtime.queues}
+        documents |= {f"limits:{queue}": limits for queue in runtime.queues}
+        yield from runtime.broker.publish(documents)
 
     def warn(self, message: str) -> None:
         self._runtime.events.emit(facts.Warned(message))
@@ -99,9 +103,9 @@ class Upkeep:
 
     def report_slow(self, task: Task, seconds: float) -> None:
         """A task kept the loop too long."""
-        held = self._runtime.held.get(task.name)
-        if held is not None and held.context is not None:
-            self._runtime.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
+        for held in self._runtime.held:  # it is rare, and was slow already
+            if held.task is task and held.context is not None:
+                self._runtime.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
 
     def crashed(self, task: Task) -> None:
         """A task of KQueue's own failed. Crash-only: stop, and let the service manager start a sound one."""

@@ -25,6 +25,8 @@ MAX_CRASHES: Final = 3
 MAX_RECOVERIES: Final = 10
 MAX_DEFERRALS: Final = 20
 DEFERRAL_S: Final = 30.0
+POSTPONE_S: Final = 5.0
+RECOVERY_CAP_S: Final = 60.0  # the longest wait of a job that was lost again and again
 BACKOFF_BASE_S: Final = 2.0
 BACKOFF_CAP_S: Final = 3600.0
 
@@ -72,8 +74,9 @@ def judge(lease: Lease, options: JobOptions, outcome: Outcome, strategy: str) ->
     limits = {"attempts": options.max_attempts, "crashes": MAX_CRASHES, "recoveries": MAX_RECOVERIES}
     if getattr(counters, counter) >= limits[counter]:
         return Verdict("dead", base._replace(verb="bury"))
-    if counter == "recoveries":
-        return Verdict("released", base)
+    if counter == "recoveries":  # at once the first time; what kills its template each time must not do so in a row
+        again = counters.recoveries - 1
+        return Verdict("released", base._replace(delay_s=min(RECOVERY_CAP_S, 2.0**again) if again else 0.0))
     return Verdict("retry", base._replace(delay_s=backoff_s(options, counters.attempts + counters.crashes)))
 
 
@@ -85,6 +88,11 @@ def defer(lease: Lease, reason: Outcome, *, bury: bool = False) -> Verdict:
         certificate = reason.certificate(attempt=counters.attempts + 1, strategy="none", ended_at=time.time())
         return Verdict("dead", base._replace(verb="bury", certificate=to_json(certificate), delay_s=0.0))
     return Verdict("released", base)
+
+
+def postpone(lease: Lease) -> Verdict:
+    """For a job whose attempt could not begin, since this host is short of something: again soon, at no cost."""
+    return Verdict("released", Settlement(lease.token, lease.queue, "release", lease.counters, delay_s=POSTPONE_S))
 
 
 def move(lease: Lease, lane: str) -> Verdict:

@@ -177,6 +177,8 @@ def test_relative_paths_start_at_the_file_not_at_the_current_directory(tmp_path:
         ("redis://localhost", "redis://localhost"),
         ("redis://u:p%40ss@[::1]:6379/3?x=1", "redis://u:p%40ss@[::1]:6379/3?x=1"),
         ("rediss://h:1/0", "rediss://h:1/0"),
+        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+        ("unix://u:p%40ss@/run/redis.sock?db=4", "unix://u:p%40ss@/run/redis.sock?db=4"),
     ],
 )
 def test_urls(url: str, resolved: str) -> None:
@@ -193,9 +195,9 @@ def test_a_relative_sqlite_path_needs_a_file_it_is_relative_to() -> None:
     ("url", "message"),
     [
         ("var/secret.db", "queue.url: it has no scheme"),
-        ("redsi://:secret@h", "'redsi' is no known scheme (did you mean \"redis\"?); known are sqlite, redis, rediss, memory"),
+        ("redsi://:secret@h", "'redsi' is no known scheme (did you mean \"redis\"?); known are sqlite, redis, rediss, unix"),
         ("ftp://:secret@h", "'ftp' is no known scheme; known are"),
-        ("postgresql://:secret@h/db", "postgresql:// is not supported by this version; use sqlite, redis, rediss, memory"),
+        ("postgresql://:secret@h/db", "postgresql:// is not supported by this version; use sqlite, redis, rediss, unix, memory"),
         ("redis+sentinel://:secret@h", "redis+sentinel:// is not supported by this version"),
         ("sqs://eu-west-1/secret", "sqs:// is not supported by this version"),
         ("sqlite://secret.db", "takes three slashes before a relative path"),
@@ -206,6 +208,10 @@ def test_a_relative_sqlite_path_needs_a_file_it_is_relative_to() -> None:
         ("redis://h:secret/0", "its host and port cannot be read; percent-encode"),
         ("redis://:se/cret@h", "its host and port cannot be read; percent-encode"),
         ("redis://h/secret", "the number of the database"),
+        ("redis://h/?db=secret", "the number of the database"),
+        ("unix://secret/redis.sock", "a Unix socket takes three slashes, and an absolute path"),
+        ("unix://", "a Unix socket takes three slashes, and an absolute path"),
+        ("unix:///run/redis.sock?db=secret", "the number of the database"),
     ],
 )
 def test_urls_that_are_refused_without_repeating_a_secret(load: Load, url: str, message: str) -> None:
@@ -284,6 +290,7 @@ def test_the_url_from_a_file(load: Load, tmp_path: Path) -> None:
         ("redis://h:6379/0", "redis://:a%2Fb%40%20c%3A@h:6379/0"),
         ("redis://user@h", "redis://user:a%2Fb%40%20c%3A@h"),
         ("rediss://user:@h/1?x=y@z", "rediss://user:a%2Fb%40%20c%3A@h/1?x=y@z"),
+        ("unix:///run/r.sock?db=1", "unix://:a%2Fb%40%20c%3A@/run/r.sock?db=1"),
     ],
 )
 def test_the_password_from_a_file(load: Load, tmp_path: Path, url: str, whole: str) -> None:

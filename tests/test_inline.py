@@ -262,7 +262,7 @@ def test_yielding_nonsense_fails_with_advice(stage: Stage, thing: Any) -> None:
 def test_arguments_that_do_not_fit_are_refused_and_not_tried_again(stage: Stage, job: Any, args: Any, kwargs: Any) -> None:
     outcome = stage.run(job, *args, **kwargs)
     assert (outcome.cause, outcome.ended_by) == ("refused", "supervisor")
-    assert message(outcome).startswith("UsageError: the arguments do not fit job 'the_job': ")
+    assert message(outcome).startswith("ArgumentsDoNotFit: the arguments do not fit job 'the_job': ")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_arguments_that_cannot_be_read_are_refused(stage: Stage, data: bytes) ->
     raw = b'{"v":1,"id":"a","job":"the_job","args":[' + data + b"]}"
     outcome = stage.kernel.run(stage.strategy.execute(work._replace(envelope=decode(raw), data=raw)))
     assert (outcome.cause, outcome.ended_by) == ("refused", "supervisor")
-    assert message(outcome).startswith("EnvelopeError: a value ")
+    assert message(outcome).startswith("ArgumentsDoNotFit: a value ")
 
 
 def test_a_type_error_of_the_job_itself_is_no_refusal(stage: Stage) -> None:

@@ -10,7 +10,18 @@ import pytest
 from kqueue.brokers.base import Counters, Lease, Token
 from kqueue.job import JobOptions
 from kqueue.outcome import CAUSES, Outcome
-from kqueue.verdict import BACKOFF_CAP_S, DEFERRAL_S, MAX_DEFERRALS, Verdict, backoff_s, defer, judge, move
+from kqueue.verdict import (
+    BACKOFF_CAP_S,
+    DEFERRAL_S,
+    MAX_DEFERRALS,
+    POSTPONE_S,
+    Verdict,
+    backoff_s,
+    defer,
+    judge,
+    move,
+    postpone,
+)
 
 ERROR = {"class": "ValueError", "message": "no", "traceback": "…", "mro": ["ValueError", "Exception"]}
 
@@ -76,12 +87,19 @@ def test_the_third_death_of_its_process_is_a_job_s_own(cause: str, error: Any) -
     assert judged(cause, {"crashes": 2}, error, max_attempts=100).then == "dead"
 
 
-def test_what_was_lost_goes_back_at_once_and_the_tenth_time_it_is_dead() -> None:
+def test_what_was_lost_goes_back_at_once_then_later_and_the_tenth_time_it_is_dead() -> None:
     for before in range(9):
         then, settlement = judged("lost", {"recoveries": before, "attempts": 2}, max_attempts=3)
-        assert (then, settlement.verb, settlement.delay_s) == ("released", "release", 0)
+        assert (then, settlement.verb) == ("released", "release")
+        assert settlement.delay_s == (min(60, 2**before) if before else 0), "what ends its template must not do so in a row"
         assert settlement.counters == Counters(recoveries=before + 1, attempts=2)
     assert judged("lost", {"recoveries": 9}).then == "dead"
+
+
+def test_an_attempt_that_could_not_begin_costs_nothing_and_waits() -> None:
+    then, settlement = postpone(lease(attempts=1, recoveries=9))
+    assert (then, settlement.verb, settlement.delay_s) == ("released", "release", POSTPONE_S)
+    assert settlement.counters == Counters(attempts=1, recoveries=9)
 
 
 def test_a_shutdown_counts_nothing() -> None:

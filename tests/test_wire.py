@@ -189,7 +189,9 @@ def test_a_message_that_cannot_be_read_is_refused_and_its_fds_are_closed(packets
 
 def test_a_message_that_was_cut_says_why(packets: Pair) -> None:
     ours, its = packets
-    send_message(ours, wire.JOB_KNOWN, {"signature": "x" * wire.MAX_MESSAGE})
+    with pytest.raises(WireError, match="allowed are 65536"):
+        send_message(ours, wire.JOB_KNOWN, {"signature": "x" * wire.MAX_MESSAGE})
+    ours.send(bytes([wire.JOB_KNOWN]) + b"x" * wire.MAX_MESSAGE)  # by somebody else
     with pytest.raises(WireError, match="for it is larger than 65536 bytes"):
         receive_message(its)
     send_message(ours, wire.READY, {})

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .base import Broker
 
 News = Callable[[str, str, float], None]  # kind ("lost", "back" or "warning"), text, seconds until the next try
-SCHEMES = ("memory", "sqlite", "redis", "rediss", "unix")
 
 
 def open_broker(url: str, on_event: News) -> Broker:
@@ -29,4 +28,6 @@ def open_broker(url: str, on_event: News) -> Broker:
         from .redis import RedisBroker
 
         return RedisBroker(url, on_event=on_event)
+    from ..settings import SCHEMES  # not before: the daemon does without the schema
+
     raise UsageError(f"no broker speaks {scheme!r}{nearest(scheme, SCHEMES)}; known are {', '.join(SCHEMES)}")

@@ -160,8 +160,8 @@ class Broker(Protocol):
     def stats(self) -> Verb[dict[str, QueueStats]]:
         """Counts by queue."""
 
-    def publish(self, key: str, value: bytes) -> Verb[None]:
-        """Keep a small document (the manifest, limits) where clients can read it."""
+    def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
+        """Keep small documents by key (`manifest:QUEUE`, `limits:QUEUE`) where clients can read them, in place of older ones."""
 
     def close(self) -> Verb[None]:
         """Give up the epoch, so that what it still holds is recoverable at once, and the connection. Never raises."""
@@ -207,7 +207,7 @@ class Store(Protocol):
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         """Bury a job that waits; whether it did."""
 
-    def document(self, key: str) -> bytes | None:
-        """What the daemon published under `key`."""
+    def documents(self, prefix: str) -> dict[str, bytes]:
+        """What daemons published under keys that begin with `prefix`, by key."""
 
     def close(self) -> None: ...

@@ -180,6 +180,8 @@ def _look_up(host: str, port: int, timeout_s: float, write_fd: int) -> None:
         signal.set_wakeup_fd(-1)  # the pipe is the supervisor's: what reaches us must not look as if it had reached it
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
+        os.closerange(3, write_fd)  # the lock of the instance among them, which must not outlive the supervisor
+        os.closerange(write_fd + 1, os.sysconf("SC_OPEN_MAX"))
         signal.alarm(int(timeout_s) + 2)  # should the supervisor die meanwhile
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

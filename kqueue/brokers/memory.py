@@ -92,8 +92,8 @@ class MemoryBroker:
         return self.store.stats()
 
     @at_once
-    def publish(self, key: str, value: bytes) -> None:
-        self.store.documents[key] = value
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        self.store.publish(documents)
 
     @at_once
     def close(self) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerUnavailable, KQueueError, QueueFull
+from ..errors import BrokerUnavailable, KQueueError
 from ..kernel.traps import Park, sleep, this_kernel
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
@@ -76,25 +76,13 @@ class RedisBroker:
         return recovered
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
-        queues = commands.by_queue(jobs) if max_depth else {}
-        if len(queues) > 1:  # no script may look into two queues, so this much can be overtaken
-            for queue, stats in (yield from self._stats(list(queues))).items():
-                if stats.ready + stats.delayed + queues[queue] > max_depth:
-                    raise QueueFull(commands.full(queue, stats.ready + stats.delayed, max_depth))
         yield from self._list_queues({job.queue for job in jobs})
-        fresh = [False] * len(jobs)
         sender = self._senders.pop() if self._senders else commands.Sender()
-        for positions in commands.batches(jobs):
-            batch = [jobs[position] for position in positions]
-            queue = batch[0].queue
-            room = (max_depth, queues.pop(queue)) if queue in queues else (0, 0)  # the first batch speaks for all of its queue
-            (reply,) = yield from self._ask([commands.enqueue(sender, MEMORY_S, batch, *room)])
-            if isinstance(reply, int):
-                raise QueueFull(commands.full(queue, reply, max_depth))
-            for position, digit in zip(positions, reply, strict=True):
-                fresh[position] = digit == commands.YES
+        adding = commands.Adding(jobs, max_depth, sender, MEMORY_S)
+        for calls in adding.calls():
+            adding.replies = yield from self._ask(calls)
         self._senders.append(sender)
-        return fresh
+        return adding.fresh
 
     def reserve(self, queue: str, wants: Mapping[str, int]) -> Verb[Reserved]:
         """At most MAX_BATCH at once. Fewer than asked for does not mean that there are no more; none does."""
@@ -159,8 +147,8 @@ class RedisBroker:
     def stats(self) -> Verb[dict[str, QueueStats]]:
         return (yield from self._stats(self._queues))
 
-    def publish(self, key: str, value: bytes) -> Verb[None]:
-        yield from self._ask([("SET", commands.document_key(key), value)])
+    def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
+        yield from self._ask([commands.publish(documents)])
 
     def close(self) -> Verb[None]:
         """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""

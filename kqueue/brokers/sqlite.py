@@ -110,8 +110,8 @@ class SQLiteBroker:
         counts: dict[str, QueueStats] = yield self._ask(commands.stats)
         return counts
 
-    def publish(self, key: str, value: bytes) -> Verb[None]:
-        yield self._ask(commands.publish, key, value)
+    def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
+        yield self._ask(commands.publish, documents)
 
     def close(self) -> Verb[None]:
         if self._bell is not None:

@@ -1,4 +1,7 @@
-"""`kqueue status`: the daemon now, by its own word; without one, at least what waits in the broker."""
+"""`kqueue status`: the daemon now, by its own word; without one, at least what waits in the broker.
+
+What all its processes take together is looked up here, for people: by psutil, which would cost the daemon 4 MB.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +61,43 @@ def _daemon(found: Mapping[str, Any]) -> str:
         return "kqueued is stopped" if found["state"] == "stopped" else "whether a kqueued runs is not known"
     loop = found["loop"]
     return (
-        f"kqueued {found['version']}, pid {found['pid']}, is {found['state']} "
-        f"since {duration(found['uptime_s'])}, with {found['memory_mib']} MiB\n"
+        f"kqueued {found['version']}, pid {found['pid']}, is {found['state']} since {duration(found['uptime_s'])}\n"
+        f"memory {found['memory_mib']} MiB{_tree(found['pid'])}\n"
         f"processed {found['processed']}, failed {found['failed']}, retried {found['retried']}, killed {found['killed']}\n"
         f"loop: {loop['turns_per_s']} turns/s, lag {loop['lag_ms_p50']} ms (p50), {loop['lag_ms_p99']} ms (p99)"
     )
+
+
+def _tree(pid: int) -> str:
+    """ ", with its 3 children 60.1 MiB"; "" when it has none, or cannot be seen from here.
+
+    Memory that processes share (the template's, in each of its children) is divided among them, so that it counts once.
+    """
+    import psutil
+
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return ""
+    if not children:
+        return ""
+    total_mib = sum(map(_proportional_mib, (pid, *(child.pid for child in children))))
+    return f", with its {len(children)} child{'' if len(children) == 1 else 'ren'} {total_mib:.1f} MiB"
+
+
+def _proportional_mib(pid: int) -> float:
+    """proc_pid_smaps(5): PSS; resident memory where only that may be read; 0 for a process that has ended."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        try:
+            size: int = process.memory_full_info().pss
+        except psutil.AccessDenied:
+            size = process.memory_info().rss
+    except psutil.Error:
+        return 0.0
+    return size / 1048576
 
 
 def _queues(queues: Mapping[str, Mapping[str, int]]) -> str:

@@ -7,50 +7,53 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from ..brokers.base import Store
-from ..codec import MAX_BYTES, from_json
 from ..config import Config
 from ..config_file import load_config
-from ..dispatch import NewJob, prepare, undescribe
+from ..dispatch import NewJob, options_of, prepare
 from ..errors import JobNotFound, UsageError, nearest
-from ..job import BoundJob, DispatchOptions, JobHandle, JobOptions, Registration, registry
+from ..job import BoundJob, DispatchOptions, JobHandle, Registration, registry
 from ..security import SecurityConfig, check_dispatch
 from ..settings import resolve_url
 from .handle import Handle
+from .published import Published
 
 CONFIG_FILE: Final = "kqueue.yaml"
 MAX_BATCH: Final = 500  # jobs in one command of a store
 
 
 class Client:
-    """Dispatches to one store. `security`: None: no limits are known here, so those that the daemon published apply."""
+    """Dispatches to one store. `security`: None: no limits are known here, so those apply that were published for each queue.
 
-    def __init__(self, store: Store, security: SecurityConfig | None = None) -> None:
+    What was published is looked up again at most every 10 s by `clock`.
+    """
+
+    def __init__(
+        self, store: Store, security: SecurityConfig | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.store = store
         self._security = security
-        self._depth: int | None = None if security is None else security.queue_depth
-        self._manifest: dict[str, Registration] | None = None
+        self._published = Published(store, clock)
 
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
         """Enqueue `jobs`, in one round trip for each queue and 500 jobs. See `job.dispatch_many`."""
-        max_bytes = MAX_BYTES if self._security is None else self._security.max_envelope_bytes
         known = {name: self._known(name) for name in {bound.name for bound in jobs if bound.registration is None}}
-        prepared = [
-            prepare(bound, bound.registration or known[bound.name], check=self._check, max_bytes=max_bytes) for bound in jobs
-        ]
+        prepared = [self._prepare(bound, bound.registration or known[bound.name]) for bound in jobs]
         by_queue: dict[str, list[NewJob]] = {}
         for job in prepared:
             by_queue.setdefault(job.queue, []).append(job)
-        for batch in by_queue.values():
+        for queue, batch in by_queue.items():
             for start in range(0, len(batch), MAX_BATCH):
-                self.store.enqueue(batch[start : start + MAX_BATCH], self._max_depth())
+                self.store.enqueue(batch[start : start + MAX_BATCH], self._limits(queue).queue_depth)
         return [Handle(self.store, job.id, job.queue) for job in prepared]
 
     def named(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: DispatchOptions) -> BoundJob:
-        """A job by its name. JobNotFound when a daemon has published its manifest, and the name is not in it."""
+        """A job by its name. JobNotFound when daemons have published their manifests, and the name is in none of them."""
         manifest = self.manifest()
         if manifest and name not in manifest and registry.get(name) is None:
             known = nearest(name, list(manifest))
@@ -66,24 +69,18 @@ class Client:
         return Handle(self.store, id, None)
 
     def manifest(self, refresh: bool = False) -> dict[str, Registration]:
-        """The jobs that the daemon published, by name; empty before one ran."""
-        if self._manifest is None or not self._manifest or refresh:
-            document = self.store.document("manifest")
-            fields = from_json(document) if document else {}
-            self._manifest = {name: undescribe(description) for name, description in fields.items()}
-        return self._manifest
+        """The jobs that daemons published, by name; empty before one ran. `refresh`: look now, however recent the last look."""
+        return self._published.manifest(refresh)
 
     def _known(self, name: str) -> Registration | None:
         return registry.get(name) or self.manifest().get(name)
 
-    def _check(self, options: JobOptions, name: str) -> JobOptions:
-        return options if self._security is None else check_dispatch(self._security, options, name)
+    def _prepare(self, bound: BoundJob, registration: Registration | None) -> NewJob:
+        limits = self._limits(options_of(bound, registration).queue)
+        return prepare(bound, registration, check=partial(check_dispatch, limits), max_bytes=limits.max_envelope_bytes)
 
-    def _max_depth(self) -> int:
-        if self._depth is None:
-            document = self.store.document("limits")
-            self._depth = int(from_json(document)["queue_depth"]) if document else 0
-        return self._depth
+    def _limits(self, queue: str) -> SecurityConfig:
+        return self._published.limits(queue) if self._security is None else self._security
 
 
 def open_store(url: str) -> Store:

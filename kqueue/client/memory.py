@@ -30,8 +30,8 @@ class MemoryClient:
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         return self._store.cancel(id, certificate)
 
-    def document(self, key: str) -> bytes | None:
-        return self._store.documents.get(key)
+    def documents(self, prefix: str) -> dict[str, bytes]:
+        return self._store.documents(prefix)
 
     def close(self) -> None:
         """Nothing to close."""

@@ -13,14 +13,14 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from ..brokers.base import NewJob, QueueStats, Row, place
 from ..brokers.commands import redis as commands
 from ..brokers.commands.redis_lua import LANES
 from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
-from ..errors import BrokerRefused, BrokerUnavailable, QueueFull
+from ..errors import BrokerRefused, BrokerUnavailable
 
 REPLY_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -53,25 +53,14 @@ class RedisClient:
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
         """As Broker.enqueue. Jobs of several queues are added queue by queue, so one that fills meanwhile stops only the rest."""
-        depths = commands.by_queue(jobs) if max_depth else {}
-        if len(depths) > 1:
-            for queue, stats in self._stats(list(depths)).items():
-                if stats.ready + stats.delayed + depths[queue] > max_depth:
-                    raise QueueFull(commands.full(queue, stats.ready + stats.delayed, max_depth))
-        fresh = [False] * len(jobs)
         sender = self._wire.take_sender()
-        for positions in commands.batches(jobs):
-            batch = [jobs[position] for position in positions]
-            queue = batch[0].queue
-            room = (max_depth, depths.pop(queue)) if queue in depths else (0, 0)
-            call = commands.enqueue(sender, SENDER_MEMORY_S, batch, *room)
-            reply = self._wire.ask([*self._note(queue), call])[-1]
-            if isinstance(reply, int):
-                raise QueueFull(commands.full(queue, reply, max_depth))
-            for position, digit in zip(positions, reply, strict=True):
-                fresh[position] = digit == commands.YES
+        adding = commands.Adding(jobs, max_depth, sender, SENDER_MEMORY_S)
+        note = self._note({job.queue for job in jobs})
+        for calls in adding.calls():
+            adding.replies = self._wire.ask([*note, *calls])[len(note) :]
+            note = []
         self._wire.give_sender(sender)
-        return fresh
+        return adding.fresh
 
     def show(self, id: str, queue: str | None = None) -> Row | None:
         return next(iter(self._rows([(name, id) for name in self._queues(queue)])), None)
@@ -95,9 +84,14 @@ class RedisClient:
                 return True
             return any(self._wire.ask(calls))
 
-    def document(self, key: str) -> bytes | None:
-        (document,) = self._wire.ask([("GET", commands.document_key(key))])
-        return document if isinstance(document, bytes) else None
+    def documents(self, prefix: str) -> dict[str, bytes]:
+        (keys,) = self._wire.ask([("HKEYS", commands.DOCUMENTS_KEY)])
+        wanted = [key for key in keys if key.startswith(prefix.encode())]
+        if not wanted:
+            return {}
+        (values,) = self._wire.ask([("HMGET", commands.DOCUMENTS_KEY, *wanted)])
+        found = zip(wanted, values, strict=True)
+        return {key.decode("utf-8", "replace"): value for key, value in found if value is not None}
 
     def close(self) -> None:
         self._wire.close()
@@ -139,13 +133,12 @@ class RedisClient:
             ids |= dict.fromkeys(pairs[::2])
         return [*ids][:limit]
 
-    def _note(self, queue: str) -> Sequence[commands.Command]:
-        """The command that lets others find `queue`, when it is time for it."""
+    def _note(self, queues: Iterable[str]) -> Sequence[commands.Command]:
+        """The command that lets others find those of `queues` for which it is time, if there are any."""
         now = time.monotonic()
-        if now - self._listed.get(queue, -LIST_AGAIN_S) < LIST_AGAIN_S:
-            return []
-        self._listed[queue] = now
-        return [("SADD", commands.QUEUES_KEY, queue)]
+        due = [queue for queue in queues if now - self._listed.get(queue, -LIST_AGAIN_S) >= LIST_AGAIN_S]
+        self._listed.update(dict.fromkeys(due, now))
+        return [("SADD", commands.QUEUES_KEY, *due)] if due else []
 
 
 class _Wire:

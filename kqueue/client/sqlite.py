@@ -47,10 +47,10 @@ class SQLiteClient:
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         return self._write(lambda tx: commands.cancel(tx, id, certificate), create=False)
 
-    def document(self, key: str) -> bytes | None:
+    def documents(self, prefix: str) -> dict[str, bytes]:
         if not os.path.exists(self._file.path):
-            return None  # nobody has published anything; the first dispatch asks, before it creates the file
-        return self._read(lambda tx: commands.document(tx, key))
+            return {}  # nobody has published anything; the first dispatch asks, before it creates the file
+        return self._read(lambda tx: commands.documents(tx, prefix))
 
     def close(self) -> None:
         """Close the connection. A client that is used again opens another."""

@@ -1,17 +1,18 @@
 """The seam between the runtime and the ways to run a job.
 
-Rule 1. `execute` is a generator of traps that returns an Outcome, whatever the job does. It raises only what cancels it.
+Rule 1. `execute` is a generator of traps that returns an Outcome, whatever the job does. It raises only NotStarted.
 Rule 2. Only the runtime settles a lease: a strategy cannot lose a job, and knows no broker.
 Rule 3. Cancelling is `kernel.cancel(task, JobCancelled(...))`; a strategy then ends the job and returns "cancelled".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 from ..codec import Envelope, unpack
-from ..context import JobContext, Services
+from ..context import JobContext
+from ..errors import ArgumentsDoNotFit, EnvelopeError, KQueueError
 from ..job import JobOptions, Registration
 from ..outcome import Outcome
 
@@ -27,11 +28,18 @@ class Work(NamedTuple):
     context: JobContext
 
     def arguments(self) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        """args and kwargs as the handler gets them. EnvelopeError for a tag that cannot be read."""
-        envelope = self.envelope
-        if not envelope.tagged:
-            return envelope.args, envelope.kwargs
+        """args and kwargs as the handler gets them. Raises ArgumentsDoNotFit for a tag that cannot be read."""
+        if not self.envelope.tagged:
+            return self.envelope.args, self.envelope.kwargs
+        return unpacked(self.envelope)
+
+
+def unpacked(envelope: Envelope) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """args and kwargs of `envelope` without their tags. Raises ArgumentsDoNotFit."""
+    try:
         return unpack(envelope.args), {key: unpack(value) for key, value in envelope.kwargs.items()}
+    except EnvelopeError as error:
+        raise ArgumentsDoNotFit(str(error)) from None
 
 
 class ExecutionStrategy(Protocol):
@@ -44,19 +52,14 @@ class ExecutionStrategy(Protocol):
         """Get ready; ConfigError when that is the operator's to mend."""
 
     def execute(self, work: Work) -> Generator[Any, Any, Outcome]:
-        """Run one attempt to its end."""
+        """Run one attempt to its end. Raises NotStarted when it could not begin."""
 
     def stop(self) -> Generator[Any, Any, None]:
         """Let go of everything. No job runs any more."""
 
 
-class Offloading(Protocol):
-    """A strategy that can also run a plain function elsewhere."""
-
-    def offload(
-        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], timeout_s: float
-    ) -> Generator[Any, Any, Any]:
-        """The function's result, or its error. TypeError when it cannot be sent."""
+class NotStarted(KQueueError):
+    """The attempt was not made: this host is short of processes, memory or fds just now. It counts nothing."""
 
 
-__all__ = ["ExecutionStrategy", "JobContext", "Offloading", "Outcome", "Services", "Work"]
+SECRETS: Final = ("KQUEUE_URL", "KQUEUE_SIGNING_KEY_FILE")  # never in a job's environment; it dispatches without

@@ -16,22 +16,20 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from setproctitle import setproctitle
 
 from .. import codec
 from ..context import JobContext, enter
 from ..dispatch import prepare
-from ..errors import EnvelopeError, JobCancelled, JobTimedOut, KQueueError, UsageError
+from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError
 from ..job import BoundJob, JobHandle, JobState, registry, set_dispatcher
 from ..kernel import READ, Kernel, wait_io
 from ..outcome import describe_error
 from . import limits, wire
+from .base import SECRETS, unpacked
 from .inline import result_json
-
-JOB_FD: Final = 3
-SECRETS: Final = ("KQUEUE_URL", "KQUEUE_SIGNING_KEY_FILE")  # a job dispatches through the supervisor and needs neither
 
 
 def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> NoReturn:
@@ -53,12 +51,12 @@ def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> N
 def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
-    job_fd, stdout_fd, stderr_fd = (os.dup(fd) if fd <= JOB_FD else fd for fd in fds)
+    job_fd, stdout_fd, stderr_fd = (os.dup(fd) if fd <= wire.JOB_FD else fd for fd in fds)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout_fd, 1)
     os.dup2(stderr_fd, 2)
-    os.dup2(job_fd, JOB_FD, inheritable=False)
-    os.closerange(JOB_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    os.dup2(job_fd, wire.JOB_FD, inheritable=False)
+    os.closerange(wire.JOB_FD + 1, os.sysconf("SC_OPEN_MAX"))
     for name in SECRETS:
         os.environ.pop(name, None)
     os.environ["KQUEUE_JOB_ID"] = request["id"]
@@ -83,7 +81,7 @@ class _Child:
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         self._request = request
-        self._socket = socket.socket(fileno=JOB_FD)
+        self._socket = socket.socket(fileno=wire.JOB_FD)
         self._lock = threading.Lock()  # a job may have threads, and each may dispatch
         timeout_s = request["limits"]["timeout"]
         self._deadline = time.monotonic() + timeout_s if timeout_s else None
@@ -96,7 +94,7 @@ class _Child:
         try:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
             answer = wire.RESULT, result_json(value) if self._request["keep_result"] else b"null"
-        except (UsageError, EnvelopeError) as error:
+        except ArgumentsDoNotFit as error:
             answer = self._failure("refused", error)
         except JobTimedOut as error:
             answer = self._failure("timeout", error)
@@ -121,15 +119,15 @@ class _Child:
         envelope = codec.decode(data, max_bytes=wire.MAX_FRAME)
         registration = registry.get(envelope.job)
         if registration is None:
-            raise UsageError(f"job {envelope.job!r} is not registered in the template")
+            raise ArgumentsDoNotFit(f"job {envelope.job!r} is not registered in the template: its module changed meanwhile")
         context = JobContext(
             id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=self._request["attempt"],
             deadline=self._deadline, inline=False, services=self,
         )  # fmt: skip
         enter(context)
         set_dispatcher(self._dispatch)
-        kwargs = {key: codec.unpack(value) for key, value in envelope.kwargs.items()}
-        return self._drive(registration.call(codec.unpack(envelope.args), kwargs))
+        args, kwargs = unpacked(envelope)
+        return self._drive(registration.call(args, kwargs))
 
     def _call(self, data: bytes) -> Any:
         """An offloaded call. The function's name comes from the supervisor's own code, never from a queue."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..codec import MAX_BYTES, pack, to_json
 from ..context import enter
-from ..errors import EnvelopeError, JobCancelled, JobTimedOut, UsageError
+from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut
 from ..kernel import Kernel
 from ..outcome import Outcome, describe_error
 from .base import Work
@@ -62,7 +62,7 @@ class InlineExecutionStrategy:
             try:
                 args, kwargs = work.arguments()
                 steps = work.registration.call(args, kwargs)
-            except (UsageError, EnvelopeError) as error:
+            except ArgumentsDoNotFit as error:
                 return Outcome("refused", "supervisor", error=describe_error(error))
             if isinstance(steps, types.CoroutineType):
                 value = yield from steps.__await__()
@@ -82,8 +82,6 @@ class InlineExecutionStrategy:
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
             return Outcome("exit", exit_code=code, error=describe_error(error))
-        except GeneratorExit:
-            raise
         except BaseException as error:
             return Outcome("exception", error=_explained(describe_error(error)))
 
@@ -103,5 +101,8 @@ def result_json(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
 def _explained(error: dict[str, Any]) -> dict[str, Any]:
     """asyncio's own words do not help whoever wrote an inline job: there is no asyncio loop, on purpose."""
     if error["class"] == "RuntimeError" and any(words in error["message"] for words in _ASYNCIO_WORDS):
-        error["message"] += " (inline jobs do not run under asyncio: use kqueue.sleep and kqueue.io, or isolated=True)"
+        error["message"] += (
+            " (inline jobs do not run under asyncio: use kqueue.sleep, kqueue.offload until there is a kqueue.io, "
+            "or isolated=True)"
+        )
     return error

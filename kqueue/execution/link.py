@@ -12,23 +12,23 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from ..dispatch import undescribe
-from ..errors import KQueueError
+from ..errors import EnvelopeError
 from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
 from ..job import registry
 from ..kernel import READ, WRITE, Kernel, Park, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
 from . import wire
+from .base import SECRETS, NotStarted
 from .output import Lines
 
 Steps = Generator[Any, Any, Any]
 FORK_PATIENCE_S: Final = 30.0  # a template that has not answered by then is taken for hung
 BACKOFF_S: Final = (0.1, 30.0)  # first and longest wait before another template is started
 STOP_PATIENCE_S: Final = 2.0  # for the template to end its children and itself
-CONTROL_FD: Final = 3  # where the template finds its end of the socket (template.CONTROL_FD)
-SECRETS: Final = ("KQUEUE_URL", "KQUEUE_SIGNING_KEY_FILE")  # never in a job's environment
 
 
 class ChildExit(NamedTuple):
@@ -90,10 +90,6 @@ def _pipe() -> tuple[int, int]:
     return read_fd, write_fd
 
 
-class NotStarted(KQueueError):
-    """The template could not fork (processes or memory are short on this host)."""
-
-
 class TemplateLink:
     """Starts a template, restarts it when it dies, and passes requests on.
 
@@ -136,7 +132,10 @@ class TemplateLink:
         """A running Child. Raises NotStarted; a child whose template died meanwhile is returned `lost`."""
         yield from self.ready()
         self._serial += 1
-        child = Child(self._serial)
+        try:
+            child = Child(self._serial)
+        except OSError as error:  # out of fds
+            raise NotStarted(f"no pipes for a child: {error.strerror}") from None
         self._children[child.serial] = child
         try:
             yield from self._send({"serial": child.serial, **request}, child.its_fds)
@@ -193,21 +192,16 @@ class TemplateLink:
         first = True
         while True:
             began = self._kernel.clock.monotonic()
-            pid, output_fd = self._spawn()
-            self._kernel.spawn(self._pump(output_fd), name="template output")
-            try:
-                yield from self._listen(pid, began)
-                reason = "it went away"
-            except (OSError, wire.WireError) as error:
-                reason = str(error)
-            except ImportFailed as error:
-                reason = str(error)
-                if first:
-                    self._refusal = error
+            reason, refusal = yield from self._live()
+            pid, was_ready = self._last_pid, bool(self.pid)
             self._died()
-            yield wait_process(pid)
-            reason = _reap(pid) or reason
-            self._last_pid = 0
+            if pid:
+                yield wait_process(pid)
+                reason = _reap(pid) or reason
+                self._last_pid = 0
+            if first and not was_ready:
+                key = "jobs.isolated_modules" if self._config.get("isolated_modules") else "jobs.modules"
+                self._refusal = refusal or ImportFailed(key, f"the template ended while it imported the job modules: {reason}")
             if self._refusal is not None:
                 self._kernel.unpark(self._waiting)
                 return
@@ -218,8 +212,20 @@ class TemplateLink:
             backoff_s = min(2 * backoff_s, BACKOFF_S[1])
             first = False
 
+    def _live(self) -> Steps:
+        """The life of one template: (why it ended, its ImportFailed or None)."""
+        try:
+            pid, output_fd = self._spawn()
+            self._kernel.spawn(self._pump(output_fd), name="template output")
+            yield from self._listen(pid, self._kernel.clock.monotonic())
+        except ImportFailed as error:
+            return str(error), error
+        except (OSError, EnvelopeError, wire.WireError) as error:
+            return str(error), None
+        return "it went away", None
+
     def _spawn(self) -> tuple[int, int]:
-        """Exec a template; (its pid, the fd its output comes from)."""
+        """Exec a template; (its pid, the fd its output comes from). OSError when it cannot be."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         output_fd, its_output = _pipe()
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -228,12 +234,16 @@ class TemplateLink:
             (os.POSIX_SPAWN_DUP2, null, 0),
             (os.POSIX_SPAWN_DUP2, its_output, 1),
             (os.POSIX_SPAWN_DUP2, its_output, 2),
-            (os.POSIX_SPAWN_DUP2, its.fileno(), CONTROL_FD),
+            (os.POSIX_SPAWN_DUP2, its.fileno(), wire.CONTROL_FD),
         ]
         arguments = [sys.executable, "-m", "kqueue.execution.template"]
         try:
             # A session of its own: Ctrl-C in a terminal is for the supervisor to deal with.
             pid = os.posix_spawn(sys.executable, arguments, environment, file_actions=actions, setsid=True)
+        except OSError:
+            ours.close()
+            os.close(output_fd)
+            raise
         finally:
             its.close()
             os.close(its_output)
@@ -301,6 +311,9 @@ class TemplateLink:
         lost, self._children = self._children, {}
         for child in lost.values():
             child.lost = True
+            if child.pid:
+                with suppress(ProcessLookupError):  # its own process died with the template; what it started did not
+                    os.killpg(child.pid, signal.SIGKILL)
             self._kernel.unpark(child.news)
 
     def _send(self, fields: Mapping[str, Any], fds: Sequence[int]) -> Steps:

@@ -15,15 +15,27 @@ class Lines:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._skipped = 0
 
-    def feed(self, data: bytes) -> list[str]:
-        """The lines that `data` completes."""
-        *whole, rest = (self._rest + data).split(b"\n")
+    def feed(self, data: bytes, most: int | None = None) -> list[str]:
+        """The lines that `data` completes, at most about `most` of them (None: all); what is beyond is skipped unread.
+
+        64 KiB of bare newlines are 65,536 lines: making texts of them all would keep the loop for 30 ms.
+        """
+        *whole, rest = (self._rest + data).split(b"\n", -1 if most is None else most)
+        if most is not None and b"\n" in rest:
+            self._skipped += rest.count(b"\n")
+            rest = rest[rest.rindex(b"\n") + 1 :]
         keep = len(rest) % MAX_LINE if len(rest) > MAX_LINE else len(rest)
         self._rest = rest[len(rest) - keep :]
         pieces = [piece for line in whole for piece in _cut(line.rstrip(b"\r"))]
         pieces += _cut(rest[: len(rest) - keep]) if keep < len(rest) else []
         return [piece.decode("utf-8", "replace") for piece in pieces]
+
+    def take_skipped(self) -> int:
+        """How many lines were skipped since this was last asked."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
 
     def rest(self) -> list[str]:
         """The last line, when it was not ended."""
@@ -60,11 +72,20 @@ class Rate:
         self._left = LINES_PER_S
         self.held_back = 0
 
-    def allows(self, now: float) -> bool:
+    def left(self, now: float) -> int:
+        """How many lines may pass now."""
         if now - self._window >= 1.0:
             self._window, self._left = now, LINES_PER_S
-        if self._left:
-            self._left -= 1
+        return self._left
+
+    def spend(self) -> None:
+        """One has passed."""
+        self._left = max(0, self._left - 1)
+
+    def allows(self, now: float) -> bool:
+        """Whether a line may pass now: spends it, or counts it as held back."""
+        if self.left(now):
+            self.spend()
             return True
         self.held_back += 1
         return False

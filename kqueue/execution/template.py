@@ -28,27 +28,25 @@ from . import wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
-CONTROL_FD: Final = 3  # where link.py puts our end of the socket
-
 
 def main() -> int:
     """The life of a template; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor; the template follows its socket
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # until it can listen: an import may hang
-    control = socket.socket(fileno=CONTROL_FD)
+    control = socket.socket(fileno=wire.CONTROL_FD)
     control.setblocking(True)
-    os.set_inheritable(CONTROL_FD, False)
+    os.set_inheritable(wire.CONTROL_FD, False)
     began = time.monotonic()
     message = wire.receive_message(control)
     if message is None:
         return 0
     try:
         _import(message[1])
+        _introduce(control, time.monotonic() - began)
     except ImportFailed as error:
-        wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)})
+        wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)[:MAX_TEXT]})
         return 2
-    _introduce(control, time.monotonic() - began)
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of jobs stay under us
     prctl(PR_SET_PDEATHSIG, 0)  # from here on EOF tells, and our children are ended before us
     return Template(control).serve()
@@ -69,8 +67,11 @@ def _import(config: dict[str, Any]) -> None:
 
 def _introduce(control: socket.socket, import_s: float) -> None:
     for registration in registry:
-        described = describe(registration._replace(signature=signature_of(registration)))
-        wire.send_message(control, wire.JOB_KNOWN, described)
+        described = describe(registration._replace(signature=signature_of(registration)[:MAX_TEXT]))
+        try:
+            wire.send_message(control, wire.JOB_KNOWN, described)
+        except wire.WireError:
+            raise ImportFailed("jobs", f"the options of job {registration.name!r} are too large: shorten its backoff") from None
     for thread in sys._current_frames():
         if thread != _main_thread():
             warning = "a job module started a thread at import; a fork has only one, so it is missing in every job"
@@ -83,6 +84,9 @@ def _main_thread() -> int:
     import threading
 
     return threading.main_thread().ident or 0
+
+
+MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must fit the socket
 
 
 class Template:

@@ -41,6 +41,9 @@ FAILURE: Final = 20
 PROGRESS: Final = 21
 ENQUEUE: Final = 22
 
+CONTROL_FD: Final = 3  # where the template finds its end of its socket
+JOB_FD: Final = 3  # where a child finds its own
+
 _FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE)
 _HEADER: Final = struct.Struct(">IB")
 MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
@@ -97,9 +100,15 @@ def _read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 def send_message(sock: socket.socket, kind: int, fields: Any, fds: Sequence[int] = ()) -> None:
-    """Send one message to or from the template. BlockingIOError when the buffer is full; OSError when the other end is gone."""
+    """Send one message to or from the template.
+
+    BlockingIOError when the buffer is full; OSError when the other end is gone; WireError when it is larger than MAX_MESSAGE.
+    """
+    data = bytes([kind]) + to_json(fields)
+    if len(data) > MAX_MESSAGE:
+        raise WireError(f"a message of {len(data)} bytes, allowed are {MAX_MESSAGE}")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([bytes([kind]) + to_json(fields)], ancillary, socket.MSG_NOSIGNAL)
+    sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
 
 
 def receive_message(sock: socket.socket) -> tuple[int, Any, list[int]] | None:

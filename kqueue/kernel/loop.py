@@ -273,7 +273,11 @@ class Kernel:
         task.value, task.error = value, error
         heard = self.unpark(task.joiners, value, error=error)
         if task.on_end is not None:
-            task.on_end(task)
+            try:
+                task.on_end(task)
+            except Exception as failure:  # the owner's own fault, and no reason to stop everybody else
+                task.error = failure
+                self.on_crash(task)
         elif error is not None and not heard and task.grace_s is None:
             self.on_crash(task)
 
@@ -307,8 +311,8 @@ def _instead(thing: Any) -> str:
         return f"a job yielded {thing!r}; to wait that long write `yield sleep({thing!r})`"
     if type(thing).__module__.startswith(("asyncio", "_asyncio", "concurrent.futures")):
         return (
-            f"an inline job awaited {kind} of asyncio, which does not run here; use kqueue.sleep and kqueue.io, "
-            f"or declare the job isolated=True"
+            f"an inline job awaited {kind} of asyncio, which does not run here; use kqueue.sleep, "
+            f"and kqueue.offload until there is a kqueue.io, or declare the job isolated=True"
         )
     return (
         f"a job yielded {kind}; it may yield kqueue.sleep(...), kqueue.offload(...), another trap, "

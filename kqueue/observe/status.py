@@ -87,7 +87,7 @@ class Status:
 
     def _running(self) -> Steps:
         rows = []
-        for position, held in enumerate(list(self._runtime.held.values()), 1):
+        for position, held in enumerate(sorted(self._runtime.held, key=lambda held: held.started), 1):
             if held.context is not None and not held.task.ended:
                 rows.append(self._row(held, held.context))
             if position % SLICE == 0:
@@ -96,7 +96,7 @@ class Status:
 
     def _row(self, held: Held, context: JobContext) -> dict[str, Any]:
         id = held.lease.token.id
-        pid = self._runtime.isolated.pids.get(id)  # None: it runs in the supervisor, or its child is being forked
+        pid = held.context.pid if held.context is not None else None  # None: in the supervisor, or not forked yet
         return {
             "id": id,
             "job": held.job,

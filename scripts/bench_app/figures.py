@@ -48,6 +48,8 @@ FIGURES: Sequence[Figure] = (
     # latency.py
     Figure("late_p50", "dispatch to start, inline, p50", "ms", 1),
     Figure("late_p99", "dispatch to start, inline, p99", "ms"),
+    Figure("warm_late_p50", "the same with one every 2 ms, p50", "ms"),
+    Figure("warm_late_p99", "the same with one every 2 ms, p99", "ms"),
     Figure("forked_late_p50", "dispatch to start, fork, p50", "ms", 5),
     Figure("forked_late_p99", "dispatch to start, fork, p99", "ms"),
     # throughput.py

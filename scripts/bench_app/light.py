@@ -20,6 +20,11 @@ async def late(sent: float) -> None:
     marks.write("late", time.time() - sent)
 
 
+@job
+async def warm_late(sent: float) -> None:
+    marks.write("warm_late", time.time() - sent)
+
+
 @job(timeout=60)
 async def sleeper(seconds: float) -> None:
     marks.write("starts", time.time())

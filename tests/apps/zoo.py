@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import ctypes
 import os
 import resource
@@ -12,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+import kqueue
 from kqueue import current, enqueue, job, offload, progress, sleep
 
 PIDS = "KQUEUE_TEST_PIDS"  # a file to which a job appends the pids of what it started
@@ -38,6 +40,11 @@ def about_me() -> dict[str, Any]:
 @job(isolated=True)
 def fails(message: str = "boom") -> None:
     raise LookupError(message)
+
+
+@job(isolated=True)
+def raises(name: str) -> None:
+    raise getattr(builtins, name, None) or getattr(kqueue, name)
 
 
 @job(isolated=True)

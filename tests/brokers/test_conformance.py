@@ -434,10 +434,18 @@ def test_cancel_buries_what_waits_and_only_that(rig: Any) -> None:
 
 def test_documents_reach_clients(rig: Any) -> None:
     broker, client = rig.broker(), rig.make_client()
-    assert client.document("manifest") is None
-    rig.do(broker.publish("manifest", b'{"a":1}'))
-    rig.do(broker.publish("manifest", b'{"a":2}'))
-    assert client.document("manifest") == b'{"a":2}'
+    assert client.documents("") == client.documents("manifest:") == {}
+    rig.do(broker.publish({"manifest:q": b"old", "manifest:q2": b"\xff", "limits:q": b"{}"}))
+    rig.do(broker.publish({"manifest:q": b"new"}))
+    assert client.documents("manifest:") == {"manifest:q": b"new", "manifest:q2": b"\xff"}
+    assert client.documents("limits:") == {"limits:q": b"{}"}
+    assert len(client.documents("")) == 3
+
+
+def test_brokers_of_other_queues_leave_documents_alone(rig: Any) -> None:
+    for queue in ("a", "b:c", "b"):
+        rig.do(rig.broker(queues=(queue,)).publish({f"manifest:{queue}": queue.encode()}))
+    assert rig.make_client().documents("manifest:") == {"manifest:a": b"a", "manifest:b": b"b", "manifest:b:c": b"b:c"}
 
 
 # -- garbage ----------------------------------------------------------------------------------------------------------

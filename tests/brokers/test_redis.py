@@ -503,7 +503,7 @@ def test_a_client_says_in_one_line_what_is_wrong(rig: RedisRig) -> None:
         wrong.stats()
     assert "secret" not in str(caught_too.value)
     with pytest.raises(BrokerRefused, match="DB index"):
-        RedisClient(rig.server.url_for(db=99)).document("x")
+        RedisClient(rig.server.url_for(db=99)).documents("x")
 
 
 def test_a_client_without_channel_rights_still_dispatches(rig: RedisRig) -> None:
@@ -531,7 +531,7 @@ def test_a_client_without_channel_rights_still_dispatches(rig: RedisRig) -> None
         ("rediss://u:p%40w@[::1]:7/0?ssl_ca_certs=/x", "rediss://[::1]:7/0"),
         ("redis://h/?db=3", "redis://h:6379/3"),
         ("unix:///run/r.sock?db=4", "unix:///run/r.sock?db=4"),
-        ("redis+unix://u:pw@/run/r.sock", "unix:///run/r.sock"),
+        ("unix://u:pw@/run/r.sock", "unix:///run/r.sock"),
     ],
 )
 def test_an_address_is_the_url_without_secrets(url: str, address: str) -> None:

@@ -138,9 +138,9 @@ def test_the_rights_that_we_ask_for_are_enough(rig: RedisRig, locked: RedisServe
     assert client.enqueue([new_job("a"), new_job("b", delay_s=10)]) == [True, True]
     assert client.cancel("a", b"{}") is True
     assert [row.state for row in client.list(None, None, 10)] == ["dead", "delayed"]
-    assert client.document("manifest") is None
-    for verb in (broker.renew(), broker.sweep(), broker.stats(), broker.publish("manifest", b"{}")):
+    for verb in (broker.renew(), broker.sweep(), broker.stats(), broker.publish({"manifest:q": b"{}"})):
         rig.do(verb)
+    assert client.documents("manifest:") == {"manifest:q": b"{}"}
     assert rig.news == []
     client.close()
 
@@ -332,7 +332,7 @@ def test_nothing_is_lost_when_redis_is_killed_and_started_again(rig: RedisRig, s
     server.kill()
     verbs = [
         broker.settle([Settlement(lease.token, "q", "ack") for lease in leases]), broker.reserve("q", {"inline": 5}),
-        broker.enqueue([new_job("20", at=1.0)]), broker.renew(), broker.sweep(), broker.publish("x", b"1"),
+        broker.enqueue([new_job("20", at=1.0)]), broker.renew(), broker.sweep(), broker.publish({"x": b"1"}),
     ]  # fmt: skip
     tasks = [rig.kernel.spawn(verb) for verb in verbs]
     rig.until(lambda: len(rig.news) >= 3)

@@ -355,7 +355,7 @@ def test_looking_does_not_create_a_database(rig: SQLiteRig) -> None:
     for look in (client.stats, lambda: client.show("a"), lambda: client.list(None, None, 1), lambda: client.cancel("a", b"")):
         with pytest.raises(BrokerUnavailable, match=f"no database at {rig.path}: start kqueued, or dispatch a job first"):
             look()
-    assert client.document("manifest") is None, "a client asks for it before the first dispatch"
+    assert client.documents("manifest:") == {}, "a client asks for them before the first dispatch"
     assert not os.path.exists(rig.path)
 
 

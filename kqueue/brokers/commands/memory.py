@@ -65,9 +65,9 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
-        self.documents: dict[str, bytes] = {}
         self.bells: list[Callable[[], None]] = []  # rung after something may have become ready; called with the lock held
         self._lock = threading.RLock()
+        self._documents: dict[str, bytes] = {}
         self._jobs: dict[str, _Job] = {}
         # Heaps, whose entries are skipped when the job stands elsewhere by the time they surface.
         self._ready: dict[tuple[str, str], list[tuple[float, str]]] = {}  # (queue, lane) -> (place, id)
@@ -150,6 +150,10 @@ class MemoryStore:
                     counts[job.queue] = stats._replace(**{job.state: getattr(stats, job.state) + 1})
             return counts
 
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        with self._lock:
+            self._documents.update(documents)
+
     def close(self, epoch: str) -> None:
         with self._lock:
             if epoch in self._epochs:
@@ -176,6 +180,10 @@ class MemoryStore:
             job.certificates = [*job.certificates, certificate][-MAX_CERTIFICATES:]
             job.state, job.number = "dead", job.number + 1
             return True
+
+    def documents(self, prefix: str) -> dict[str, bytes]:
+        with self._lock:
+            return {key: value for key, value in self._documents.items() if key.startswith(prefix)}
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

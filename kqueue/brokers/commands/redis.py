@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from hiredis import pack_command
 
-from ...errors import BrokerRefused, UsageError, nearest
+from ...errors import BrokerRefused, QueueFull, UsageError, nearest
 from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Row, Settlement, Token
 from .redis_lua import LANES, MAX_BATCH_BYTES, ROW_FIELDS
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
+DOCUMENTS_KEY: Final = "kq:documents"  # a hash: what daemons published
 OLDEST: Final = (6, 2)  # version of Redis that is enough
 
 # -- where it is ------------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def parse_url(url: str) -> Target:
     """redis://[[user]:password@]host[:port][/db], rediss:// (TLS), unix:///path[?db=N]. UsageError, which names no secret."""
     match = _URL.fullmatch(url)
     scheme = url.partition(":")[0]
-    if match is None or scheme not in ("redis", "rediss", "unix", "redis+unix"):
+    if match is None or scheme not in ("redis", "rediss", "unix"):
         forms = "redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/redis.sock?db=0"
         raise UsageError(f"cannot read the queue's URL ({scheme}://…); write it as {forms}, with user:password@ before the host")
     user, _, password = (match["user"] or "").partition(":")
@@ -76,7 +78,7 @@ def parse_url(url: str) -> Target:
         if name not in (*_TLS_OPTIONS, "db"):
             raise UsageError(f"unknown option {name!r} in the queue's URL ({scheme}://…){nearest(name, ('db', *_TLS_OPTIONS))}")
         options[name] = _decode(value)
-    local = scheme.endswith("unix")
+    local = scheme == "unix"
     db = options.pop("db", "") or ("" if local else path.strip("/")) or "0"
     if not db.isdigit():
         raise UsageError(f"{db!r} in the queue's URL ({scheme}://…) is no database number; write a number, 0 being the first")
@@ -220,21 +222,50 @@ def bell(queue: str) -> str:
     return f"kq:{{{queue}}}:bell"
 
 
-def full(queue: str, depth: int, max_depth: int) -> str:
-    """What QueueFull says."""
-    return f"queue {queue!r} holds {depth} jobs, allowed are {max_depth}"
+def publish(documents: Mapping[str, bytes]) -> Command:
+    return ("HSET", DOCUMENTS_KEY, *(part for document in documents.items() for part in document))
 
 
-def document_key(key: str) -> str:
-    return f"kq:doc:{key}"
+class Adding:
+    """One enqueue: what to ask for it, call by call, and what came of it. The I/O is its owner's.
 
+        for calls in adding.calls():
+            adding.replies = …  # to these calls, in their order
+        adding.fresh            # for each job whether it is new
 
-def by_queue(jobs: Iterable[NewJob]) -> dict[str, int]:
-    """How many of `jobs` go where."""
-    counts: dict[str, int] = {}
-    for job in jobs:
-        counts[job.queue] = counts.get(job.queue, 0) + 1
-    return counts
+    `sender` is this one's alone meanwhile; `memory_s`: seconds for which a repeated call is recognised.
+    """
+
+    def __init__(self, jobs: Sequence[NewJob], max_depth: int, sender: Sender, memory_s: int) -> None:
+        self.fresh = [False] * len(jobs)
+        self.replies: Sequence[Any] = ()
+        self._jobs = jobs
+        self._max_depth = max_depth
+        self._sender = sender
+        self._memory_s = memory_s
+
+    def calls(self) -> Iterator[list[Call]]:
+        """The next calls; each list is made when the replies to the one before are there. Raises QueueFull."""
+        coming = Counter(job.queue for job in self._jobs) if self._max_depth else {}
+        if len(coming) > 1:  # no script may look into two queues, so this much can be overtaken
+            yield [stats(queue) for queue in coming]
+            for (queue, count), reply in zip(coming.items(), self.replies, strict=True):
+                found = read_stats(reply)
+                if found.ready + found.delayed + count > self._max_depth:
+                    raise self._full(queue, found.ready + found.delayed)
+        for positions in batches(self._jobs):
+            batch = [self._jobs[position] for position in positions]
+            queue = batch[0].queue
+            room = (self._max_depth, coming.pop(queue)) if queue in coming else (0, 0)  # the first speaks for all of its queue
+            yield [enqueue(self._sender, self._memory_s, batch, *room)]
+            (reply,) = self.replies
+            if isinstance(reply, int):
+                raise self._full(queue, reply)
+            for position, digit in zip(positions, reply, strict=True):
+                self.fresh[position] = digit == YES
+
+    def _full(self, queue: str, depth: int) -> QueueFull:
+        return QueueFull(f"queue {queue!r} holds {depth} jobs, allowed are {self._max_depth}")
 
 
 def batches(jobs: Sequence[NewJob]) -> Iterator[list[int]]:

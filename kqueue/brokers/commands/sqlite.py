@@ -147,6 +147,7 @@ _ROW: Final = (
     "SELECT id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, CAST(envelope AS BLOB), "
     "CAST(result AS BLOB) FROM kq_job "
 )
+_DOCUMENTS: Final = "SELECT key, CAST(value AS BLOB) FROM kq_document WHERE key >= ? AND key < ?"
 
 
 class Transaction:
@@ -236,8 +237,8 @@ def stats(tx: Transaction) -> dict[str, QueueStats]:
     return counts
 
 
-def publish(tx: Transaction, key: str, value: bytes) -> None:
-    tx.db.execute("INSERT OR REPLACE INTO kq_document (key, value) VALUES (?, ?)", (key, value))
+def publish(tx: Transaction, documents: Mapping[str, bytes]) -> None:
+    tx.db.executemany("INSERT OR REPLACE INTO kq_document (key, value) VALUES (?, ?)", documents.items())
 
 
 def close_epoch(tx: Transaction, epoch: str) -> None:
@@ -272,9 +273,9 @@ def cancel(tx: Transaction, id: str, certificate: bytes) -> bool:
     return True
 
 
-def document(tx: Transaction, key: str) -> bytes | None:
-    found = tx.db.execute("SELECT CAST(value AS BLOB) FROM kq_document WHERE key = ?", (key,)).fetchone()
-    return None if found is None else found[0]
+def documents(tx: Transaction, prefix: str) -> dict[str, bytes]:
+    found = tx.db.execute(_DOCUMENTS, (prefix, prefix + "\U0010ffff"))  # the last character there is
+    return {key: value for key, value in found if value is not None}
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------

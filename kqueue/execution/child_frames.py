@@ -1,0 +1,112 @@
+"""What a child says, as typed tuples: the boundary behind which its word is trusted. Pure: bytes in, tuples or WireError out.
+
+A child may write anything on its socket. Whatever is of the wrong shape, too large or out of range is a WireError here, so that
+nothing behind this file need doubt a type or a length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, Final, NamedTuple
+
+from ..codec import LANES, MAX_BYTES, decode, from_json
+from ..dispatch import NewJob
+from ..errors import EnvelopeError
+from ..job import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME
+from . import wire
+from .wire import WireError
+
+MAX_FAILURE: Final = 128 * 1024  # bytes: a message of 4 KiB and a traceback of 16 KiB, escaped, and room
+MAX_JOBS: Final = 500  # in one ENQUEUE
+MAX_DELAY_S: Final = 10 * 366 * 86400.0
+CAUSES: Final = ("exception", "timeout", "cancelled", "memory", "exit", "refused")
+
+
+class Result(NamedTuple):
+    """The job returned; `json` is its value."""
+
+    json: bytes
+
+
+class Failure(NamedTuple):
+    """The job raised. `error`: class, message, traceback, mro."""
+
+    cause: str
+    error: Mapping[str, Any]
+    exit_code: int | None
+
+
+class Progress(NamedTuple):
+    fraction: float
+    note: str
+
+
+class Enqueue(NamedTuple):
+    jobs: list[NewJob]
+
+
+Said = Result | Failure | Progress | Enqueue
+
+
+def parse(kind: int, payload: bytes) -> Said:
+    """The frame of `kind`. Raises WireError."""
+    try:
+        said: Said = _PARSERS[kind](payload)
+        return said
+    except (EnvelopeError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise WireError(f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _result(payload: bytes) -> Result:
+    _wanted(len(payload) <= MAX_BYTES, "a result that is too large")
+    from_json(payload)
+    return Result(payload)
+
+
+def _failure(payload: bytes) -> Failure:
+    _wanted(len(payload) <= MAX_FAILURE, "a failure that is too large")
+    fields = from_json(payload)
+    error, code = fields["error"], fields.get("exit_code")
+    _wanted(fields["cause"] in CAUSES and (code is None or type(code) is int), "a failure of an unknown kind")
+    texts = {name: error[name] for name in ("class", "message", "traceback")}
+    _wanted(all(isinstance(text, str) for text in texts.values()), "a failure without a text")
+    _wanted(isinstance(error["mro"], list) and all(isinstance(name, str) for name in error["mro"]), "a failure without an mro")
+    return Failure(fields["cause"], {**texts, "mro": error["mro"]}, code)
+
+
+def _progress(payload: bytes) -> Progress:
+    fraction, note = from_json(payload)
+    _wanted(isinstance(fraction, (int, float)) and isfinite(fraction) and isinstance(note, str), "progress that is none")
+    return Progress(min(1.0, max(0.0, float(fraction))), note[:200])
+
+
+def _enqueue(payload: bytes) -> Enqueue:
+    listed = from_json(payload)
+    _wanted(isinstance(listed, list) and len(listed) <= MAX_JOBS, f"more than {MAX_JOBS} jobs at once")
+    return Enqueue([_new_job(fields) for fields in listed])
+
+
+def _new_job(fields: Mapping[str, Any]) -> NewJob:
+    """What is in the envelope counts; beside it stands only when the job is due."""
+    data = fields["envelope"].encode()
+    envelope = decode(data)
+    delay_s, at = fields["delay_s"], fields["at"]
+    _wanted(QUEUE_NAME.fullmatch(envelope.queue) is not None, "a job for a queue of no valid name")
+    _wanted(envelope.lane in LANES and PRIORITY_MIN <= envelope.priority <= PRIORITY_MAX, "a job of no valid lane or priority")
+    _wanted(isinstance(delay_s, (int, float)) and 0 <= delay_s <= MAX_DELAY_S, "a job of no valid delay")
+    _wanted(at is None or (isinstance(at, (int, float)) and 0 <= at <= 1e11), "a job due at no valid time")
+    return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, float(delay_s), at)
+
+
+def _wanted(fits: bool, otherwise: str) -> None:
+    if not fits:
+        raise WireError(otherwise)
+
+
+_PARSERS: Final[Mapping[int, Any]] = {
+    wire.RESULT: _result,
+    wire.FAILURE: _failure,
+    wire.PROGRESS: _progress,
+    wire.ENQUEUE: _enqueue,
+}
