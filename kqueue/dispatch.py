@@ -63,7 +63,9 @@ def prepare(
         options={name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS},
     )
     data = encode(envelope, max_bytes)
-    return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, dispatch.delay_s, dispatch.at)
+    # A time that has passed is now: a job's place follows from when it was due, and nobody may buy a place with an old date.
+    at = dispatch.at if dispatch.at is not None and dispatch.at > envelope.enqueued_at else None
+    return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, dispatch.delay_s, at)
 
 
 def _check_arguments(registration: Registration, bound: BoundJob) -> None:

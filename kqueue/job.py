@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
+from time import time
 from typing import Any, ClassVar, Final, Generic, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 from .context import current_or_none
@@ -24,6 +25,7 @@ R = TypeVar("R")
 PRIORITY_MIN: Final = -100
 PRIORITY_MAX: Final = 100
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # no braces: they are the hash tag of a Redis key
+LONGEST_DELAY_S: Final = 10 * 366 * 86400.0  # longer is a slip of the pen
 STARTS: Final = ("fork", "pool", "exec")
 
 
@@ -290,12 +292,16 @@ def get_dispatcher() -> Dispatcher | None:
     return _dispatcher
 
 
-def dispatch_many(jobs: Sequence[BoundJob]) -> list[JobHandle]:
-    """Enqueue `jobs` in one round trip (all of one queue). Returns their handles, in order.
+def dispatch_many(jobs: Iterable[BoundJob]) -> list[JobHandle]:
+    """Enqueue `jobs` in one round trip for each queue (and 500 jobs). Returns their handles, in order.
 
     Raises RuntimeError in an inline job (it would block every other one; yield `enqueue(...)` instead), BrokerUnavailable,
     QueueFull, and TypeError or EnvelopeError for arguments that cannot be carried.
     """
+    jobs = list(jobs)
+    for bound in jobs:
+        if not isinstance(bound, BoundJob):
+            raise TypeError(f"dispatch_many() takes bound jobs such as SendEmail.job(...), not {type(bound).__name__}")
     running = current_or_none()
     if running is not None and running.inline:
         raise RuntimeError(
@@ -325,15 +331,15 @@ class Dispatch(Generic[P]):
         self._registration = registration
         self._options = options or DispatchOptions()
 
-    def job(self, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
+    def job(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
         """Bind the arguments, dispatch nothing."""
         return BoundJob(self._registration.name, args, kwargs, self._options, self._registration)
 
-    def dispatch(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+    def dispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue it with these arguments; a handle."""
         return self.job(*args, **kwargs).dispatch()
 
-    async def adispatch(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+    async def adispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """The same from an asyncio application, in its default executor."""
         return await _adispatch(self.job(*args, **kwargs))
 
@@ -346,14 +352,18 @@ def dispatch_options(*, delay: Any = 0, at: Any = None, id: str | None = None, *
     """
     if hasattr(delay, "total_seconds"):
         delay = delay.total_seconds()
-    if not _number(delay) or delay < 0:
-        raise UsageError(f"delay must be seconds or a timedelta, not negative, not {delay!r:.60}")
+    if not _number(delay) or not 0 <= delay <= LONGEST_DELAY_S:
+        raise UsageError(f"delay must be seconds or a timedelta, from 0 to ten years, not {delay!r:.60}")
     if at is not None and not hasattr(at, "timestamp"):
         raise UsageError(f"at must be a datetime, not {at!r:.60}")
+    if at is not None and delay:
+        raise UsageError("delay and at both say when the job is due; give one of them")
     try:
         due = None if at is None else at.timestamp()
     except (ValueError, OverflowError, OSError) as error:  # a naive one that is before any time zone's year 1
         raise UsageError(f"at is out of range: {error}") from None
+    if due is not None and due > time() + LONGEST_DELAY_S:
+        raise UsageError(f"at is more than ten years from now: {at}")
     if id is not None and not (isinstance(id, str) and ID_PATTERN.fullmatch(id)):
         raise UsageError(f"an id is 1 to 64 letters, digits, - and _, not {id!r:.60}")
     for name, value in overrides.items():
@@ -403,6 +413,13 @@ class KQueueJob:
         if isinstance(cls.__dict__.get("options"), JobOptions):
             cls._declared = cls.__dict__["options"]
             del cls.options  # so that `SendEmail.options(delay=…)` still works
+        for getter in ("get_timeout", "get_max_memory", "is_isolated", "get_priority"):
+            if getter in cls.__dict__:
+                option = getter.split("_", 1)[1]
+                raise UsageError(
+                    f"job {cls.__qualname__!r} defines {getter}(), which nothing would call: options are read from the class, "
+                    f"so write {option} = …"
+                )
         if cls.handle is KQueueJob.handle:
             return  # a base of jobs, not a job
         declared = cls._declared
@@ -415,17 +432,17 @@ class KQueueJob:
         raise NotImplementedError(f"{type(self).__qualname__} does not define handle()")
 
     @classmethod
-    def job(cls: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> BoundJob:
+    def job(cls: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
         """Bind the arguments, dispatch nothing."""
         return _dispatch_of(cls).job(*args, **kwargs)
 
     @classmethod
-    def dispatch(cls: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+    def dispatch(cls: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue it with these arguments; a handle. See `dispatch_many` for what it raises."""
         return _dispatch_of(cls).dispatch(*args, **kwargs)
 
     @classmethod
-    async def adispatch(cls: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+    async def adispatch(cls: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """The same from an asyncio application."""
         return await _dispatch_of(cls).adispatch(*args, **kwargs)
 
@@ -470,21 +487,21 @@ class JobFunction(Generic[P, R]):
         known_as = getattr(function, "__qualname__", "") if name is None else name
         self.registration = _register(function, known_as, function, values)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__wrapped__(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<job {self.registration.name!r}>"
 
-    def job(self, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
+    def job(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
         """Bind the arguments, dispatch nothing."""
         return Dispatch[P](self.registration).job(*args, **kwargs)
 
-    def dispatch(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+    def dispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue it with these arguments; a handle. See `dispatch_many` for what it raises."""
         return Dispatch[P](self.registration).dispatch(*args, **kwargs)
 
-    async def adispatch(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+    async def adispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """The same from an asyncio application."""
         return await Dispatch[P](self.registration).adispatch(*args, **kwargs)
 

@@ -101,4 +101,5 @@ def _why(module: str, error: BaseException, search_path: Sequence[str]) -> str:
     if isinstance(error, SyntaxError):
         place = f" ({error.filename}:{error.lineno})"
         return f"module {module!r} cannot be imported: SyntaxError: {error.msg}{place}"
-    return f"module {module!r} raised at import: {type(error).__name__}: {error}{place}"
+    message = " ".join(str(error).split())  # one line, whatever it says
+    return f"module {module!r} raised at import: {type(error).__name__}: {message}{place}"

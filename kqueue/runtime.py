@@ -313,7 +313,7 @@ class KQueueRuntime:
             self.events.emit(facts.LeaseLost(id, job))
             return
         then, delay_s = ended.verdict.then, ended.verdict.settlement.delay_s
-        if ended.ran or then == "dead":
+        if then != "released":  # what was released is not over
             self.processed += 1
             self.failed += not outcome.ok
         if ended.verdict.settlement.lane is None:  # a move to the other lane is not an attempt
@@ -395,6 +395,8 @@ class KQueueRuntime:
     def _main(self, max_time_s: float) -> Steps:
         if self._signals is not None:
             self._loop(self._upkeep.obey(self._signals))
+        if max_time_s:
+            self._loop(self._stop_after(max_time_s))
         starter = self.kernel.spawn(self._start(), name="start")
         starter.on_end = self._started
         while not starter.ended and self.state == "starting":
@@ -404,8 +406,6 @@ class KQueueRuntime:
             raise starter.error
         if self.state == "running":
             self._loop(self._feed())
-            if max_time_s:
-                self._loop(self._stop_after(max_time_s))
         while self.state in ("running", "quiet"):
             yield Park(self._stopper)
         self.kernel.cancel(starter, GeneratorExit())

@@ -43,8 +43,13 @@ class RuntimeServices:
         """In a child, a few at a time; the others wait their turn within their own time-outs."""
         context = current()
         runtime = self._runtime
-        while not self._free:
-            yield Park(self._waiting)
+        try:
+            while not self._free:
+                yield Park(self._waiting)
+        except BaseException:  # cancelled; the slot that may have woken us is the next one's
+            if self._free:
+                runtime.kernel.unpark(self._waiting, count=1)
+            raise
         self._free -= 1
         try:
             left_s = 0.0 if context.deadline is None else max(0.001, context.deadline - runtime.kernel.clock.monotonic())

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -476,6 +477,9 @@ def test_status_is_the_daemons_own_word(daemon: Daemon) -> None:
     page = daemon.kqueue("status").stdout
     assert f"kqueued {found['version']}, pid {daemon.pid}, is running since " in page
     assert f"{running['id']}  linger  isolated  {running['pid']}" in page
+    memory = re.search(r"^memory ([\d.]+) MiB, with its 2 children ([\d.]+) MiB$", page, re.MULTILINE)  # the template, the job
+    assert memory is not None
+    assert 5 < float(memory[1]) < float(memory[2]) < 500
 
 
 def test_a_daemon_that_is_stopped_in_its_tracks_is_unhealthy(

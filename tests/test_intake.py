@@ -294,6 +294,31 @@ def test_no_more_jobs_are_taken_in_a_life_than_max_jobs(limit: int) -> None:
     assert Shop([QueueSpec("a")], {"a": {}}).intake.remaining is None
 
 
+def test_a_job_that_did_not_run_after_all_is_given_back() -> None:
+    """It was moved to its lane, or nobody here knows it."""
+    shop = Shop([QueueSpec("a", per_minute=3)], {"a": {"inline": ENDLESS}}, max_jobs=4, per_minute=5)
+    shop.take_all()
+    assert (len(shop.order), shop.intake.remaining) == (3, 1)
+    shop.intake.give_back("a")
+    shop.end_all()
+    shop.take_all()
+    assert (len(shop.order), shop.intake.remaining) == (4, 1), "the rate lets one more through, and no second one"
+    shop.end_all()
+    shop.now = 60
+    shop.take_all()
+    assert (len(shop.order), shop.intake.remaining) == (5, 0), "four of them ran"
+
+
+def test_what_was_never_taken_cannot_be_given_back() -> None:
+    window = RateWindow(2)
+    window.give_back()
+    assert window.left(0) == 2
+    window.take(1, 0)
+    window.give_back()
+    window.give_back()
+    assert window.left(0) == 2
+
+
 def most_in_any_minute(moments: list[float]) -> int:
     return max(sum(1 for other in moments if moment <= other < moment + 60) for moment in moments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.memory import MemoryClient
 from kqueue.codec import from_json, unpack
 from kqueue.dispatch import prepare
-from kqueue.loading import template_config
+from kqueue.loading import ImportFailed, template_config
 from tests.apps.zoo import PIDS
-from tests.daemon import alive, tree
+from tests.daemon import tree, wait_gone
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -166,8 +167,7 @@ def test_a_killed_job_takes_its_children_with_it(bench: Bench, tmp_path: Path, m
     assert bench.one("leaves_children").ended.outcome.cause == "timeout"
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 3
-    for pid in pids:
-        assert not alive(pid), f"{pid} outlived its job"
+    wait_gone(pids)  # killed with the group, while the job was still a zombie
 
 
 def test_fifty_good_jobs_beside_every_bad_one(bench: Bench) -> None:
@@ -282,3 +282,74 @@ def test_an_async_job_in_a_child_has_asyncio(bench: Bench) -> None:
 def test_a_result_of_tagged_types_comes_back(bench: Bench) -> None:
     assert bench.one("returns", "bytes").result == b"\x00\xff"
     assert bench.one("returns", "set").result == {1}
+
+
+# -- a host that is short of something --------------------------------------------------------------------------------
+
+
+def test_a_child_that_floods_the_supervisor_with_dispatches_is_held_back(bench: Bench) -> None:
+    ran = bench.one("dispatches_twice_at_once")
+    assert ran.ended.outcome.cause == "exception"
+    assert "second dispatch" in ran.ended.outcome.summary()
+
+
+@pytest.mark.parametrize("module", ["dies_at_import", "exits_at_import"])
+def test_a_template_that_cannot_start_is_not_started_for_ever(module: str) -> None:
+    runtime = KQueueRuntime(MemoryBroker(MemoryStore()), template=template_config([ROOT], [], [f"tests.apps.{module}"]))
+    with pytest.raises(ImportFailed) as caught:
+        runtime.run(burst=True, handle_signals=False)
+    assert caught.value.key.startswith("jobs.isolated_modules")
+    assert "status 7" in str(caught.value) or "SystemExit: 7" in str(caught.value)
+
+
+def test_one_id_in_two_queues_is_two_jobs_at_once() -> None:
+    from tests.apps import zoo
+
+    first, second = MemoryStore(), MemoryStore()  # as a queue each in Redis is
+    store = TwoQueues({"a": first, "b": second})
+    for queue, each in (("a", first), ("b", second)):
+        each.enqueue([prepare(zoo.add.options(id="same", queue=queue).job(1), zoo.add.registration)])
+    facts: list[events.JobEnded] = []
+    runtime = KQueueRuntime(store, queues=["a", "b"], template=template_config([ROOT], [], ["tests.apps.zoo"]))
+    runtime.events.subscribe(events.JobEnded, facts.append)
+    assert runtime.run(burst=True, handle_signals=False) == 0
+    assert sorted((fact.queue, fact.id, fact.outcome.cause) for fact in facts) == [("a", "same", "ok"), ("b", "same", "ok")]
+
+
+class TwoQueues(MemoryBroker):
+    """A broker that keeps each queue by itself."""
+
+    def __init__(self, stores: dict[str, MemoryStore]) -> None:
+        super().__init__(next(iter(stores.values())))
+        self.stores = stores
+
+    def reserve(self, queue: str, wants: Any) -> Any:
+        yield from ()
+        return self.stores[queue].reserve(self._owner, self._lease_s, queue, wants)
+
+    def settle(self, batch: Any) -> Any:
+        yield from ()
+        return [answer for item in batch for answer in self.stores[item.queue].settle([item])]
+
+
+def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.apps import zoo
+
+    def no_pairs(real: Any) -> Any:
+        def socketpair(family: int, kind: int) -> Any:
+            if kind == socket.SOCK_STREAM:  # a job's; the template's is a SOCK_SEQPACKET
+                raise OSError(24, "Too many open files")
+            return real(family, kind)
+
+        return socketpair
+
+    monkeypatch.setattr("kqueue.execution.link.socket.socketpair", no_pairs(socket.socketpair))
+    job = prepare(zoo.add.job(1), zoo.add.registration)
+    bench.client.enqueue([job])
+    runtime = KQueueRuntime(MemoryBroker(bench.store), template=template_config([ROOT], [], ["tests.apps.zoo"]))
+    runtime.events.subscribe(events.Warned, bench.facts.append)
+    assert runtime.run(burst=True, handle_signals=False) == 0
+    row = bench.client.show(job.id)
+    assert row is not None
+    assert (row.state, row.counters) == ("delayed", (0, 0, 0, 0))
+    assert "Too many open files" in bench.of(events.Warned)[0].message

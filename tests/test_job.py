@@ -325,14 +325,14 @@ WRONG = [
     ("queue", ["", "a b", "a{b}", "x" * 65, "naïve", "a\n", None, 5], "queue must be 1 to 64 of letters, digits"),
     ("max_attempts", [0, -1, 1.5, True, None], "max_attempts must be an integer of at least 1"),
     ("backoff", [[], [1, -1], "fast", [1, "2"], float("nan"), [float("inf")], -1, 10**400, {1: 2}], "backoff must be seconds"),
-    ("start", ["Fork", "thread", None, ["fork"]], "start must be fork, pool or exec"),
+    ("start", ["Fork", "thread", None, ["fork"], "pool", "exec"], 'start must be "fork": this version has no "pool"'),
     ("max_cpu", [-1, True, float("inf")], "max_cpu must be seconds"),
     ("keep_result", [-0.1, True, None], "keep_result must be seconds"),
 ]  # fmt: skip
 RIGHT = [
     ("timeout", [0, 0.5, 30, 86400]), ("max_memory", [1, 4096]), ("isolated", [None, True, False]), ("priority", [-100, 0, 100]),
     ("queue", ["default", "a.b:c-d_e", "x" * 64]), ("max_attempts", [1, 100]), ("backoff", [None, 0, 1.5, [0], (1, 2.5, 3600)]),
-    ("start", ["fork", "pool", "exec"]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]),
+    ("start", ["fork"]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]),
 ]  # fmt: skip
 
 
@@ -538,7 +538,7 @@ def test_the_options_of_one_dispatch() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"delay": -1}, "delay must be seconds or a timedelta, not negative"),
+        ({"delay": -1}, "delay must be seconds or a timedelta, from 0 to ten years"),
         ({"delay": timedelta(seconds=-1)}, "delay must be"),
         ({"delay": "10"}, "delay must be"),
         ({"delay": None}, "delay must be"),
@@ -554,8 +554,10 @@ def test_the_options_of_one_dispatch() -> None:
         ({"id": "a b"}, "an id is"),
         ({"id": "a\n"}, "an id is"),
         ({"id": 7}, "an id is"),
+        ({"delay": 1e300}, "from 0 to ten years"),
+        ({"delay": 3, "at": datetime(2030, 1, 1)}, "give one of them"),
         ({"isolated": True}, "isolated is decided where the job is declared, not at dispatch"),
-        ({"start": "pool"}, "start is decided where the job is declared"),
+        ({"start": "fork"}, "start is decided where the job is declared"),
         ({"name": "other"}, "a job has no option 'name'"),
     ],
 )

@@ -20,10 +20,9 @@ PACKAGE = Path(__file__).parent.parent / "kqueue"
 # (floor, room, the modules in it; "brokers" stands for everything under it that no longer name claims)
 ROOMS = [
     (0, "ground", ["errors", "ids", "job", "codec", "context", "dispatch", "outcome", "events", "config", "security", "loading"]),
-    (0, "ground", ["process", "settings", "config_file"]),
+    (0, "ground", ["process", "instance", "settings", "config_file"]),
     (1, "kernel", ["kernel"]),
     (1, "stores", ["brokers.base", "brokers.commands"]),  # the protocol and plain commands, which clients and daemon share
-    (1, "instance", ["instance"]),
     (2, "brokers", ["brokers"]),
     (2, "execution", ["execution"]),
     (2, "client", ["client"]),
@@ -50,7 +49,7 @@ THIRD_PARTY = {
     "hiredis": ["brokers.redis_transport", "brokers.commands.redis"],
     "click": ["cli"],
     "setproctitle": ["observe.titles", "execution.child", "execution.template"],
-    "psutil": ["cli", "observe"],
+    "psutil": ["cli"],
 }
 
 

@@ -15,6 +15,7 @@ from ..errors import ConfigError, KQueueError
 
 def main() -> int:
     """Entry point. Returns the exit code: see INTERFACES."""
+    _open_standard_fds()
     try:
         return _main()
     except KQueueError as error:
@@ -25,6 +26,18 @@ def main() -> int:
     except Exception:
         _report_bug()
         return 70
+
+
+def _open_standard_fds() -> None:
+    """Where 0, 1 or 2 was closed, the next file to be opened would get its number, and what we print would end up in it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
 
 
 def _report_bug() -> None:
@@ -98,7 +111,10 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
     logs = Logs(options["log_level"] or config.log.level, config.log.format)  # first: what modules log at import goes there, too
     try:
-        instance = Instance(config.state_dir, config.instance)
+        try:
+            instance = Instance(config.state_dir, config.instance)
+        except ConfigError as error:
+            raise config.error("state_dir", str(error)) from None
         import_modules("jobs.modules", jobs.modules, jobs.path, security)
         runtime = KQueueRuntime(
             config.queue.url,

@@ -6,13 +6,16 @@ What all its processes take together is looked up here, for people: by psutil, w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from .. import __version__
 from .target import Target, json_option, pass_target
 from .text import duration, json_text, table
+
+if TYPE_CHECKING:
+    import psutil
 
 HEALTHY: Final = ("running", "quiet")
 
@@ -62,39 +65,39 @@ def _daemon(found: Mapping[str, Any]) -> str:
     loop = found["loop"]
     return (
         f"kqueued {found['version']}, pid {found['pid']}, is {found['state']} since {duration(found['uptime_s'])}\n"
-        f"memory {found['memory_mib']} MiB{_tree(found['pid'])}\n"
+        f"memory {found['memory_mib']} MiB{_tree(found['pid'], found['memory_mib'])}\n"
         f"processed {found['processed']}, failed {found['failed']}, retried {found['retried']}, killed {found['killed']}\n"
         f"loop: {loop['turns_per_s']} turns/s, lag {loop['lag_ms_p50']} ms (p50), {loop['lag_ms_p99']} ms (p99)"
     )
 
 
-def _tree(pid: int) -> str:
-    """ ", with its 3 children 60.1 MiB"; "" when it has none, or cannot be seen from here.
+def _tree(pid: int, memory_mib: float) -> str:
+    """ ", with its 3 children 60.1 MiB": all that the daemon has started, directly or not. "": nothing, or it cannot be seen.
 
-    Memory that processes share (the template's, in each of its children) is divided among them, so that it counts once.
+    Memory that children share (the template's, in each of its forks) is divided among them, so that it counts once.
     """
     import psutil
 
     try:
-        children = psutil.Process(pid).children(recursive=True)
+        daemon = psutil.Process(pid)
+        children = daemon.children(recursive=True)
+        if not children or "kqueued" not in " ".join(daemon.cmdline()):  # a container's pid is somebody else's out here
+            return ""
     except psutil.Error:
         return ""
-    if not children:
-        return ""
-    total_mib = sum(map(_proportional_mib, (pid, *(child.pid for child in children))))
+    total_mib = memory_mib + sum(map(_share_mib, children))
     return f", with its {len(children)} child{'' if len(children) == 1 else 'ren'} {total_mib:.1f} MiB"
 
 
-def _proportional_mib(pid: int) -> float:
-    """proc_pid_smaps(5): PSS; resident memory where only that may be read; 0 for a process that has ended."""
+def _share_mib(child: psutil.Process) -> float:
+    """Its proportional set size (Pss in proc_pid_smaps(5)); where that may not be read, what is resident; 0: it has ended."""
     import psutil
 
     try:
-        process = psutil.Process(pid)
         try:
-            size: int = process.memory_full_info().pss
+            size: int = child.memory_full_info().pss
         except psutil.AccessDenied:
-            size = process.memory_info().rss
+            size = child.memory_info().rss
     except psutil.Error:
         return 0.0
     return size / 1048576

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Final, NamedTuple
 
 from ..dispatch import undescribe
@@ -51,10 +51,16 @@ class Child:
         self.failure: str | None = None  # why it never started; None: it did, or nothing is known yet
         self.lost = False  # the template died first
         self.news: deque[Task] = deque()  # who waits for any of the above
-        self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.setblocking(False)
-        self.stdout, self._its_stdout = _pipe()
-        self.stderr, self._its_stderr = _pipe()
+        with ExitStack() as opened:  # all or nothing: fds may run out between two of them
+            self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            opened.callback(self.socket.close)
+            opened.callback(self._its_socket.close)
+            self.socket.setblocking(False)
+            self.stdout, self._its_stdout = _pipe()
+            opened.callback(os.close, self.stdout)
+            opened.callback(os.close, self._its_stdout)
+            self.stderr, self._its_stderr = _pipe()
+            opened.pop_all()
 
     @property
     def its_fds(self) -> list[int]:

@@ -222,7 +222,7 @@ class Kernel:
         if task.ended:
             return
         self.current = task
-        began = self.clock.monotonic()
+        began = self.clock.monotonic() if self.max_slice_s else 0.0
         ended, value, error = True, None, None
         try:
             self._advance(task)

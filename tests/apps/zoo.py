@@ -15,6 +15,7 @@ from typing import Any
 
 import kqueue
 from kqueue import current, enqueue, job, offload, progress, sleep
+from kqueue.execution import wire
 
 PIDS = "KQUEUE_TEST_PIDS"  # a file to which a job appends the pids of what it started
 
@@ -157,6 +158,14 @@ def closes_its_socket() -> None:
 @job(isolated=True, keep_result=60)
 def dispatches(count: int) -> list[str]:
     return [add.options(delay=1000).dispatch(n).id for n in range(count)]
+
+
+@job(isolated=True)
+def dispatches_twice_at_once() -> None:
+    """As two threads would that share the socket without a lock."""
+    frame = wire.frame(wire.ENQUEUE, b"[]")
+    os.write(3, frame * 50)
+    time.sleep(5)
 
 
 @job(isolated=True)

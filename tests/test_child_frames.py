@@ -1,0 +1,91 @@
+"""What a child may say, and what of it is garbage. Behind this boundary nothing is doubted any more."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kqueue.codec import MAX_BYTES, Envelope, encode
+from kqueue.dispatch import NewJob
+from kqueue.execution import wire
+from kqueue.execution.child_frames import MAX_FAILURE, MAX_JOBS, Enqueue, Failure, Progress, Result, parse
+from kqueue.execution.wire import WireError
+
+ERROR = {"class": "ValueError", "message": "no", "traceback": "…", "mro": ["ValueError"]}
+
+
+def envelope(**fields: Any) -> str:
+    known = {"id": "a1", "job": "note", "args": [], "kwargs": {}, "queue": "mail", "lane": "isolated", "priority": 3}
+    return encode(Envelope(**{**known, **fields})).decode()
+
+
+def asked(**fields: Any) -> bytes:
+    """An ENQUEUE of one job."""
+    return json.dumps([{"envelope": envelope(), "delay_s": 0, "at": None, **fields}]).encode()
+
+
+def test_what_a_child_says() -> None:
+    assert parse(wire.RESULT, b"[1]") == Result(b"[1]")
+    failure = json.dumps({"cause": "exit", "error": ERROR, "exit_code": 3}).encode()
+    assert parse(wire.FAILURE, failure) == Failure("exit", ERROR, 3)
+    assert parse(wire.PROGRESS, b'[0.5,"half"]') == Progress(0.5, "half")
+    job = NewJob("a1", "mail", "isolated", 3, envelope().encode(), 2.5, None)
+    assert parse(wire.ENQUEUE, asked(delay_s=2.5)) == Enqueue([job])
+
+
+def test_of_a_dispatch_only_the_envelope_counts() -> None:
+    """What a child writes beside it cannot contradict it."""
+    job = parse(wire.ENQUEUE, asked(id="other", queue="other", lane="inline", priority=100)).jobs[0]
+    assert (job.id, job.queue, job.lane, job.priority) == ("a1", "mail", "isolated", 3)
+
+
+def test_progress_out_of_range_is_put_back_into_it() -> None:
+    assert parse(wire.PROGRESS, b'[7,"x"]') == Progress(1.0, "x")
+    assert len(parse(wire.PROGRESS, json.dumps([0, "n" * 9000]).encode()).note) == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (wire.RESULT, b"not json"),
+        (wire.RESULT, b"NaN"),
+        (wire.RESULT, b'"' + b"x" * MAX_BYTES + b'"'),
+        (wire.RESULT, b"[" * 100_000),
+        (wire.FAILURE, b"{}"),
+        (wire.FAILURE, b"[]"),
+        (wire.FAILURE, b"null"),
+        (wire.FAILURE, json.dumps({"cause": "ok", "error": ERROR}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "lost", "error": ERROR}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exit", "error": ERROR, "exit_code": "3"}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exit", "error": {**ERROR, "message": 7}}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exit", "error": {**ERROR, "mro": "x"}}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exit", "error": {**ERROR, "message": "x" * MAX_FAILURE}}).encode()),
+        (wire.PROGRESS, b"0.5"),
+        (wire.PROGRESS, b"[0.5]"),
+        (wire.PROGRESS, b'["half","half"]'),
+        (wire.PROGRESS, b"[0.5,7]"),
+        (wire.PROGRESS, b'[1e999,""]'),
+        (wire.PROGRESS, b"[" + b"9" * 400 + b',""]'),
+        (wire.ENQUEUE, b"{}"),
+        (wire.ENQUEUE, b"[1]"),
+        (wire.ENQUEUE, b"[{}]"),
+        (wire.ENQUEUE, asked(envelope=None)),
+        (wire.ENQUEUE, asked(envelope=7)),
+        (wire.ENQUEUE, asked(envelope="{}")),
+        (wire.ENQUEUE, asked(envelope="\ud800")),
+        (wire.ENQUEUE, asked(envelope=envelope(queue="a}b{ c"))),
+        (wire.ENQUEUE, asked(envelope=envelope(priority=2**63))),
+        (wire.ENQUEUE, asked(envelope=envelope(priority=-101))),
+        (wire.ENQUEUE, asked(delay_s=-1)),
+        (wire.ENQUEUE, asked(delay_s="soon")),
+        (wire.ENQUEUE, asked(delay_s=1e300)),
+        (wire.ENQUEUE, asked(at="noon")),
+        (wire.ENQUEUE, asked(at=-5)),
+        (wire.ENQUEUE, b"[" + b",".join([asked()[1:-1]] * (MAX_JOBS + 1)) + b"]"),
+    ],
+)
+def test_garbage_is_a_wire_error(kind: int, payload: bytes) -> None:
+    with pytest.raises(WireError):
+        parse(kind, payload)
