@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from .execution.inline import InlineExecutionStrategy
     from .execution.isolated import IsolatedExecutionStrategy
     from .execution.jobtraps import enqueue, offload, progress
-    from .job import JobOptions, JobState, KQueueJobInterface, dispatch_many
+    from .job import KQueueJobInterface, dispatch_many
     from .kernel.traps import Park, Trap, join, sleep, wait_io, wait_process
+    from .options import JobOptions
     from .runtime import KQueueRuntime
     from .security import SecurityConfig
+    from .states import JobState
 
 __version__ = "0.1.0"
 
@@ -34,7 +36,9 @@ _WHERE = {
     ".execution.inline": ("InlineExecutionStrategy",),
     ".execution.isolated": ("IsolatedExecutionStrategy",),
     ".execution.jobtraps": ("enqueue", "offload", "progress"),
-    ".job": ("JobOptions", "JobState", "KQueueJobInterface", "dispatch_many"),
+    ".job": ("KQueueJobInterface", "dispatch_many"),
+    ".options": ("JobOptions",),
+    ".states": ("JobState",),
     ".kernel.traps": ("Park", "Trap", "join", "sleep", "wait_io", "wait_process"),
     ".runtime": ("KQueueRuntime",),
     ".security": ("SecurityConfig",),

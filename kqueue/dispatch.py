@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from .codec import MAX_BYTES, OPTIONS, Envelope, encode
 from .errors import UsageError
 from .ids import new_id
-from .job import BoundJob, JobOptions, Registration
+from .job import BoundJob
+from .options import JobOptions
+from .registry import Registration
 
 Check = Callable[[JobOptions, str], JobOptions]
 

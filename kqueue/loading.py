@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import Refused
-from .job import registry
+from .registry import registry
 from .security import SecurityConfig, check_handler_path, check_module_path, find_module_file
 
 

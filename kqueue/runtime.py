@@ -34,11 +34,13 @@ from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .ids import new_id
 from .intake import Intake
-from .job import BoundJob, JobOptions, Registration, registry
+from .job import BoundJob
 from .kernel import Abandoned, Clock, Kernel, Park, Task, sleep
 from .kernel.signals import Signals
 from .loading import template_config
+from .options import JobOptions
 from .outcome import Outcome, describe_error
+from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
 from .upkeep import EXIT_RESTART, Upkeep
@@ -420,6 +422,8 @@ class KQueueRuntime:
         self.isolated.link.configure(self.template())
         for strategy in self._strategies.values():
             yield from strategy.start()
+        if not self.broker.capabilities.durable:
+            self._upkeep.warn(f"{self.broker.address} keeps nothing: what waits when this process ends is gone")
         recovered = yield from self.broker.open(self._owner, self._intake.queues, self._lease_s)
         self._upkeep.recovered(recovered)
         yield from self._upkeep.publish()

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from .codec import MAX_BYTES
 from .codec import OPTIONS as ENVELOPE_OPTIONS
 from .errors import ConfigError, Refused, UsageError, nearest
-from .job import PRIORITY_MAX, PRIORITY_MIN, JobOptions, Registration, check_option
+from .options import PRIORITY_MAX, PRIORITY_MIN, JobOptions, check_option
+from .registry import Registration
 
 if TYPE_CHECKING:
     from .codec import Envelope

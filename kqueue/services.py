@@ -10,8 +10,9 @@ from . import events as facts
 from .codec import decode
 from .context import JobContext, current
 from .dispatch import NewJob, prepare
-from .job import BoundJob, registry
+from .job import BoundJob
 from .kernel import Park
+from .registry import registry
 
 if TYPE_CHECKING:
     from .kernel import Task

@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Final, NamedTuple
 
 from .errors import UsageError, nearest
-from .job import QUEUE_NAME, STARTS
+from .options import QUEUE_NAME, STARTS
 
 MIB: Final = 1024 * 1024
 _LONGEST_S: Final = 3650 * 86400.0  # ten years: longer is a slip of the pen

@@ -22,8 +22,10 @@ from typing import Any
 from .context import JobContext, enter
 from .dispatch import NewJob, prepare
 from .errors import JobTimedOut
-from .job import BoundJob, JobHandle, JobState, get_dispatcher, registry, set_dispatcher
+from .job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
 from .kernel import Kernel, VirtualClock
+from .registry import registry
+from .states import JobState
 
 
 class FakeQueue:

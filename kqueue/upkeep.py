@@ -12,10 +12,10 @@ from . import events as facts
 from .codec import to_json
 from .dispatch import describe
 from .errors import KQueueError
-from .job import registry
 from .kernel import sleep
 from .outcome import describe_error
 from .process import resident_mib
+from .registry import registry
 
 if TYPE_CHECKING:
     from .kernel import Task

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from .brokers.base import Lease, Settlement
 from .codec import to_json
-from .job import JobOptions
+from .options import JobOptions
 from .outcome import Outcome
 
 MAX_CRASHES: Final = 3

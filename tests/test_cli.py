@@ -24,7 +24,8 @@ from kqueue.cli.main import main
 from kqueue.cli.text import ago, block, duration, moment, table
 from kqueue.client import Client, from_config
 from kqueue.config_file import load_config
-from kqueue.job import BoundJob, DispatchOptions
+from kqueue.job import BoundJob
+from kqueue.options import DispatchOptions
 from tests.daemon import Daemon
 from tests.servers import RedisServer
 
@@ -475,7 +476,8 @@ def test_status_is_the_daemons_own_word(daemon: Daemon) -> None:
     (running,) = found["running"]
     assert (running["job"], running["strategy"]) == ("linger", "isolated")
     page = daemon.kqueue("status").stdout
-    assert f"kqueued {found['version']}, pid {daemon.pid}, is running since " in page
+    assert f"kqueued {found['version']}, pid {daemon.pid}, up " in page
+    assert ", running\n" in page
     assert f"{running['id']}  linger  isolated  {running['pid']}" in page
     memory = re.search(r"^memory ([\d.]+) MiB, with its 2 children ([\d.]+) MiB$", page, re.MULTILINE)  # the template, the job
     assert memory is not None

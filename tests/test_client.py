@@ -18,7 +18,9 @@ from kqueue.client.published import LOOK_AGAIN_S, NO_LIMITS, read_limits, read_m
 from kqueue.codec import decode, to_json
 from kqueue.dispatch import describe
 from kqueue.errors import EnvelopeError, JobNotFound, QueueFull, UsageError
-from kqueue.job import BoundJob, DispatchOptions, JobOptions, Registration
+from kqueue.job import BoundJob
+from kqueue.options import DispatchOptions, JobOptions
+from kqueue.registry import Registration
 from kqueue.security import SecurityConfig
 from tests.daemon import Daemon
 from tests.servers import RedisServer

@@ -16,7 +16,7 @@ import pytest
 
 from kqueue import BoundJob, JobFailed, JobState, ResultNotKept
 from kqueue.dispatch import prepare
-from kqueue.job import DispatchOptions
+from kqueue.options import DispatchOptions
 from tests.apps import inline
 from tests.daemon import ROOT, Daemon, alive, tree, wait_gone
 from tests.servers import RedisServer
@@ -81,6 +81,48 @@ def test_a_thousand_sleepers_at_once(daemon: Daemon) -> None:
     assert [handle.result(30) for handle in handles] == [1.0] * 1000
     lines = [line for line in daemon.log if "anap" in line and "strategy=inline" in line]
     assert lines
+
+
+def test_jobs_leave_no_fd_no_process_and_no_zombie_behind(daemon: Daemon) -> None:
+    daemon.start()
+    daemon.dispatch(named("crunch", 0), inline.offloads.job())[1].result(20)  # the template is up
+    daemon.marks.wait("crunch")
+
+    def holds() -> tuple[int, list[int]]:
+        return len(os.listdir(f"/proc/{daemon.pid}/fd")), tree(daemon.pid)
+
+    before = holds()
+    handles = daemon.dispatch(*[inline.anap.job(0.01) for _ in range(200)], *[named("crunch", n) for n in range(1, 41)])
+    handles += daemon.dispatch(*[inline.offloads.job() for _ in range(10)], *[inline.too_long.job() for _ in range(5)])
+    for handle in handles:
+        assert handle.wait(20)
+    assert holds() == before
+
+
+def test_a_job_with_one_id_in_two_queues_is_two_jobs(daemon: Daemon) -> None:
+    """And both at once: a lease is known by itself, not by the id of its job."""
+    if daemon.client.store.address.startswith("sqlite"):
+        pytest.skip("in SQLite all queues are one table, and an id is there once")
+    daemon.dispatch(inline.nap.options(id="order-17").job(0.3), inline.nap.options(id="order-17", queue="mail").job(0.3))
+    assert daemon.run("--burst") == 0
+    assert len(daemon.marks.wait("end", 2)) == 2
+
+
+def test_a_signal_while_it_ends_by_itself_is_the_first_one(daemon: Daemon) -> None:
+    daemon.start("--max-time", "200ms")
+    (nap,) = daemon.dispatch(inline.nap.job(1.0, "calm"))
+    daemon.wait_log("stopping")
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    if nap.state() is not JobState.READY:  # it was taken before the time was up
+        assert nap.result(0) == "calm", "the grace still holds"
+
+
+def test_closed_standard_fds_change_nothing(daemon: Daemon) -> None:
+    (handle,) = daemon.dispatch(inline.note.job("x"))
+    command = f'exec "{sys.executable}" -m kqueue.cli.kqueued -c "{daemon.config}" --burst <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], env=daemon.environment, check=False).returncode == 0
+    assert handle.result(0) == "x"
 
 
 def test_jobs_dispatch_jobs_without_blocking(daemon: Daemon) -> None:

@@ -11,9 +11,9 @@ import yaml
 
 from kqueue.config import Config
 from kqueue.config_file import load_config
-from kqueue.job import TRANSITIONS, JobState
 from kqueue.security import SecurityConfig
 from kqueue.settings import NOT_YET, QUEUE_SETTINGS, SETTINGS, Setting
+from kqueue.states import TRANSITIONS, JobState
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "config/kqueue.yaml"

@@ -17,9 +17,11 @@ from kqueue.errors import JobCancelled, JobTimedOut
 from kqueue.execution.base import Work
 from kqueue.execution.inline import GRACE_S, InlineExecutionStrategy
 from kqueue.execution.jobtraps import enqueue, offload, progress
-from kqueue.job import BoundJob, JobOptions, Registration, _is_cooperative
+from kqueue.job import BoundJob
 from kqueue.kernel import Abandoned, Kernel, Task, VirtualClock, join, sleep
+from kqueue.options import JobOptions
 from kqueue.outcome import CAUSES, ENDED_BY, Outcome
+from kqueue.registry import Registration, _is_cooperative
 
 
 class Services:

@@ -21,25 +21,20 @@ from kqueue.context import JobContext, current, enter
 from kqueue.dispatch import describe, prepare, undescribe
 from kqueue.errors import DuplicateJob, JobNotFound, UsageError
 from kqueue.job import (
-    TRANSITIONS,
     BoundJob,
-    DispatchOptions,
     JobFunction,
     JobHandle,
-    JobOptions,
-    JobState,
     KQueueJob,
     KQueueJobInterface,
-    Registration,
-    check_option,
     dispatch_many,
-    dispatch_options,
     get_dispatcher,
     job,
-    registry,
     set_dispatcher,
 )
 from kqueue.kernel import sleep
+from kqueue.options import DispatchOptions, JobOptions, check_option, dispatch_options
+from kqueue.registry import Registration, registry
+from kqueue.states import TRANSITIONS, JobState
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from kqueue.codec import pack, to_json
-from kqueue.job import JobOptions, Registration
+from kqueue.options import JobOptions
 from kqueue.outcome import Outcome, describe_error
+from kqueue.registry import Registration
 
 
 def caught(raising: Any) -> BaseException:

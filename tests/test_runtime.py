@@ -28,9 +28,10 @@ from kqueue.context import current
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import BrokerRefused, JobCancelled, JobNotFound, JobTimedOut, QueueFull, UsageError
 from kqueue.execution.jobtraps import enqueue, offload, progress
-from kqueue.job import BoundJob, JobFunction, job, registry
+from kqueue.job import BoundJob, JobFunction, job
 from kqueue.kernel import Kernel, VirtualClock, join, sleep
 from kqueue.outcome import Outcome
+from kqueue.registry import registry
 from kqueue.runtime import KQueueRuntime
 from kqueue.security import SecurityConfig
 

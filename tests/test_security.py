@@ -18,7 +18,8 @@ from kqueue import security as module
 from kqueue.codec import MAX_BYTES, Envelope
 from kqueue.config_file import make_config
 from kqueue.errors import ConfigError, Refused, UsageError
-from kqueue.job import JobOptions, Registration
+from kqueue.options import JobOptions
+from kqueue.registry import Registration
 from kqueue.security import (
     Admitted,
     SecurityConfig,

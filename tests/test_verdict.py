@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kqueue.brokers.base import Counters, Lease, Token
-from kqueue.job import JobOptions
+from kqueue.options import JobOptions
 from kqueue.outcome import CAUSES, Outcome
 from kqueue.verdict import (
     BACKOFF_CAP_S,

@@ -29,7 +29,8 @@ from ..dispatch import NewJob
 
 __all__ = [
     "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker", "Capabilities", "Counters",
-    "Lease", "NewJob", "Owner", "QueueStats", "Reserved", "Row", "Settlement", "Store", "Token", "Verb", "place",
+    "Lease", "NewJob", "Owner", "QueueStats", "Reserved", "Row", "Settlement", "Store", "Token", "Verb", "listed",
+    "place",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -158,7 +159,7 @@ class Broker(Protocol):
         """Park until a doorbell rings, or `timeout_s` seconds; whether it rang. A ring that came before counts."""
 
     def stats(self) -> Verb[dict[str, QueueStats]]:
-        """Counts by queue."""
+        """Counts by queue: of our own, and of every other one in the store where something stands (nobody may read it)."""
 
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         """Keep small documents by key (`manifest:QUEUE`, `limits:QUEUE`) where clients can read them, in place of older ones."""
@@ -170,6 +171,11 @@ class Broker(Protocol):
 def place(available_at: float, priority: int) -> float:
     """Where a ready job stands: lower is earlier. A point of priority is a head start of PRIORITY_STEP_S."""
     return available_at - priority * PRIORITY_STEP_S
+
+
+def listed(state: str, wanted: str | None) -> bool:
+    """Whether `Store.list` of the state `wanted` has jobs of `state`. None: what waits, runs or is dead, so all but done."""
+    return state != "done" if wanted is None else state == wanted
 
 
 class Row(NamedTuple):
@@ -199,7 +205,10 @@ class Store(Protocol):
         """One job with its certificates; None: there is none. `queue` saves a search where queues are stored apart."""
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
-        """Jobs, without certificates; best place (or oldest) first."""
+        """Jobs, without certificates; best place (or oldest) first. `state` None: what waits, runs or is dead.
+
+        Those that are done are listed only by "done": while results are kept, they would hide what still waits.
+        """
 
     def stats(self) -> dict[str, QueueStats]:
         """Counts by queue."""

@@ -123,6 +123,7 @@ class RedisBroker:
 
     def renew(self) -> Verb[None]:
         yield from self._release_surplus()
+        self._listed.difference_update(self._queues)  # somebody may have deleted that list
         yield from self._list_queues(self._queues)
         flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
         for queue, flag in zip(self._queues, flags, strict=True):
@@ -145,7 +146,19 @@ class RedisBroker:
         return rang
 
     def stats(self) -> Verb[dict[str, QueueStats]]:
-        return (yield from self._stats(self._queues))
+        """Other queues of this Redis are counted too where something stands, so that a mistyped one shows."""
+        names, *replies = yield from self._ask(
+            [("SMEMBERS", commands.QUEUES_KEY), *(commands.stats(queue) for queue in self._queues)]
+        )
+        counts = {queue: commands.read_stats(reply) for queue, reply in zip(self._queues, replies, strict=True)}
+        others = sorted({name.decode("utf-8", "replace") for name in names} - set(self._queues))
+        calls = [commands.stats(queue) for queue in others]
+        # A user may lack the rights to the queues of others, and they may be on another node: that must not hide ours.
+        asking = commands.Asking(calls, SCRIPTS, self.address, on_mended=self._mended, once=True)
+        for queue, reply in zip(others, (yield from self._see_through(asking)), strict=True):
+            if reply is not None and any(reply):
+                counts[queue] = commands.read_stats(reply)
+        return counts
 
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         yield from self._ask([commands.publish(documents)])
@@ -188,10 +201,6 @@ class RedisBroker:
             self._surplus += surplus
             raise
 
-    def _stats(self, queues: Sequence[str]) -> Verb[dict[str, QueueStats]]:
-        replies = yield from self._ask([commands.stats(queue) for queue in queues])
-        return {queue: commands.read_stats(reply) for queue, reply in zip(queues, replies, strict=True)}
-
     def _repeat_while_more(self, calls: Sequence[commands.Call]) -> Verb[dict[str, int]]:
         """Make each queue's call until it has nothing more to do; how many jobs they recovered."""
         recovered: dict[str, int] = {}
@@ -214,7 +223,11 @@ class RedisBroker:
 
     def _ask(self, asked: Sequence[commands.Call | commands.Command]) -> Verb[list[Any]]:
         """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless."""
-        asking = commands.Asking(asked, SCRIPTS, self.address, wait_for_rights=self._opened)
+        return (yield from self._see_through(
+            commands.Asking(asked, SCRIPTS, self.address, wait_for_rights=self._opened, on_mended=self._mended)
+        ))  # fmt: skip
+
+    def _see_through(self, asking: commands.Asking) -> Verb[list[Any]]:
         tries = 0
         while asking.left:
             try:
@@ -234,6 +247,10 @@ class RedisBroker:
         if tries:
             self._transport.report_well()
         return asking.replies
+
+    def _mended(self, text: str) -> None:
+        self._listed.clear()  # it may have been the list of queues
+        self._transport.warn(text)
 
     def _take_turn(self, name: str) -> Verb[_Turn]:
         turn = self._turns.setdefault(name, _Turn())

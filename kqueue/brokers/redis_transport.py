@@ -184,6 +184,10 @@ class RedisTransport:
             self._troubled = False
             self._on_news("back", "", 0.0)
 
+    def warn(self, text: str) -> None:
+        """Tell of something that people should look after, though work goes on."""
+        self._on_news("warning", text, 0.0)
+
     # -- the keeper -------------------------------------------------------------------------------------------------
 
     def _keep(self) -> Verb[None]:
@@ -227,7 +231,10 @@ class RedisTransport:
 
             self._again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
             context = tls_context(*at.tls[:4], at.tls.checks_host)
-        self._socket = yield from dial(at.host, at.port, at.path, context, CONNECT_TIMEOUT_S, self._now)
+        try:
+            self._socket = yield from dial(at.host, at.port, at.path, context, CONNECT_TIMEOUT_S, self._now)
+        except BrokerUnavailable as error:
+            raise BrokerUnavailable(f"{error}; start Redis there, or correct the URL") from None
         self.state = "handshake"
         self._reader = Reader(notEnoughData=_NOTHING)
         yield from self._greet(deadline)
@@ -277,7 +284,7 @@ class RedisTransport:
         if replies and not self.bells_refused:
             self.bells_refused = True
             step = f"allow the user the channels of KQueue (ACL SETUSER {self.target.username or 'default'} &kq:*)"
-            self._on_news("warning", f"no doorbells, so new jobs are looked for every second: {replies[0]}; {step}", 0.0)
+            self.warn(f"no doorbells, so new jobs are looked for every second: {replies[0]}; {step}")
         elif not replies:
             self.bells_refused = False
 

@@ -8,9 +8,9 @@ from ..config import Config
 from ..errors import UsageError
 from ..events import Events
 from ..execution.link import TemplateLink
-from ..job import registry
 from ..kernel import Kernel
 from ..loading import ImportFailed, import_modules, template_config
+from ..registry import registry
 from ..security import SecurityConfig, check_dispatch
 
 

@@ -9,7 +9,9 @@ from typing import Any, Final
 import click
 
 from ..errors import EnvelopeError, UsageError
-from ..job import BoundJob, JobHandle, JobState, dispatch_options
+from ..job import BoundJob, JobHandle
+from ..options import dispatch_options
+from ..states import JobState
 from .target import Target, json_option, pass_target
 from .text import json_text, printable
 

@@ -81,10 +81,13 @@ def init(target: Target, directory: str) -> None:
 
 def _write(path: str, text: str) -> bool:
     """Write a new file; whether it was not there. An application's own (empty or not) __init__.py stays."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        return False
+    except OSError as error:
+        if isinstance(error, FileExistsError) and os.path.isdir(os.path.dirname(path) or "."):
+            return False
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {path}: {reason}; make that directory writable, or name another") from None
     return True

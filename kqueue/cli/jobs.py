@@ -11,7 +11,7 @@ import click
 
 from ..codec import Envelope, decode, from_json
 from ..errors import EnvelopeError, JobNotFound
-from ..job import JobState
+from ..states import JobState
 from .target import Target, json_option, pass_target
 from .text import ago, block, duration, json_text, moment, printable, table
 
@@ -23,7 +23,7 @@ ANY_SIZE: Final = 1 << 30  # bytes; what is too large to run is still shown
 
 
 @click.command()
-@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only these.")
+@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only these; done ones show only so.")
 @click.option("--queue", metavar="Q", help="Only of this queue.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="At most so many.")
 @json_option
@@ -31,7 +31,7 @@ ANY_SIZE: Final = 1 << 30  # bytes; what is too large to run is still shown
 def jobs(target: Target, state: str | None, queue: str | None, limit: int) -> None:
     """List jobs: waiting, running, dead.
 
-    Those that are done are listed while their results are kept. The next to run come first.
+    Those that are done are listed by --state done, while their results are kept. The next to run come first.
     """
     store = target.client.store
     rows = [] if target.is_unused() else store.list(state, queue, limit)

@@ -64,7 +64,7 @@ def _daemon(found: Mapping[str, Any]) -> str:
         return "kqueued is stopped" if found["state"] == "stopped" else "whether a kqueued runs is not known"
     loop = found["loop"]
     return (
-        f"kqueued {found['version']}, pid {found['pid']}, is {found['state']} since {duration(found['uptime_s'])}\n"
+        f"kqueued {found['version']}, pid {found['pid']}, up {duration(found['uptime_s'])}, {found['state']}\n"
         f"memory {found['memory_mib']} MiB{_tree(found['pid'], found['memory_mib'])}\n"
         f"processed {found['processed']}, failed {found['failed']}, retried {found['retried']}, killed {found['killed']}\n"
         f"loop: {loop['turns_per_s']} turns/s, lag {loop['lag_ms_p50']} ms (p50), {loop['lag_ms_p99']} ms (p99)"

@@ -17,7 +17,9 @@ from ..config import Config
 from ..config_file import load_config
 from ..dispatch import NewJob, options_of, prepare
 from ..errors import JobNotFound, UsageError, nearest
-from ..job import BoundJob, DispatchOptions, JobHandle, Registration, registry
+from ..job import BoundJob, JobHandle
+from ..options import DispatchOptions
+from ..registry import Registration, registry
 from ..security import SecurityConfig, check_dispatch
 from ..settings import resolve_url
 from .handle import Handle

@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from ..brokers.base import Row, Store
 from ..codec import from_json, to_json, unpack
-from ..errors import JobFailed, ResultNotKept
-from ..job import JobState
+from ..errors import EnvelopeError, JobFailed, ResultNotKept
 from ..outcome import Outcome
+from ..states import JobState
 
 POLL_S: Final = (0.002, 0.25)  # first and longest pause between two looks; each is half as long again as the one before
 
@@ -70,9 +70,12 @@ class Handle:
 
 
 def last_error(row: Row) -> str:
-    """Class and message only: the full record is for the operator."""
+    """Class and message only: the full record is for the operator. Whatever stands in the store, it says something."""
     if not row.certificates:
         return "it has no certificate"
-    certificate = from_json(row.certificates[-1])
-    error = certificate.get("error")
-    return f"{error['class']}: {error['message']}" if error else str(certificate["cause"])
+    try:
+        certificate = from_json(row.certificates[-1])
+        error = certificate.get("error")
+        return f"{error['class']}: {error['message']}" if error else str(certificate["cause"])
+    except (EnvelopeError, AttributeError, KeyError, TypeError):
+        return "its last certificate cannot be read, since something else than KQueue wrote it"

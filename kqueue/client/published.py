@@ -15,7 +15,7 @@ from ..brokers.base import Store
 from ..codec import from_json
 from ..dispatch import undescribe
 from ..errors import ConfigError, EnvelopeError
-from ..job import Registration
+from ..registry import Registration
 from ..security import SecurityConfig
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from ..brokers.base import NewJob, QueueStats, Row, place
+from ..brokers.base import NewJob, QueueStats, Row, listed, place
 from ..brokers.commands import redis as commands
 from ..brokers.commands.redis_lua import LANES
 from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
@@ -67,7 +67,7 @@ class RedisClient:
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
         places = [(name, id) for name in self._queues(queue) for id in self._ids(name, state, limit)]
-        rows = [row._replace(certificates=()) for row in self._rows(places) if state in (None, row.state)]
+        rows = [row._replace(certificates=()) for row in self._rows(places) if listed(row.state, state)]
         rows.sort(key=lambda row: (place(row.available_at, row.priority), row.id))
         return rows[:limit]
 
@@ -114,10 +114,10 @@ class RedisClient:
         return [commands.read_row(*at, *reply) for at, reply in zip(places, replies, strict=True) if reply is not None]
 
     def _ids(self, queue: str, state: str | None, limit: int) -> Sequence[str]:
-        """The first `limit` of each set that holds jobs of `state` (None: of any), best place or oldest first."""
+        """The first `limit` of each set that holds jobs of `state` (None: of any but done), best place or oldest first."""
         prefix = commands.prefix(queue)
         sets = [("ready", f"ready:{lane}") for lane in LANES] + [(name, name) for name in ("delayed", "dead", "done")]
-        found = self._wire.ask([("ZRANGE", prefix + key, 0, limit - 1) for name, key in sets if state in (None, name)])
+        found = self._wire.ask([("ZRANGE", prefix + key, 0, limit - 1) for name, key in sets if listed(name, state)])
         ids = [id for part in found for id in part]
         if state in (None, "leased"):
             (epochs,) = self._wire.ask([("ZRANGE", f"{prefix}epochs", 0, -1)])
@@ -169,7 +169,7 @@ class _Wire:
 
         Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless.
         """
-        asking = commands.Asking(asked, CLIENT_SCRIPTS, self.address, words=_words)
+        asking = commands.Asking(asked, CLIENT_SCRIPTS, self.address, words=_words, on_mended=_warn)
         deadline = time.monotonic() + self._patience_s
         tries = 0
         while asking.left:
@@ -192,7 +192,10 @@ class _Wire:
         self._look_whose()
         connection = self._take()
         replies: list[Any] = []
+        failed = "cannot connect"
         try:
+            connection.connect()  # which does nothing when it is
+            failed = "the connection broke"
             connection.send_packed_command([commands.pack(sent)], check_health=False)
             for _ in sent:
                 try:
@@ -204,7 +207,9 @@ class _Wire:
             verdict = commands.judge(_words(error))
             if verdict.code in commands.RIGHTS or isinstance(error, ResponseError):
                 raise BrokerRefused(f"{self.address}: {verdict.text}") from None
-            raise BrokerUnavailable(verdict.text if verdict.later else f"{error}; is Redis running there?") from None
+            raise BrokerUnavailable(
+                verdict.text if verdict.later else f"{failed}: {_reason(error)}; start Redis there, or correct the URL"
+            ) from None
         except BaseException:
             connection.disconnect()  # a reply may still be on its way
             raise
@@ -240,3 +245,16 @@ def _words(error: Exception) -> str:
     """The server's own words."""
     code = _CODES.get(type(error).__name__)
     return f"{code} {error}" if code else str(error)
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no connection, without redis-py's own words around it."""
+    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    return (isinstance(cause, OSError) and cause.strerror) or str(error).rstrip(".")
+
+
+def _warn(text: str) -> None:
+    """Tell the application, in its log (or on stderr, where it has configured none)."""
+    import logging
+
+    logging.getLogger("kqueue").warning("%s", text)

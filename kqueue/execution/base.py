@@ -13,8 +13,9 @@ from typing import Any, Final, NamedTuple, Protocol
 from ..codec import Envelope, unpack
 from ..context import JobContext
 from ..errors import ArgumentsDoNotFit, EnvelopeError, KQueueError
-from ..job import JobOptions, Registration
+from ..options import JobOptions
 from ..outcome import Outcome
+from ..registry import Registration
 
 
 class Work(NamedTuple):

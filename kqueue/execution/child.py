@@ -24,9 +24,11 @@ from .. import codec
 from ..context import JobContext, enter
 from ..dispatch import prepare
 from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError
-from ..job import BoundJob, JobHandle, JobState, registry, set_dispatcher
+from ..job import BoundJob, JobHandle, set_dispatcher
 from ..kernel import READ, Kernel, wait_io
 from ..outcome import describe_error
+from ..registry import registry
+from ..states import JobState
 from . import limits, wire
 from .base import SECRETS, unpacked
 from .inline import result_json

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from ..codec import LANES, MAX_BYTES, decode, from_json
 from ..dispatch import NewJob
 from ..errors import EnvelopeError
-from ..job import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME
+from ..options import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME
 from . import wire
 from .wire import WireError
 

@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 from ..dispatch import undescribe
 from ..errors import EnvelopeError
 from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
-from ..job import registry
 from ..kernel import READ, WRITE, Kernel, Park, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
+from ..registry import registry
 from . import wire
 from .base import SECRETS, NotStarted
 from .output import Lines

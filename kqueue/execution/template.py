@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any, Final
 
 from ..dispatch import describe, signature_of
-from ..job import registry
 from ..loading import ImportFailed, import_modules, import_script
+from ..registry import registry
 from ..security import SecurityConfig
 from . import wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once

@@ -42,6 +42,7 @@ FIGURES: Sequence[Figure] = (
     Figure("heavy_tree_pss", "idle: whole tree with that module (PSS)", "MiB"),
     # starting.py
     Figure("start", "start of kqueued to its first job", "ms", 300),
+    Figure("start_template", "the same, with a template to start", "ms", 300),
     # twenty.py
     Figure("twenty_spread", "20 jobs of 1 s: last start after the first", "ms", 50),
     Figure("twenty_total", "20 jobs of 1 s: all done after", "s", 1.1),

@@ -55,7 +55,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
 @click.option("--quick", is_flag=True, help="Fewer jobs: a look, not a measurement.")
 @click.option("--only", type=click.Choice(list(MEASUREMENTS)), multiple=True, help="These measurements alone. May be repeated.")
 @click.option("--persistence", type=click.Choice(list(PERSISTENCE)), default="none", show_default=True, help="Of the Redis.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every sample to FILE, too.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every sample there, too.")
 @click.option("--profile", is_flag=True, help="Run the no-op inline jobs under cProfile instead, and print the top 25.")
 def main(
     broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool
@@ -103,4 +103,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminated)
     for variable in [name for name in os.environ if name.startswith(("KQUEUE_", "PYTHON"))]:
         del os.environ[variable]  # what is measured is the default
-    main()
+    main(prog_name="./scripts/bench")

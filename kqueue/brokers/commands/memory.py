@@ -26,6 +26,7 @@ from ..base import (
     Row,
     Settlement,
     Token,
+    listed,
     place,
 )
 
@@ -168,7 +169,7 @@ class MemoryStore:
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
         with self._lock:
-            jobs = [j for j in self._jobs.values() if state in (None, j.state) and queue in (None, j.queue)]
+            jobs = [j for j in self._jobs.values() if listed(j.state, state) and queue in (None, j.queue)]
             jobs.sort(key=lambda j: (place(j.available_at, j.priority), j.id))
             return [job.row() for job in jobs[:limit]]
 

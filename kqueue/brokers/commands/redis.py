@@ -16,6 +16,7 @@ from hiredis import pack_command
 from ...errors import BrokerRefused, QueueFull, UsageError, nearest
 from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Row, Settlement, Token
 from .redis_lua import LANES, MAX_BATCH_BYTES, ROW_FIELDS
+from .redis_mend import Arg, mend, suspects, told
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
 DOCUMENTS_KEY: Final = "kq:documents"  # a hash: what daemons published
@@ -136,7 +137,6 @@ def judge(message: str) -> Verdict:
     return Verdict(code, later, f"{message.rstrip('.')}; {step}" if step else message)
 
 
-Arg = bytes | str | int | float
 Command = Sequence[Arg]
 
 
@@ -152,11 +152,13 @@ class Asking:
 
     `address` is for messages; `words(error)` is what the server said.
     `wait_for_rights`: missing rights are trouble that may pass.
+    `on_mended(text)` hears of keys of a wrong type that were moved out of the way (see redis_mend).
+    `once`: what is refused, now or for good, is not asked again; its reply is None.
     """
 
     def __init__(
         self, asked: Sequence[Call | Command], scripts: Mapping[str, str], address: str, *, wait_for_rights: bool = False,
-        words: Callable[[Exception], str] = str,
+        words: Callable[[Exception], str] = str, on_mended: Callable[[str], None] = lambda text: None, once: bool = False,
     ) -> None:  # fmt: skip
         self.replies: list[Any] = [None] * len(asked)
         self.left = list(range(len(asked)))  # positions that have no reply yet
@@ -165,11 +167,16 @@ class Asking:
         self._address = address
         self._wait_for_rights = wait_for_rights
         self._words = words
+        self._on_mended = on_mended
+        self._once = once
         self._loading = False  # the server has forgotten our scripts
+        self._wrong: dict[str, dict[str, str]] = {}  # what keys begin with -> names and types of those to be mended
+        self._mended: set[str] = set()  # what the keys begin with that were
 
     def commands(self, digests: Mapping[str, Arg]) -> list[Command]:
-        """What to send: everything that has no reply."""
+        """What to send: everything that has no reply, and before it what is needed for there to be one."""
         sent: list[Command] = [("SCRIPT", "LOAD", text) for text in self._scripts.values()] if self._loading else []
+        sent += [mend(prefix, names) for prefix, names in self._wrong.items()]
         for position in self.left:
             asked = self._asked[position]
             sent.append(("EVALSHA", digests[asked.script], *asked.args) if isinstance(asked, Call) else asked)
@@ -177,21 +184,48 @@ class Asking:
 
     def hear(self, answers: Sequence[Any]) -> str:
         """Take the answers to `commands`. Why some have to be asked again later; "": none has. BrokerRefused: that is useless."""
+        first = len(answers) - len(self.left)
+        hopeless = self._hear_mended(answers[first - len(self._wrong) : first])
         again, trouble, unknown = [], "", False
-        for position, answer in zip(self.left, answers[len(answers) - len(self.left) :], strict=True):
+        for position, answer in zip(self.left, answers[first:], strict=True):
             if not isinstance(answer, Exception):
                 self.replies[position] = answer
                 continue
             verdict = judge(self._words(answer))
-            again.append(position)
             if verdict.code == "NOSCRIPT" and not self._loading:
                 unknown = True
+            elif verdict.code == "WRONGTYPE" and self._may_mend(self._asked[position], hopeless):
+                pass
+            elif self._once:
+                continue
             elif verdict.later or (self._wait_for_rights and verdict.code in RIGHTS):
                 trouble = verdict.text
             else:
-                raise BrokerRefused(f"{self._address}: {verdict.text}")
+                raise BrokerRefused(f"{self._address}: {'; '.join(filter(None, (verdict.text, *hopeless.values())))}")
+            again.append(position)
         self.left, self._loading = again, unknown
         return trouble
+
+    def _hear_mended(self, answers: Sequence[Any]) -> dict[str, str]:
+        """Take the answers to `mend`. Those that are errors, by what the keys begin with."""
+        failed = {}
+        for prefix, answer in zip(list(self._wrong), answers, strict=True):
+            del self._wrong[prefix]
+            if isinstance(answer, Exception):
+                failed[prefix] = f"it could not be moved out of the way: {judge(self._words(answer)).text}"
+                continue
+            self._mended.add(prefix)
+            for text in told(answer):
+                self._on_mended(text)
+        return failed
+
+    def _may_mend(self, asked: Call | Command, hopeless: Mapping[str, str]) -> bool:
+        """Have the keys looked at that this request uses; False when they were, and it is no use."""
+        prefix, names = suspects(asked.script, asked.args) if isinstance(asked, Call) else suspects("", asked)
+        if prefix in self._mended or prefix in hopeless:
+            return False
+        self._wrong.setdefault(prefix, {}).update(names)
+        return True
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ What state a job is in follows from where its id stands; nothing else says so. O
 writes nothing into the job's hash, and an acknowledgment only deletes: a run costs one HSET (enqueue) and one HMGET (reserve) of
 its own, and the rest is shared by the batch.
 
-Rule 1. A script checks first and writes last. What it reads by redis.call raises while nothing has changed yet.
+Rule 1. A script checks first and writes last. What it reads by redis.call raises while nothing has changed yet, so a structure of
+        a wrong type can be moved out of the way (to `corrupt:NAME:*`, see redis_mend) and the script be run again.
 Rule 2. What stands in one job's keys never raises: it is read by pcall, and a key of a wrong type is replaced.
 Rule 3. The first write is one that Redis allows when its memory is full (ZREM, HDEL, DEL): it then lets the script end, so a
         full Redis takes no new jobs but still works off those it has. Where that cannot be (enqueue), nothing has been written.

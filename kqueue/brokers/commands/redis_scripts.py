@@ -75,6 +75,8 @@ local due = next_due()
 local function answer(how) return {how, due and moment(due), lanes[1], lanes[2]} end
 
 redis.call('HLEN', leased)
+local registered = redis.call('ZSCORE', prefix .. 'epochs', epoch)
+if not registered then redis.call('HLEN', prefix .. 'owners') end
 local last = redis.call('GET', memory)
 last = last and cmsgpack.unpack(last) or {}
 if last[1] == request then
@@ -119,7 +121,7 @@ if #held > 0 then
     if #ids[index] > 0 then redis.call('ZREM', prefix .. 'ready:' .. name, unpack(ids[index])) end
   end
   redis.call('HSET', leased, unpack(held))
-  if not redis.call('ZSCORE', prefix .. 'epochs', epoch) then register(epoch, ARGV[2], ARGV[3]) end
+  if not registered then register(epoch, ARGV[2], ARGV[3]) end
   for _, key in ipairs(recovered) do redis.call('HDEL', key, 'epoch') end
   redis.call('SET', memory, cmsgpack.pack(taken))
 end
@@ -140,8 +142,6 @@ local at, ids = {}, {}
 for i = 5, others - 1, 2 do at[#at + 1] = i end
 for i = others, #ARGV, 12 do at[#at + 1] = i end
 for i, position in ipairs(at) do ids[i] = ARGV[position] end
-if others <= #ARGV then check_sets() end
-
 local settled, digits, ended, strays, seen = {}, {}, {}, {}, {}
 for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
   local id, n = ids[i], ARGV[at[i] + 1]
@@ -160,6 +160,7 @@ for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
 end
 answers = table.concat(digits)
 if #ended == 0 then return answers end
+if others <= #ARGV or #strays > 0 then check_sets() end
 
 redis.call('HDEL', leased, unpack(ended))
 if #strays > 0 then
@@ -210,6 +211,7 @@ local epoch, identity, recovered = ARGV[1], ARGV[2], 0
 beat(ARGV[3])
 register(epoch, identity, ARGV[3])
 local owners = identity ~= '' and redis.call('HGETALL', prefix .. 'owners') or {}
+for i = 1, #owners, 2 do redis.call('HLEN', prefix .. 'leased:' .. owners[i]) end
 for i = 1, #owners, 2 do
   if owners[i + 1] == identity and owners[i] ~= epoch and recovered < MAX_BATCH then
     recovered = recovered + recover(owners[i], MAX_BATCH - recovered)
@@ -228,6 +230,12 @@ return redis.call('EXISTS', prefix .. 'idle')
 
 # ARGV: lease in seconds  ->  recovered jobs; 1 when there is more to do (call again)
 _SWEEP = """
+check_sets()
+redis.call('STRLEN', prefix .. 'beat')
+redis.call('HLEN', prefix .. 'owners')
+for _, epoch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'epochs', '-inf', now, 'LIMIT', 0, MAX_BATCH)) do
+  redis.call('HLEN', prefix .. 'leased:' .. epoch)
+end
 local moved = move_due()
 local done = redis.call('ZRANGEBYSCORE', prefix .. 'done', '-inf', now, 'LIMIT', 0, MAX_BATCH)
 if #done > 0 then

@@ -258,7 +258,8 @@ def show(tx: Transaction, id: str) -> Row | None:
 
 def list_jobs(tx: Transaction, state: str | None, queue: str | None, limit: int) -> list[Row]:
     wanted = [(f"{column} = ?", value) for column, value in (("state", state), ("queue", queue)) if value is not None]
-    where = " AND ".join(test for test, _ in wanted) or "1"
+    others = "coalesce(state, '') <> 'done'" if state is None else "1"
+    where = " AND ".join([others, *(test for test, _ in wanted)])
     # Found first and read then, so that sorting a million jobs does not drag their envelopes along.
     found = f"SELECT rowid FROM kq_job WHERE {where} ORDER BY place, id LIMIT ?"
     rows = tx.db.execute(f"{_ROW} WHERE rowid IN ({found}) ORDER BY place, id", (*(value for _, value in wanted), limit))

@@ -1,0 +1,127 @@
+"""The registry: which jobs may run here, by name. Nothing but a registered name ever runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from .errors import ArgumentsDoNotFit, DuplicateJob, JobNotFound, UsageError
+from .options import JobOptions, checked_options
+
+
+class Registration(NamedTuple):
+    """A job that may run here. `target` is None in a supervisor that knows it only from the template's manifest."""
+
+    name: str
+    options: JobOptions
+    target: Callable[..., Any] | None  # the function, or the KQueueJob class
+    cooperative: bool  # its handler is a generator or coroutine function
+    module: str
+    signature: str = ""  # for people: "(to: str)"
+
+    @property
+    def isolated(self) -> bool:
+        """Whether it runs in a child: as declared, else by the kind of its handler."""
+        return not self.cooperative if self.options.isolated is None else self.options.isolated
+
+    @property
+    def lane(self) -> str:
+        return "isolated" if self.isolated else "inline"
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the handler: a generator or coroutine for a cooperative one, else its result. Raises ArgumentsDoNotFit."""
+        if self.target is None:
+            raise JobNotFound(f"job {self.name!r} is known from the manifest only; its code is not imported here")
+        bound = _call(self.target, self.name, args, kwargs)
+        return bound.handle() if isinstance(self.target, type) else bound
+
+
+def _call(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return target(*args, **kwargs)
+    except TypeError as error:
+        # Raised by the call itself (no frame of the target was entered): the arguments do not fit. `inspect` would tell
+        # beforehand, and cost the supervisor 1 MB.
+        here = error.__traceback__
+        if here is not None and here.tb_next is None:
+            raise ArgumentsDoNotFit(f"the arguments do not fit job {name!r}: {error}") from None
+        raise
+
+
+class Registry:
+    """Jobs by name. There is one per process, `registry`."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Registration] = {}
+
+    def add(self, registration: Registration) -> None:
+        """Register a job. DuplicateJob when another one has its name; the same code imported twice (`__main__`) is no other."""
+        old = self._jobs.get(registration.name)
+        if old is not None and _code(old) != _code(registration):
+            raise DuplicateJob(
+                f"two jobs are named {registration.name!r}, in {old.module} and in {registration.module}; give one a name="
+            )
+        self._jobs[registration.name] = registration
+
+    def learn(self, registration: Registration) -> None:
+        """Take a job from the template's manifest. One whose code is not here can run in a child only.
+
+        Of one whose code is here already, only how its signature reads is new.
+        """
+        known = self._jobs.get(registration.name)
+        if known is not None and known.target is not None:
+            self._jobs[registration.name] = known._replace(signature=registration.signature)
+        else:
+            isolated = registration._replace(options=registration.options._replace(isolated=True))
+            self._jobs[registration.name] = isolated
+
+    def get(self, name: str) -> Registration | None:
+        return self._jobs.get(name)
+
+    def names(self) -> list[str]:
+        return sorted(self._jobs)
+
+    def __iter__(self) -> Any:
+        return iter([self._jobs[name] for name in self.names()])
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+
+registry: Final = Registry()
+
+
+def _code(registration: Registration) -> tuple[str, int, str]:
+    target = registration.target
+    handler = getattr(target, "handle", None) if isinstance(target, type) else target
+    code = getattr(handler, "__code__", None)
+    place = (code.co_filename, code.co_firstlineno) if code is not None else (registration.module, 0)
+    return (*place, getattr(target, "__qualname__", ""))
+
+
+_GENERATOR, _COROUTINE, _ITERABLE_COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x100, 0x200  # inspect.CO_*, without inspect
+
+
+def _is_cooperative(handler: Any, name: str) -> bool:
+    """By the code flags of the function under any partial or method. UsageError for an async generator."""
+    while not hasattr(handler, "__code__"):
+        inner = getattr(handler, "func", None) or getattr(handler, "__func__", None) or getattr(handler, "__wrapped__", None)
+        if inner is None:
+            return False
+        handler = inner
+    flags = handler.__code__.co_flags
+    if flags & _ASYNC_GENERATOR:
+        raise UsageError(f"job {name!r} is an async generator (it both awaits and yields); use `async def` without yield")
+    return bool(flags & (_GENERATOR | _COROUTINE | _ITERABLE_COROUTINE))
+
+
+def register(target: Callable[..., Any], name: str, handler: Any, values: Mapping[str, Any]) -> Registration:
+    if not isinstance(name, str) or not 0 < len(name) <= 255 or not name.isprintable():
+        raise UsageError(f"a job's name is a printable text of 1 to 255 characters, not {name!r:.60}; give it a name=")
+    try:
+        options = checked_options(values)
+        registration = Registration(name, options, target, _is_cooperative(handler, name), target.__module__)
+    except UsageError as error:
+        raise UsageError(f"job {name!r}: {error}") from None
+    registry.add(registration)
+    return registration
