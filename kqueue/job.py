@@ -242,15 +242,18 @@ class JobFunction(Generic[P, R]):
 
     def job(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
         """Bind the arguments, dispatch nothing."""
-        return Dispatch[P](self.registration).job(*args, **kwargs)
+        return self._dispatch().job(*args, **kwargs)
 
     def dispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue it with these arguments; a handle. See `dispatch_many` for what it raises."""
-        return Dispatch[P](self.registration).dispatch(*args, **kwargs)
+        return self._dispatch().dispatch(*args, **kwargs)
 
     async def adispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """The same from an asyncio application."""
-        return await Dispatch[P](self.registration).adispatch(*args, **kwargs)
+        return await self._dispatch().adispatch(*args, **kwargs)
+
+    def _dispatch(self) -> Dispatch[P]:
+        return Dispatch(self.registration)
 
     def options(self, **options: Any) -> Dispatch[P]:
         """Options for one dispatch. See `dispatch_options`."""

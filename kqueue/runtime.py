@@ -35,7 +35,7 @@ from .execution.isolated import IsolatedExecutionStrategy
 from .ids import new_id
 from .intake import Intake
 from .job import BoundJob
-from .kernel import Abandoned, Clock, Kernel, Park, Task, sleep
+from .kernel import Abandoned, Clock, Kernel, Park, Task, join, sleep
 from .kernel.signals import Signals
 from .loading import template_config
 from .options import JobOptions
@@ -420,11 +420,14 @@ class KQueueRuntime:
     def _start(self) -> Steps:
         """Broker and template at once, since both take their time; then the loops."""
         self.isolated.link.configure(self.template())
-        for strategy in self._strategies.values():
-            yield from strategy.start()
-        if not self.broker.capabilities.durable:
-            self._upkeep.warn(f"{self.broker.address} keeps nothing: what waits when this process ends is gone")
-        recovered = yield from self.broker.open(self._owner, self._intake.queues, self._lease_s)
+        opening = self.kernel.spawn(self.broker.open(self._owner, self.queues, self._lease_s), name="open")
+        opening.on_end = lambda task: None  # its error is raised by the join
+        try:
+            for strategy in self._strategies.values():
+                yield from strategy.start()
+            recovered = yield join(opening)
+        finally:
+            self.kernel.cancel(opening, GeneratorExit())
         self._upkeep.recovered(recovered)
         yield from self._upkeep.publish()
         self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one

@@ -346,6 +346,13 @@ def test_what_a_stranger_may_leave_out() -> None:
     assert decode(b' {"job" : "b", "v":1, "id":"a", "more": [1], "trace": null, "timeout": null} ').options == {}
 
 
+def test_a_name_may_have_255_characters() -> None:
+    fields = {"v": 1, "id": "a", "job": "ß" * 255, "queue": "q" * 255}
+    assert decode(json.dumps(fields).encode()).job == "ß" * 255
+    with pytest.raises(EnvelopeError, match='"job" is not a printable text of 1 to 255 characters'):
+        decode(json.dumps({**fields, "job": "ß" * 256}).encode())
+
+
 def test_only_known_options_are_taken_from_an_envelope() -> None:
     fields = {"v": 1, "id": "a", "job": "b", **dict.fromkeys([*OPTIONS, "isolated", "start", "max_files"], 1)}
     assert decode(json.dumps(fields).encode()).options == dict.fromkeys(OPTIONS, 1)

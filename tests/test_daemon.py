@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kqueue import BoundJob, JobFailed, JobState, ResultNotKept
 from kqueue.dispatch import prepare
 from kqueue.options import DispatchOptions
 from tests.apps import inline
-from tests.daemon import ROOT, Daemon, alive, tree, wait_gone
+from tests.daemon import PATIENCE_S, ROOT, Daemon, alive, tree, wait_gone
 from tests.servers import RedisServer
 
 
@@ -96,7 +97,9 @@ def test_jobs_leave_no_fd_no_process_and_no_zombie_behind(daemon: Daemon) -> Non
     handles += daemon.dispatch(*[inline.offloads.job() for _ in range(10)], *[inline.too_long.job() for _ in range(5)])
     for handle in handles:
         assert handle.wait(20)
-    assert holds() == before
+    deadline = time.monotonic() + PATIENCE_S
+    while holds() != before:  # the last of them may be on its way out
+        assert time.monotonic() < deadline, (holds(), before)
 
 
 def test_a_job_with_one_id_in_two_queues_is_two_jobs(daemon: Daemon) -> None:

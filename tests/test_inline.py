@@ -339,6 +339,18 @@ def test_a_job_that_ends_in_time_hears_nothing(stage: Stage) -> None:
     assert stage.kernel.timers.next_deadline() is None
 
 
+def test_a_time_out_that_was_not_needed_hits_nobody_later(stage: Stage) -> None:
+    """Not even a task that goes on, with a second job or something else."""
+
+    def both() -> Any:
+        first = yield from stage.strategy.execute(stage.work(generator_job, 1, options={"timeout": 5}))
+        second = yield from stage.strategy.execute(stage.work(generator_job, 2, options={"timeout": 0}))
+        yield sleep(3600)
+        return first.cause, second.cause, second.duration_s
+
+    assert stage.kernel.run(both()) == ("ok", "ok", 0.5)
+
+
 def test_timeout_zero_is_no_limit(stage: Stage) -> None:
     def job() -> Any:
         yield sleep(1e6)
@@ -440,6 +452,15 @@ def test_asyncio_in_an_inline_job_says_what_to_use_instead(stage: Stage, job: Ca
     assert "no running event loop" in message(outcome)
     for words in ("kqueue.sleep", "kqueue.io", "isolated=True"):
         assert words in message(outcome)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), ValueError("no running event loop")])
+def test_other_errors_are_told_as_they_are(stage: Stage, error: Exception) -> None:
+    def job() -> Any:
+        yield
+        raise error
+
+    assert message(stage.run(job)) == f"{type(error).__name__}: {error}"
 
 
 def test_a_future_of_another_loop_says_so_too(stage: Stage) -> None:

@@ -173,6 +173,30 @@ def test_a_lane_that_is_busy_with_one_queue_does_not_upset_the_other_lane() -> N
     assert abs(shop.of_queue("a") - 100) <= 2
 
 
+def test_a_queue_that_ran_dry_keeps_no_debt_either() -> None:
+    queues = [QueueSpec("a"), QueueSpec("b", per_minute=1)]
+    shop = Shop(queues, {"a": {"inline": 500}, "b": {"inline": ENDLESS}}, {"inline": 1, "isolated": 0})
+    while shop.round():
+        shop.end_all()
+    assert (shop.of_queue("a"), shop.of_queue("b")) == (500, 1)
+    shop.intake._queues["b"].rate = RateWindow(0)
+    shop.stock["a"]["inline"] = ENDLESS
+    shop.order.clear()
+    for _ in range(80):
+        shop.take_all()
+        shop.end_all()
+    assert [queue for queue, _ in shop.order].count("a") >= 10
+
+
+def test_whoever_is_owed_most_is_asked_first_and_then_whoever_weighs_most() -> None:
+    queues = [QueueSpec("a"), QueueSpec("b"), QueueSpec("c", 2)]
+    shop = Shop(queues, {queue.name: {"inline": ENDLESS} for queue in queues}, {"inline": 1, "isolated": 0})
+    assert shop.intake.order() == ["c", "a", "b"]
+    shop.intake.started("c", "inline")
+    shop.intake.started("a", "inline")
+    assert shop.intake.order() == ["b", "c", "a"]
+
+
 # -- strict order --------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +333,14 @@ def test_a_job_that_did_not_run_after_all_is_given_back() -> None:
     assert (len(shop.order), shop.intake.remaining) == (5, 0), "four of them ran"
 
 
+def test_and_so_it_is_to_the_rate_of_all() -> None:
+    shop = Shop([QueueSpec("a"), QueueSpec("b")], {"a": {"inline": ENDLESS}, "b": {"inline": ENDLESS}}, per_minute=4)
+    shop.take_all()
+    shop.intake.give_back("b")
+    shop.take_all()
+    assert len(shop.order) == 5
+
+
 def test_what_was_never_taken_cannot_be_given_back() -> None:
     window = RateWindow(2)
     window.give_back()
@@ -395,9 +427,10 @@ def test_the_soonest_of_all_rates_is_waited_for() -> None:
 @pytest.mark.parametrize("queues", [1, 2, 4])
 def test_an_idle_round_asks_each_queue_once(queues: int) -> None:
     specs = [QueueSpec(f"q{number}") for number in range(queues)]
-    shop = Shop(specs, {spec.name: {} for spec in specs})
-    assert shop.round() == 0
-    assert shop.asks == queues
+    for limit, asks in [(0, queues), (50, queues), (1, 2 * queues)]:  # of one job at most, each lane is asked in its turn
+        shop = Shop(specs, {spec.name: {} for spec in specs}, concurrent=limit)
+        assert shop.round() == 0
+        assert shop.asks == asks
 
 
 def test_a_round_that_found_nothing_with_all_slots_free_need_not_be_repeated_for_a_slot() -> None:
@@ -407,3 +440,9 @@ def test_a_round_that_found_nothing_with_all_slots_free_need_not_be_repeated_for
     assert not shop.intake.has_slots(), "the queue's own limit is used up"
     shop.end()
     assert shop.intake.has_slots()
+    for lane in ("inline", "isolated"):
+        full = Shop([QueueSpec("q")], {"q": {lane: ENDLESS}}, {"inline": 5, "isolated": 2})
+        full.take_all()
+        assert not full.intake.has_slots(), f"the {lane} lane is full"
+    unserved = Shop([QueueSpec("q")], {"q": {}}, {"inline": 5, "isolated": 0})
+    assert unserved.intake.has_slots(), "a lane that is not served is not full"

@@ -371,6 +371,11 @@ def test_a_name_that_is_none_is_refused(name: Any) -> None:
         type("Wrong", (KQueueJob,), {"name": name, "handle": lambda self: None})
 
 
+def test_a_name_may_have_255_characters_and_be_in_any_language() -> None:
+    for name in ("x" * 255, "Rechnung verschicken", "发票", "a/b:c{d}"):
+        assert job(name=name)(lambda: None).registration.name == name
+
+
 def test_what_has_no_name_must_be_given_one() -> None:
     with pytest.raises(UsageError, match="give it a name="):
         job(functools.partial(print, "a"))

@@ -143,6 +143,7 @@ def test_or_is_buried_at_once_where_the_operator_wants_that() -> None:
     verdict = defer(lease(attempts=1), Outcome("refused", error=ERROR), bury=True)
     assert (verdict.then, verdict.settlement.verb) == ("dead", "bury")
     assert certificate_of(verdict)["error"]["message"] == "no"
+    assert certificate_of(verdict)["attempt"] == 2
 
 
 def test_a_job_in_the_wrong_lane_is_moved_at_no_cost() -> None:

@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,25 @@ def test_a_child_reads_its_frame_whole_and_no_byte_more(stream: Pair) -> None:
     ours.sendall(frame(wire.RUN, b"envelope") + frame(wire.REPLY, b"{}"))
     assert read_frame(its, (wire.RUN, wire.CALL)) == (wire.RUN, b"envelope")
     assert read_frame(its, (wire.REPLY,)) == (wire.REPLY, b"{}")
+
+
+class Drip:
+    """A socket that gives out three bytes at most, however much it is asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def recv(self, size: int) -> bytes:
+        piece, self.data = self.data[: min(size, 3)], self.data[min(size, 3) :]
+        return piece
+
+
+def test_a_child_reads_whole_frames_from_a_slow_socket() -> None:
+    drip: Any = Drip(frame(wire.RUN, b"envelope") + frame(wire.REPLY, b""))
+    assert read_frame(drip, (wire.RUN,)) == (wire.RUN, b"envelope")
+    assert read_frame(drip, (wire.REPLY,)) == (wire.REPLY, b"")
+    with pytest.raises(EOFError):
+        read_frame(drip, (wire.REPLY,))
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0", frame(wire.RUN, b"envelope")[:-1]])
@@ -229,6 +249,26 @@ def test_a_line_without_end_is_cut_and_never_gathered(length: int, pieces: int) 
     assert max(map(len, got)) <= MAX_LINE
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_of_a_flood_only_so_many_lines_are_read_and_the_rest_counted(size: int) -> None:
+    lines, got, flood = Lines(), [], b"".join(b"%d\n" % number for number in range(1000)) + b"unended"
+    most = 10
+    for start in range(0, len(flood), size):
+        got += lines.feed(flood[start : start + size], most - len(got))
+    assert got[:most] == [str(number) for number in range(most)]
+    assert len(got) <= most + 1
+    assert len(got) + lines.take_skipped() == 1000
+    assert lines.take_skipped() == 0
+    assert lines.rest() == ["unended"]
+
+
+def test_without_a_limit_nothing_is_skipped() -> None:
+    lines = Lines()
+    assert len(lines.feed(b"\n" * 5000)) == 5000
+    assert len(lines.feed(b"a\n" * 5, 5)) == 5
+    assert lines.take_skipped() == 0
+
+
 def test_the_tail_is_the_last_of_everything() -> None:
     dice = random.Random(1)
     tail, everything = Tail(), b""
@@ -265,3 +305,8 @@ def test_a_flood_is_held_back_by_the_second_and_counted() -> None:
     assert not rate.allows(100.99)
     assert rate.allows(101.0)
     assert rate.held_back == 51
+    assert rate.left(101.5) == LINES_PER_S - 1
+    assert rate.left(102.0) == LINES_PER_S
+    for _ in range(LINES_PER_S + 1):
+        rate.spend()
+    assert rate.left(102.5) == 0

@@ -123,8 +123,9 @@ class RedisBroker:
 
     def renew(self) -> Verb[None]:
         yield from self._release_surplus()
-        self._listed.difference_update(self._queues)  # somebody may have deleted that list
-        yield from self._list_queues(self._queues)
+        # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
+        listing = [("SADD", commands.QUEUES_KEY, *self._queues)]
+        yield from self._see_through(commands.Asking(listing, SCRIPTS, self.address, on_mended=self._mended, once=True))
         flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
         for queue, flag in zip(self._queues, flags, strict=True):
             if not flag and queue in self._idle:  # somebody took it away, and the ring was lost

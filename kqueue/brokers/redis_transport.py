@@ -28,7 +28,8 @@ from hiredis import ProtocolError, PushNotification, Reader, ReplyError
 from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.traps import PARKED, READ, WRITE, Park, Trap, sleep, wait_io
 from .base import Verb
-from .commands.redis import OLDEST, Arg, Command, Target, judge, pack
+from .commands.redis import OLDEST, Command, Target, judge, pack
+from .commands.redis_mend import Arg
 from .dial import dial, tls_context
 
 if TYPE_CHECKING:

@@ -98,6 +98,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     import resource
 
     from ..control import Control
+    from ..events import Warned
     from ..instance import Instance
     from ..loading import ImportFailed, import_modules, template_config
     from ..observe.logs import Logs
@@ -144,6 +145,9 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             control.start()
         except ConfigError as error:
             raise config.error("control.socket", str(error)) from None
+        if not runtime.broker.capabilities.durable:
+            warning = f"{runtime.broker.address} keeps nothing, and no other process can dispatch to it: set queue.url"
+            runtime.events.emit(Warned(warning))
         gc.freeze()  # what is here now is here to stay: no collection need look at it again
         try:
             return runtime.run(burst=options["burst"], max_jobs=options["max_jobs"], max_time_s=options["max_time"])

@@ -39,7 +39,7 @@ class Task:
     """One generator or coroutine that the kernel drives."""
 
     __slots__ = (
-        "context", "ended", "error", "generator", "grace_s", "joiners", "name", "on_end", "parked", "undo", "value",
+        "_joiners", "context", "ended", "error", "generator", "grace_s", "name", "on_end", "parked", "undo", "value",
         "wait_number",
     )  # fmt: skip
 
@@ -53,9 +53,16 @@ class Task:
         self.ended = False
         self.wait_number = 0  # rises with every wake, so that timers of earlier waits are stale
         self.undo: Callable[[], None] | None = None  # takes back what the trap registered; None: nothing
-        self.joiners: deque[Task] = deque()
+        self._joiners: deque[Task] | None = None
         self.on_end: Callable[[Task], None] | None = None  # called once, whatever the end; None: nobody cares
         self.grace_s: float | None = None  # set by the first cancel; None: never cancelled
+
+    @property
+    def joiners(self) -> deque[Task]:
+        """Who waits for its end. Made when it is first asked for: an empty deque is 700 bytes, and few tasks are joined."""
+        if self._joiners is None:
+            self._joiners = deque()
+        return self._joiners
 
     def __repr__(self) -> str:
         state = "ended" if self.ended else "parked" if self.parked else "ready"
@@ -271,7 +278,7 @@ class Kernel:
         task.ended = True
         task.parked = False
         task.value, task.error = value, error
-        heard = self.unpark(task.joiners, value, error=error)
+        heard = self.unpark(task._joiners, value, error=error) if task._joiners else 0
         if task.on_end is not None:
             try:
                 task.on_end(task)

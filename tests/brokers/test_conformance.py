@@ -402,7 +402,8 @@ def test_list_and_show_see_every_state(rig: Any) -> None:
     client.enqueue([new_job("ready"), new_job("delayed", delay_s=60), new_job("elsewhere", queue="mail")])
     states = {row.id: row.state for row in client.list(None, None, 100)}
     expected = {id: id for id in ("leased", "dead", "done", "ready", "delayed")} | {"elsewhere": "ready"}
-    assert states == expected
+    assert states == {id: state for id, state in expected.items() if id != "done"}
+    assert [row.id for row in client.list("done", None, 100)] == ["done"]
     assert [row.id for row in client.list("dead", None, 100)] == ["dead"]
     assert [row.id for row in client.list("ready", "mail", 100)] == ["elsewhere"]
     assert len(client.list(None, None, 2)) == 2
@@ -410,6 +411,23 @@ def test_list_and_show_see_every_state(rig: Any) -> None:
     assert client.show("dead", "q").certificates == (b'{"cause":"timeout"}',)
     assert client.show("nobody") is None
     assert client.stats()["q"]._asdict() == {"ready": 1, "delayed": 1, "leased": 1, "dead": 1}
+
+
+def test_kept_results_do_not_hide_what_waits(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job(f"done{n}", at=float(n)) for n in range(5)]))
+    for lease in reserve(rig, broker):
+        settle(rig, broker, lease, "ack", keep_s=60, result=b"1")
+    client.enqueue([new_job("waits")])
+    assert [row.id for row in client.list(None, None, 3)] == [row.id for row in client.list(None, "q", 3)] == ["waits"]
+    assert len(client.list("done", "q", 3)) == 3
+
+
+def test_a_queue_that_nobody_reads_is_counted_too(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    client.enqueue([new_job(queue="mistyped"), new_job()])
+    counts = rig.do(broker.stats())
+    assert {name: each.ready for name, each in counts.items() if any(each)} == {"mistyped": 1, "q": 1}
 
 
 def test_list_is_in_the_order_of_reservation(rig: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.brokers.commands.redis import judge, parse_url
+from kqueue.brokers.commands.redis_mend import GRACE_S, STRUCTURES
 from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, QueueFull, UsageError
 from kqueue.kernel import sleep
@@ -299,30 +301,174 @@ def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_ga
     assert (leases["bad"].envelope, leases["bad"].counters) == (None, Counters(recoveries=1))
 
 
-def test_a_structure_of_a_wrong_type_is_refused_with_its_reason(rig: RedisRig) -> None:
+def every_verb(rig: RedisRig, broker: Any) -> list[str]:
+    """All that a daemon does to "q", with two jobs beside what stands there; their ids as they were leased."""
+    rig.do(broker.enqueue([new_job("late", at=2e9 - 1e6), new_job("x", at=1.0), new_job("y", at=2.0)]))
+    rig.do(broker.sweep())
+    rig.do(broker.renew())
+    x, y = leases = reserve(rig, broker)
+    assert settle(rig, broker, [x], "bury", certificate=b"{}") == [SETTLED]
+    assert settle(rig, broker, [y], "ack", keep_s=60, result=b"1") == [SETTLED]
+    rig.do(broker.stats())
+    rig.do(broker.publish({"manifest:q": b"{}"}))
+    return ids(leases)
+
+
+WRONG = [*STRUCTURES, "leased:EPOCH", "last:EPOCH", "settled:EPOCH"]
+
+
+@pytest.mark.parametrize("value", [("SET", "x"), ("SADD", "x"), ("RPUSH", "x"), ("HSET", "x", "y"), ("ZADD", 1, "x")])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_structure_of_a_wrong_type_is_put_out_of_the_way_and_work_goes_on(
+    rig: RedisRig, name: str, value: tuple[Any, ...]
+) -> None:
+    broker = rig.broker(queues=("q", "other"))
+    key = "kq:{q}:" + name.replace("EPOCH", broker._owner.epoch)
+    rig.server.command("DEL", key)
+    rig.server.command(value[0], key, *value[1:])
+    right = rig.server.command("TYPE", key)
+    assert every_verb(rig, broker) == ["x", "y"]
+    warnings = [text for kind, text, _ in rig.news if kind == "warning"]
+    assert len(warnings) <= 1
+    assert {kind for kind, _, _ in rig.news} <= {"warning"}
+    moved: Any = rig.server.command("KEYS", "kq:{q}:corrupt:*")
+    assert len(moved) == len(warnings)
+    for text in warnings:
+        assert text.startswith(f"{key} held a ")
+        assert f"moved to {moved[0].decode()}, and work goes on; " in text
+        assert rig.server.command("TYPE", moved[0]) == right, "nothing is deleted"
+
+
+@pytest.mark.parametrize("name", [name for name in STRUCTURES if name not in ("idle", "hush")])
+def test_a_wrong_type_is_noticed_in_whatever_state_the_daemon_is(rig: RedisRig, name: str) -> None:
+    """Overwritten between any two verbs, too; each says nothing, does what it should, and the daemon goes on."""
+    broker = rig.broker()
+    for step in ("enqueue", "reserve", "settle", "sweep", "renew", "stats", "close"):
+        rig.do(broker.enqueue([new_job("x" + step), new_job("y" + step)]))
+        leases = reserve(rig, broker, 1) if step == "settle" else []
+        rig.server.commands([("DEL", f"kq:{{q}}:{name}"), ("SET", f"kq:{{q}}:{name}", "x")])
+        if step == "enqueue":
+            assert rig.do(broker.enqueue([new_job("z")])) == [True]
+        elif step == "reserve":
+            reserve(rig, broker)
+        elif step == "settle":
+            assert settle(rig, broker, leases, "bury") == [SETTLED] * len(leases)
+        else:
+            rig.do(getattr(broker, step)())
+    assert {kind for kind, _, _ in rig.news} <= {"warning"}
+
+
+def test_what_stands_in_another_structure_goes_on(rig: RedisRig) -> None:
+    dead, alive = rig.broker(lease_s=0.2), rig.broker(lease_s=30)
+    rig.do(dead.enqueue([new_job("held", at=1.0), new_job("waits", at=2.0), new_job("later", delay_s=0.1)]))
+    assert ids(reserve(rig, dead, 1)) == ["held"]
+    rig.server.commands([("DEL", READY), ("SET", READY, "x")])
+    rig.elapse(0.25)
+    assert rig.do(alive.sweep()) == {"q": 1}
+    assert sorted(ids(reserve(rig, alive))) == ["held", "later"], "only what stood in the destroyed set is gone"
+    assert "scan (kq:{q}:job:*)" in rig.news[0][1]
+
+
+def test_epochs_that_are_lost_are_found_by_their_owners(rig: RedisRig) -> None:
+    dead, alive = rig.broker(lease_s=30, identity="host"), rig.broker(lease_s=30)
+    rig.do(dead.enqueue([new_job("held")]))
+    reserve(rig, dead)
+    rig.server.command("SET", "kq:{q}:epochs", "x")
+    assert stats(rig, alive) == (0, 0, 1, 0)
+    score: Any = rig.server.command("ZSCORE", "kq:{q}:epochs", dead._owner.epoch)
+    assert 0 < float(score) - time.time() <= GRACE_S
+    assert rig.broker(identity="host").recovered == {"q": 1}
+
+
+def test_a_plain_acknowledgment_survives_it_as_well(rig: RedisRig) -> None:
+    """A recovered job's late acknowledgment takes it out of the sets, which are looked at before anything is written."""
+    late, other = rig.broker(lease_s=0.2), rig.broker(lease_s=30)
+    rig.do(late.enqueue([new_job("a", at=1.0), new_job("b", at=2.0)]))
+    leases = reserve(rig, late)
+    rig.elapse(0.25)
+    rig.do(other.sweep())
+    rig.server.command("SET", "kq:{q}:delayed", "x")
+    assert settle(rig, late, leases, "ack") == [SETTLED, SETTLED]
+    assert stats(rig, other) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("key", ["kq:queues", "kq:documents"])
+def test_what_all_queues_share_is_mended_as_well(rig: RedisRig, key: str) -> None:
+    rig.server.command("SET", key, "x")
     broker, client = rig.broker(), rig.make_client()
+    assert every_verb(rig, broker) == ["x", "y"]
+    assert client.stats().keys() == {"q"}
+    assert client.documents("") == {"manifest:q": b"{}"}
+    rig.server.commands([("DEL", key), ("SET", key, "x")])
+    rig.do(broker.renew())
+    rig.do(broker.publish({"manifest:q": b"{}"}))
+    assert client.stats().keys() == {"q"}
+    assert client.documents("") == {"manifest:q": b"{}"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_client_puts_it_out_of_the_way_too_and_says_so_in_its_log(
+    rig: RedisRig, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker, client = rig.broker(queues=("q", "q2")), rig.make_client()
+    key = "kq:{q2}:" + name.replace("EPOCH", broker._owner.epoch)
+    rig.server.commands([("DEL", key), ("SADD", key, "x")])
+    assert client.enqueue([new_job("a")]) == [True]
+    assert client.show("a").state == "ready"
+    assert {queue: each.ready for queue, each in client.stats().items()} == {"q": 1, "q2": 0}
+    assert [row.id for row in client.list(None, None, 10)] == ["a"]
+    assert client.cancel("a", b"{}") is True
+    assert client.enqueue([new_job("b", queue="q2")]) == [True]
+    assert all(f"{key} held a set instead of a " in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == len(rig.server.command("KEYS", "kq:{q2}:corrupt:*")) <= 1  # type: ignore[arg-type]
+
+
+def test_a_client_s_own_memory_is_mended_too(rig: RedisRig) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("a")])
+    (key,) = rig.server.command("KEYS", "kq:{q}:client:*")  # type: ignore[misc]
+    rig.server.commands([("DEL", key), ("RPUSH", key, "x")])
+    assert client.enqueue([new_job("b")]) == [True]
+
+
+def test_two_who_find_it_at_once_do_not_move_the_right_one_away(rig: RedisRig) -> None:
+    first, second = rig.broker(), rig.broker()
     rig.server.command("SET", READY, "x")
+    tasks = [rig.kernel.spawn(each.enqueue([new_job(id)])) for each, id in ((first, "a"), (second, "b"))]
+    rig.until(lambda: all(task.ended for task in tasks))
+    assert stats(rig, first)[0] == 2
+    assert len([kind for kind, _, _ in rig.news if kind == "warning"]) == 1
+
+
+def test_it_is_refused_only_when_it_stays_wrong(rig: RedisRig) -> None:
+    rig.server.command("SET", "elsewhere", "x")
+    wire = rig.make_client()._wire  # type: ignore[attr-defined]
     with pytest.raises(BrokerRefused, match=r"WRONGTYPE.*kq:\*"):
-        rig.do(broker.reserve("q", {"inline": 1}))
-    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
-        client.enqueue([new_job("a")])
-    rig.server.command("ZADD", "kq:{q}:delayed", 1, "due")
-    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
-        rig.do(broker.reserve("q", {"inline": 1}))
-    assert rig.server.command("ZREM", "kq:{q}:delayed", "due") == 1, "what is due has not left its place"
-    rig.server.command("DEL", READY)
-    assert client.enqueue([new_job("a")]) == [True], "nothing of it had been written"
-    leased = f"kq:{{q}}:leased:{broker._owner.epoch}"
-    rig.server.command("SET", leased, "x")
-    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
-        rig.do(broker.reserve("q", {"inline": 1}))
-    rig.server.command("DEL", leased)
-    (lease,) = reserve(rig, broker)
-    rig.server.command("SET", "kq:{q}:dead", "x")
-    with pytest.raises(BrokerRefused, match="WRONGTYPE"):
-        settle(rig, broker, [lease], "bury")
-    rig.server.command("DEL", "kq:{q}:dead")
-    assert settle(rig, broker, [lease], "bury") == [SETTLED]
+        wire.ask([("ZCARD", "elsewhere")])
+
+
+def test_who_may_not_rename_is_told_what_is_missing(rig: RedisRig) -> None:
+    rig.server.command("ACL", "SETUSER", "weak", "on", ">pw", "&*", "~kq:*", "+@all", "-rename")
+    try:
+        client = RedisClient(rig.server.url_for("weak", "pw"))
+        rig.clients.append(client)
+        rig.server.command("SET", READY, "x")
+        with pytest.raises(BrokerRefused, match=r"WRONGTYPE.*could not be moved out of the way: "):
+            client.enqueue([new_job("a")])
+    finally:
+        rig.server.command("ACL", "DELUSER", "weak")
+
+
+def test_queues_that_may_not_be_looked_at_do_not_hide_ours(rig: RedisRig) -> None:
+    rig.server.command("ACL", "SETUSER", "one", "on", ">pw", "&*", "~kq:{q}:*", "~kq:queues", "+@all")
+    try:
+        rig.make_client().enqueue([new_job("b", queue="theirs")])
+        rig.url = rig.server.url_for("one", "pw")
+        broker = rig.broker()
+        rig.do(broker.enqueue([new_job("a")]))
+        assert {queue: each.ready for queue, each in rig.do(broker.stats()).items()} == {"q": 1}
+    finally:
+        rig.server.command("ACL", "DELUSER", "one")
 
 
 # -- a full or unwilling Redis ----------------------------------------------------------------------------------------
@@ -495,7 +641,10 @@ def test_a_forked_child_and_its_parent_do_not_share_a_connection(rig: RedisRig) 
 
 def test_a_client_says_in_one_line_what_is_wrong(rig: RedisRig) -> None:
     nobody = RedisClient("redis://me:secret@127.0.0.1:1/0", patience_s=0)
-    with pytest.raises(BrokerUnavailable, match=r"^redis://127.0.0.1:1/0: .*refused.*is Redis running there\?$") as caught:
+    with pytest.raises(
+        BrokerUnavailable,
+        match=r"^redis://127.0.0.1:1/0: cannot connect: Connection refused; start Redis there, or correct the URL$",
+    ) as caught:
         nobody.enqueue([new_job()])
     assert "secret" not in str(caught.value)
     wrong = RedisClient(rig.server.url_for("me", "secret"), patience_s=0)

@@ -153,6 +153,7 @@ def test_who_ignores_its_cancellation_is_abandoned_after_its_grace(kernel: Kerne
     assert now(kernel) == 2
     assert ends == [task]
     assert kernel.abandoned == [task]
+    assert not task.parked
     kernel.run(later(after_s=3 * HOUR))
     assert log == ["ignored"], "it was never resumed, and never closed"
     kernel.close()

@@ -166,6 +166,28 @@ def test_live_timers_survive_when_the_heap_is_looked_through(kernel: Kernel) -> 
     assert [task.value for task in tasks] == delays
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_heap_is_in_order_whatever_was_taken_out_of_it(kernel: Kernel, seed: int) -> None:
+    def waiting() -> Any:
+        yield Park(deque())
+
+    dice = random.Random(seed)
+    task = kernel.spawn(waiting())
+    kernel.turn()
+    timers, live = kernel.timers, []
+    for _ in range(5000):
+        when = dice.random()
+        timer = kernel.throw_at(task, when, Stop(), 1)
+        if dice.random() < 0.8:
+            timer.cancel()
+        else:
+            live.append((when, timer))
+    assert timers.next_deadline() == min(live)[0]
+    due = [timer for timer in timers.pop_due(0.5) if not timer.stale]
+    assert due == [timer for when, timer in sorted(live, key=lambda entry: entry[0]) if when <= 0.5]
+    assert timers.next_deadline() == min(when for when, _ in live if when > 0.5)
+
+
 def test_thousands_of_time_outs_at_one_moment_fire_once_each(kernel: Kernel) -> None:
     """Each of them arms another timer, the end of the grace, while the heap is being emptied."""
     thrown: list[int] = []

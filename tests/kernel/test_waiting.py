@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from kqueue.kernel import (
+    PARKED,
     READ,
     WRITE,
     Kernel,
     Park,
     Task,
+    Trap,
     join,
     run,
     sleep,
@@ -59,6 +61,20 @@ def test_one_task_may_wait_for_both_directions_and_hears_which(kernel: Kernel, p
     assert kernel.run(wait()) == WRITE
     theirs.send(b"x")
     assert kernel.run(wait()) == READ | WRITE
+
+
+def test_a_direction_that_nobody_waits_for_any_longer_wakes_nobody(kernel: Kernel, pair: Pair) -> None:
+    """An fd is nearly always writable, so the loop would spin until the reader's wait is over."""
+    ours, _ = pair
+
+    def wait(events: int, timeout_s: float | None) -> Any:
+        return (yield wait_io(ours.fileno(), events, timeout_s))
+
+    reader, writer = kernel.spawn(wait(READ, 5)), kernel.spawn(wait(WRITE, None))
+    for _ in range(5):
+        if not reader.ended:
+            kernel.turn()
+    assert (writer.value, reader.value, now(kernel)) == (WRITE, 0, 5)
 
 
 def test_a_second_waiter_for_a_direction_is_refused_and_told_who_has_it(kernel: Kernel, pair: Pair) -> None:
@@ -265,6 +281,7 @@ def test_who_no_longer_waits_for_a_process_holds_no_pidfd(kernel: Kernel) -> Non
     kernel.cancel(task, Stop())
     ending(kernel, task)
     assert open_fds() == before
+    assert len(kernel.poller) == 0
 
 
 @pytest.mark.parametrize("pid", [-1, 0, "1", 10**20])
@@ -299,6 +316,24 @@ def test_the_longest_waiting_is_woken_first(kernel: Kernel) -> None:
     assert kernel.unpark(queue, "nobody is left", count=3) == 0
     ending(kernel, *tasks)
     assert [task.value for task in tasks] == ["one", "two", "two", "rest", "rest"]
+
+
+def test_a_trap_that_takes_nothing_back_is_taken_out_of_the_queue_all_the_same(kernel: Kernel) -> None:
+    class Simple(Trap):
+        def arm(self, kernel: Kernel, task: Task) -> Any:
+            queue.append(task)
+            return PARKED
+
+    def job() -> Any:
+        return (yield Simple())
+
+    queue: deque[Task] = deque()
+    tasks = [kernel.spawn(job()) for _ in range(3)]
+    kernel.turn()
+    assert kernel.unpark(queue, "value", count=2) == 2
+    assert list(queue) == tasks[2:]
+    assert kernel.unpark(queue, "value") == 1
+    ending(kernel, *tasks)
 
 
 def test_a_queue_can_raise_in_all_who_wait(kernel: Kernel) -> None:

@@ -200,8 +200,10 @@ class Asking:
                 continue
             elif verdict.later or (self._wait_for_rights and verdict.code in RIGHTS):
                 trouble = verdict.text
+            elif verdict.code == "WRONGTYPE" and self._wait_for_rights and hopeless:
+                trouble = "; ".join((verdict.text, *hopeless.values()))
             else:
-                raise BrokerRefused(f"{self._address}: {'; '.join(filter(None, (verdict.text, *hopeless.values())))}")
+                raise BrokerRefused(f"{self._address}: {'; '.join((verdict.text, *hopeless.values()))}")
             again.append(position)
         self.left, self._loading = again, unknown
         return trouble

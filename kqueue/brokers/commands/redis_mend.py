@@ -36,8 +36,8 @@ _OWN: Final[Mapping[str, Sequence[tuple[str, int, str]]]] = {
 # KEYS: what the keys begin with. ARGV: what the new names begin with, what they end with, grace; then names and types, in pairs
 # ->    for each one moved: its key, the type found, the type it should have, its new name
 #
-# The epochs are known by two structures. When the one that sweeps go by is lost, it is made anew from the other, so that what dead
-# epochs hold is recovered all the same; those that live renew before their grace (in seconds) is over.
+# The epochs are known by two structures. When the one that sweeps go by is lost, it is made anew from the other, so that what
+# dead epochs hold is recovered all the same; those that live renew before their grace (in seconds) is over.
 MEND: Final = """
 local prefix, moved = KEYS[1], {}
 local function look(name, kind)
@@ -80,7 +80,7 @@ def suspects(script: str, args: Sequence[Arg]) -> tuple[str, dict[str, str]]:
     if text in GLOBAL:
         return text, {"": GLOBAL[text]}
     base, _, name = text.partition("}:")
-    own = {f"{start}{args[position]}": kind for start, position, kind in _OWN.get(script, ())}
+    own = {f"{start}{args[position]!s}": kind for start, position, kind in _OWN.get(script, ())}
     if name.startswith("leased:"):
         own[name] = "hash"
     return base + "}:", {**STRUCTURES, **own}
@@ -88,7 +88,7 @@ def suspects(script: str, args: Sequence[Arg]) -> tuple[str, dict[str, str]]:
 
 def mend(prefix: str, names: Mapping[str, str]) -> Sequence[Arg]:
     """The command that moves what is wrong of `suspects` out of the way. By its text, since hardly anybody ever needs it."""
-    # In a cluster the new name must be in the slot of the old one; and `kq:` is all that a user of KQueue may be allowed to write.
+    # In a cluster the new name must be in the slot of the old one; and a user of KQueue may have the rights to `kq:*` only.
     where = f"{prefix}corrupt:" if prefix not in GLOBAL else f"kq:{{{prefix}}}:corrupt"
     pairs = [part.encode("utf-8", "surrogateescape") for pair in names.items() for part in pair]
     return ("EVAL", MEND, 1, prefix, where, os.urandom(4).hex(), int(GRACE_S), *pairs)
@@ -110,6 +110,6 @@ def _sentence(key: str, found: str, kind: str, to: str) -> str:
     else:
         lost = f"jobs that stood only there are not found again without a scan ({base}}}:job:*), so dispatch them again"
     return (
-        f"{key} held a {found} instead of a {kind}: something else than KQueue wrote there. It was moved to {to}, and work goes on; "
-        f"{lost}. Find who wrote it, then delete {to}"
+        f"{key} held a {found} instead of a {kind}: something else than KQueue wrote there. It was moved to {to}, "
+        f"and work goes on; {lost}. Find who wrote it, then delete {to}"
     )

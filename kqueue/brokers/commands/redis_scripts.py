@@ -78,7 +78,8 @@ redis.call('HLEN', leased)
 local registered = redis.call('ZSCORE', prefix .. 'epochs', epoch)
 if not registered then redis.call('HLEN', prefix .. 'owners') end
 local last = redis.call('GET', memory)
-last = last and cmsgpack.unpack(last) or {}
+local readable, taken_before = pcall(cmsgpack.unpack, last or '')
+last = readable and type(taken_before) == 'table' and taken_before or {}
 if last[1] == request then
   for i, n in ipairs(redis.call('HMGET', leased, unpack(last, 2))) do
     local id = last[i + 1]
