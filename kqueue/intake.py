@@ -41,12 +41,14 @@ class RateWindow:
             self._taken.append((now, count))
             self._used += count
 
-    def give_back(self) -> None:
-        """One that was taken last did not run after all."""
-        if self._taken and self._taken[-1][1]:
-            when, count = self._taken[-1]
-            self._taken[-1] = (when, count - 1)
-            self._used -= 1
+    def give_back(self, when: float) -> None:
+        """One of those that were taken at `when` did not run after all."""
+        for position in range(len(self._taken) - 1, -1, -1):
+            taken_at, count = self._taken[position]
+            if taken_at == when and count:
+                self._taken[position] = (when, count - 1)
+                self._used -= 1
+                return
 
     def opens_in_s(self, now: float) -> float | None:
         """Seconds until another may be taken; None: one may now."""
@@ -111,6 +113,7 @@ class Intake:
         self._per_minute = per_minute
         self._rate = RateWindow(per_minute)
         self._clock = clock
+        self.taken_at = 0.0  # when the last jobs were taken
         self.remaining = max_jobs or None  # jobs that may still be taken in this process's life; None: any number
         self.running = dict.fromkeys(LANES, 0)
 
@@ -184,17 +187,17 @@ class Intake:
     def got(self, ask: Ask, count: int) -> None:
         """`ask` brought `count` jobs. Each of them is `started` next."""
         queue = self._queues[ask.queue]
-        now = self._clock()
+        now = self.taken_at = self._clock()
         self._rate.take(count, now)
         queue.rate.take(count, now)
         if self.remaining is not None:
             self.remaining -= count
         queue.lanes.rotate()
 
-    def give_back(self, name: str) -> None:
+    def give_back(self, name: str, taken_at: float) -> None:
         """A job of queue `name` was taken and did not run: it was moved to its lane, or nobody here knows it."""
-        self._rate.give_back()
-        self._queues[name].rate.give_back()
+        self._rate.give_back(taken_at)
+        self._queues[name].rate.give_back(taken_at)
         if self.remaining is not None:
             self.remaining += 1
 

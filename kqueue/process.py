@@ -1,11 +1,23 @@
-"""What /proc says of a process. Reading it costs a few microseconds; psutil, which knows much more, costs the supervisor 4 MB."""
+"""What the system says of a process: its memory, and the names of signals.
+
+Reading /proc costs a few microseconds; psutil, which knows much more, costs the supervisor 4 MB.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import Final
 
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def signal_name(number: int) -> str:
+    """"SIGKILL"; of the real-time signals between the first and the last, which have no names, "SIG40"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"
 
 
 def resident_mib(pid: int | str = "self") -> float:

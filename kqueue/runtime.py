@@ -54,12 +54,14 @@ SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays w
 class Held:
     """A lease that this process holds, while its job runs."""
 
-    __slots__ = ("context", "job", "lease", "options", "started", "strategy", "task")
+    __slots__ = ("context", "job", "key", "lease", "options", "started", "strategy", "taken_at", "task")
 
     task: Task
 
-    def __init__(self, lease: Lease, started: float) -> None:
+    def __init__(self, lease: Lease, started: float, taken_at: float) -> None:
         self.lease = lease
+        self.key = (lease.queue, lease.token.id)
+        self.taken_at = taken_at  # when the intake wrote it down
         self.started = started  # by the kernel's clock
         self.job = ""  # its name, once the envelope is decoded
         self.strategy = lease.lane
@@ -104,6 +106,7 @@ class KQueueRuntime:
         self.processed = 0  # attempts that ended, whatever came of them
         self.failed = 0
         self.held: set[Held] = set()
+        self._newest: dict[tuple[str, str], Held] = {}  # by queue and id
         self._specs = [QueueSpec(queue) if isinstance(queue, str) else queue for queue in queues]
         self._strict_order = strict_order
         self._slots = {"inline": max_inline, "isolated": max_isolated}
@@ -196,10 +199,12 @@ class KQueueRuntime:
     def _ended(self, held: Held, task: Task) -> None:
         """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""
         self.held.discard(held)
+        if self._newest.get(held.key) is held:
+            del self._newest[held.key]
         self._intake.ended(held.lease.queue, held.lease.lane)
         ended: _Ended = task.value if task.error is None else self._mishap(held, task.error)
         if not ended.ran:
-            self._intake.give_back(held.lease.queue)
+            self._intake.give_back(held.lease.queue, held.taken_at)
         self._unsettled.append(ended)
         if self._settler:
             self.kernel.unpark(self._settler)
@@ -259,19 +264,14 @@ class KQueueRuntime:
         return took, next_due_s
 
     def _start_life(self, lease: Lease) -> None:
-        if lease.counters.recoveries:
-            self._give_up_older(lease)
-        held = Held(lease, self.kernel.clock.monotonic())
+        held = Held(lease, self.kernel.clock.monotonic(), self._intake.taken_at)
+        older, self._newest[held.key] = self._newest.get(held.key), held
+        if older is not None:  # it was recovered, and came back to us while its first run still goes on
+            self._end(older, "its lease was lost, and it runs again")
         self.held.add(held)
         held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
         held.task.on_end = partial(self._ended, held)
         self._intake.started(lease.queue, lease.lane)
-
-    def _give_up_older(self, lease: Lease) -> None:
-        """A job that was recovered came back to us while its first run still goes on: that one's lease is lost."""
-        for held in list(self.held):
-            if held.lease.token.id == lease.token.id and held.lease.queue == lease.queue:
-                self._end(held, "its lease was lost, and it runs again")
 
     def _is_finished(self) -> bool:
         """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
@@ -414,6 +414,11 @@ class KQueueRuntime:
         yield from self._finish()
         return self.exit_code
 
+    def _opened(self, opening: Task, starting: Task | None) -> None:
+        """A broker that refuses need not wait for the template's imports to be heard."""
+        if opening.error is not None and opening.grace_s is None and starting is not None:
+            self.kernel.cancel(starting, opening.error)
+
     def _started(self, task: Task) -> None:
         self.kernel.unpark(self._stopper)
 
@@ -421,7 +426,8 @@ class KQueueRuntime:
         """Broker and template at once, since both take their time; then the loops."""
         self.isolated.link.configure(self.template())
         opening = self.kernel.spawn(self.broker.open(self._owner, self.queues, self._lease_s), name="open")
-        opening.on_end = lambda task: None  # its error is raised by the join
+        starting = self.kernel.current
+        opening.on_end = lambda task: self._opened(task, starting)
         try:
             for strategy in self._strategies.values():
                 yield from strategy.start()

@@ -185,6 +185,14 @@ def test_jobs_can_be_chosen_by_state_and_queue_and_limited(home: Home) -> None:
     assert listed("--state", "dead") == set()
 
 
+def test_those_that_are_done_are_listed_only_when_asked_for(home: Home) -> None:
+    home.dispatch("cli_returns", "--args", "[1]")
+    home.run_all()
+    waiting = home.dispatch("cli_returns", "--args", "[2]", "--delay", "1h")
+    assert [row["id"] for row in home.kqueue("jobs", "--json").json] == [waiting]
+    assert [row["state"] for row in home.kqueue("jobs", "--state", "done", "--json").json] == ["done"]
+
+
 def test_show_has_all_of_a_dead_job_with_its_certificates_the_newest_last(home: Home) -> None:
     home.client.dispatch([fails.job("luck")])
     home.run_all()
@@ -200,7 +208,7 @@ def test_show_has_all_of_a_dead_job_with_its_certificates_the_newest_last(home: 
 def test_a_result_is_shown_as_it_is_carried(home: Home) -> None:
     home.client.dispatch([returns.job(date(2026, 11, 24))])
     home.run_all()
-    (done,) = home.kqueue("jobs", "--json").json
+    (done,) = home.kqueue("jobs", "--state", "done", "--json").json
     shown = home.kqueue("show", done["id"], "--json").json
     assert shown["state"] == "done"
     assert shown["args"] == [shown["result"]] == [{"$kq": "date", "v": "2026-11-24"}]
@@ -244,6 +252,22 @@ def test_garbage_in_the_sets_of_redis_shows_too(make_home: MakeHome, redis_serve
     page = home.kqueue("jobs").out
     assert "\\n{}" in page
     assert page.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", ["ready:inline", "delayed", "epochs", "owners", "done", "dead", "beat", "idle"])
+def test_a_broken_structure_of_one_queue_stops_neither_the_daemon_nor_the_others(
+    make_home: MakeHome, redis_server: RedisServer, name: str
+) -> None:
+    redis_server.command("FLUSHALL")
+    home = make_home(redis_server.url)
+    home.client.store.enqueue([])
+    redis_server.commands([("SADD", "kq:queues", "default", "mail"), ("SADD", f"kq:{{mail}}:{name}", "x")])
+    id = home.dispatch("cli_returns", "--args", "[1]")
+    home.run_all()
+    assert home.kqueue("show", id, "--json").json["state"] == "done"
+    assert home.kqueue("status").code == 0
+    moved: Any = redis_server.command("KEYS", "kq:{mail}:corrupt:*")
+    assert len(moved) == (name != "idle")
 
 
 def test_json_output_is_json_whatever_a_queue_holds(sqlite_home: Home) -> None:
@@ -369,7 +393,7 @@ def test_an_error_is_one_line_and_an_exit_code(
 @pytest.mark.parametrize(
     ("url", "code", "words"),
     [
-        ("redis://127.0.0.1:1/0", 4, "refused"),
+        ("redis://127.0.0.1:1/0", 4, ":1/0: cannot connect: Connection refused; start Redis there, or correct the URL\n"),
         ("sqlite:////proc/nowhere/q.db", 4, "make /proc/nowhere a directory"),
         ("memory://here", 2, "no other process can reach it; use sqlite:///"),
     ],
@@ -427,6 +451,20 @@ def test_init_elsewhere_says_how_to_get_there(sqlite_home: Home) -> None:
     assert ended.json == {"files": ["new/kqueue.yaml", "new/app/jobs.py"]}
     assert (sqlite_home.directory / "new/app/__init__.py").read_text() == "mine = True\n"
     assert "kqueued -c other/kqueue.yaml" in sqlite_home.kqueue("init", "other").out
+
+
+def test_init_where_nothing_may_be_written_is_one_line(sqlite_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = sqlite_home.kqueue("init", "/proc/nowhere")
+    assert (ended.code, ended.err) == (
+        2, "kqueue: cannot write /proc/nowhere/kqueue.yaml: No such file or directory; make that directory writable, "
+        "or name another\n",
+    )  # fmt: skip
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.makedirs", refuse)
+    assert "cannot write new/kqueue.yaml: Permission denied; " in sqlite_home.kqueue("init", "new").err
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------------

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from kqueue import job
-from kqueue.brokers.base import NewJob
+from kqueue.brokers.base import Counters, NewJob, Row
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.client import Client, open_store
+from kqueue.client.handle import Handle
 from kqueue.client.memory import MemoryClient
 from kqueue.client.published import LOOK_AGAIN_S, NO_LIMITS, read_limits, read_manifest
 from kqueue.codec import decode, to_json
 from kqueue.dispatch import describe
-from kqueue.errors import EnvelopeError, JobNotFound, QueueFull, UsageError
+from kqueue.errors import EnvelopeError, JobFailed, JobNotFound, QueueFull, UsageError
 from kqueue.job import BoundJob
 from kqueue.options import DispatchOptions, JobOptions
 from kqueue.registry import Registration
@@ -214,6 +215,16 @@ def test_what_is_no_document_counts_as_not_published(garbage: bytes) -> None:
     assert set(read_manifest({"manifest:a": garbage, "manifest:b": good})) == {"client_plain"}
     assert read_limits({"limits:a": garbage}).get("a", NO_LIMITS) == NO_LIMITS
     assert read_limits({"limits:a": b'{"queue_depth": "many"}', "limits:b": b'{"queue_depth": 1}'})["b"].queue_depth == 1
+
+
+@pytest.mark.parametrize("certificate", [b"\xff", b"[1]", b"7", b"{}", b'{"error": {}}', b'{"error": "x"}', b'{"error": [1]}'])
+def test_a_certificate_that_cannot_be_read_is_no_crash(certificate: bytes) -> None:
+    class Garbled(MemoryClient):
+        def show(self, id: str, queue: str | None = None) -> Row:
+            return Row(id, "q", "dead", "inline", 0, 0.0, Counters(), b"", None, (certificate,))
+
+    with pytest.raises(JobFailed, match=r"^job a is dead: its last certificate cannot be read"):
+        Handle(Garbled(MemoryStore()), "a", None).result(timeout=1)
 
 
 def test_threads_share_a_client(world: World) -> None:

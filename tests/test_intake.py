@@ -323,7 +323,7 @@ def test_a_job_that_did_not_run_after_all_is_given_back() -> None:
     shop = Shop([QueueSpec("a", per_minute=3)], {"a": {"inline": ENDLESS}}, max_jobs=4, per_minute=5)
     shop.take_all()
     assert (len(shop.order), shop.intake.remaining) == (3, 1)
-    shop.intake.give_back("a")
+    shop.intake.give_back("a", shop.intake.taken_at)
     shop.end_all()
     shop.take_all()
     assert (len(shop.order), shop.intake.remaining) == (4, 1), "the rate lets one more through, and no second one"
@@ -336,18 +336,30 @@ def test_a_job_that_did_not_run_after_all_is_given_back() -> None:
 def test_and_so_it_is_to_the_rate_of_all() -> None:
     shop = Shop([QueueSpec("a"), QueueSpec("b")], {"a": {"inline": ENDLESS}, "b": {"inline": ENDLESS}}, per_minute=4)
     shop.take_all()
-    shop.intake.give_back("b")
+    shop.intake.give_back("b", shop.intake.taken_at)
     shop.take_all()
     assert len(shop.order) == 5
 
 
+def test_what_is_given_back_is_that_which_was_taken_then() -> None:
+    window = RateWindow(5)
+    for when in (0, 1, 2):
+        window.take(1, when)
+    for when in (0, 1, 2):
+        window.give_back(when)
+    assert window.left(2) == 5
+    window.take(5, 70)
+    window.give_back(2)  # long ago: it is in no window any more
+    assert window.left(70) == 0
+
+
 def test_what_was_never_taken_cannot_be_given_back() -> None:
     window = RateWindow(2)
-    window.give_back()
+    window.give_back(0)
     assert window.left(0) == 2
     window.take(1, 0)
-    window.give_back()
-    window.give_back()
+    window.give_back(0)
+    window.give_back(0)
     assert window.left(0) == 2
 
 

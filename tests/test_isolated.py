@@ -131,6 +131,7 @@ def test_usage_and_limits_stand_in_the_certificate(bench: Bench) -> None:
         ("raises", ["JobCancelled"], "exception", "job", "retry", "JobCancelled"),
         ("raises", ["JobTimedOut"], "exception", "job", "retry", "JobTimedOut"),
         ("generator_that_never_ends", [], "timeout", "supervisor", "retry", "JobTimedOut"),
+        ("kills_itself", [40], "signal", "operator", "retry", "signal: SIG40"),
         ("closes_its_socket", [], "exit", "job", "retry", "exit: status 70"),
     ],
 )
@@ -261,6 +262,20 @@ def test_a_child_dispatches_through_the_supervisor(bench: Bench) -> None:
     assert len(ran.result) == 3
     rows = [bench.client.show(id) for id in ran.result]
     assert [(row.state, row.lane) for row in rows] == [("delayed", "isolated")] * 3
+
+
+def test_a_child_may_dispatch_more_than_a_frame_takes(bench: Bench) -> None:
+    ran = bench.one("dispatches", 1201)
+    assert len(ran.result) == 1201
+    assert bench.client.stats()["default"].delayed == 1201
+
+
+def test_more_children_at_once_than_the_template_s_socket_takes_requests(bench: Bench) -> None:
+    from tests.apps import zoo
+
+    ran = bench.run(*[zoo.add.job(n) for n in range(250)], max_isolated=200)
+    assert [each.result for each in ran] == list(range(250))
+    assert bench.of(events.Warned) == []
 
 
 def test_progress_of_a_child_is_told(bench: Bench) -> None:

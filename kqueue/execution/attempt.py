@@ -22,6 +22,7 @@ from ..errors import JobCancelled
 from ..events import Events, JobOutput
 from ..kernel import READ, WRITE, Kernel, Task, wait_any
 from ..outcome import Outcome
+from ..process import signal_name
 from . import wire
 from .child_frames import Enqueue, Failure, Progress, Result, parse
 from .link import Child
@@ -31,6 +32,8 @@ Steps = Generator[Any, Any, Any]
 EnqueueFromChild = Callable[[Sequence[NewJob]], Steps]
 
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
+LAST_WORDS: Final = 100
+DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
 
 # Who sends these when the supervisor did not: the kernel, for what the process did.
 _FROM_KERNEL: Final = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGXCPU", "SIGXFSZ", "SIGTRAP")
@@ -61,6 +64,7 @@ class Attempt:
         self._outbox = bytearray()
         self._enqueuing: Task | None = None  # what it dispatched is on its way; until then it is not listened to
         self._watcher: Task | None = None
+        self._last_words: int | None = None  # how much more progress is heard, once the child has ended; None: it has not
 
     def watch(self, first: bytes, exited: Callable[[Child], Steps]) -> Steps:
         """Send it `first` and stay with it to its end. `exited`: waits until the template has reported that."""
@@ -78,7 +82,8 @@ class Attempt:
             try:
                 ready = yield wait_any(fds, None if deadline is None else max(0.0, deadline - clock.monotonic()))
             except JobCancelled:
-                deadline = self._end("cancelled")
+                if self._why != "timeout":  # which is counted, whatever comes after it
+                    deadline = self._end("cancelled")
                 continue
             if child.pidfd in ready:
                 break
@@ -168,7 +173,10 @@ class Attempt:
     def _hear(self, said: Result | Failure | Progress | Enqueue) -> None:
         if isinstance(said, (Result, Failure)):
             self._said = self._said or said
+        elif self._last_words == 0 or (self._last_words is not None and isinstance(said, Enqueue)):
+            return  # a process that ended waits for no answer; and who still talks now is none of ours
         elif isinstance(said, Progress):
+            self._last_words = self._last_words and self._last_words - 1
             self._context.fraction, self._context.note = said
             self._context.services.progress(self._context)
         elif self._enqueuing is not None:
@@ -190,7 +198,8 @@ class Attempt:
 
     def _drain(self) -> None:
         """Read what was written before the end, and not a byte more than is there: a grandchild may hold the other end."""
-        for _ in range(wire.MAX_FRAME // READ_SIZE):
+        self._last_words = LAST_WORDS
+        for _ in range(DRAIN_SIZE // READ_SIZE):
             if self._said is not None or not self._take_frames() or not _readable(self._child.socket.fileno()):
                 break
         for fd, (stream, lines) in self._lines.items():
@@ -217,7 +226,7 @@ class Attempt:
 
     def _verdict(self) -> Outcome:
         exit = self._child.exit
-        signaled = signal.Signals(os.WTERMSIG(exit.status)).name if exit and os.WIFSIGNALED(exit.status) else None
+        signaled = signal_name(os.WTERMSIG(exit.status)) if exit and os.WIFSIGNALED(exit.status) else None
         code = os.WEXITSTATUS(exit.status) if exit and os.WIFEXITED(exit.status) else None
         if isinstance(self._said, Result):
             return Outcome("ok", result=self._said.json, exit_code=code, signal=signaled)

@@ -1,6 +1,7 @@
 """The seam between the runtime and the ways to run a job.
 
-Rule 1. `execute` is a generator of traps that returns an Outcome, whatever the job does. It raises only NotStarted.
+Rule 1. `execute` is a generator of traps that returns an Outcome, whatever the job does.
+        It raises only NotStarted, and ImportFailed where there can be no child.
 Rule 2. Only the runtime settles a lease: a strategy cannot lose a job, and knows no broker.
 Rule 3. Cancelling is `kernel.cancel(task, JobCancelled(...))`; a strategy then ends the job and returns "cancelled".
 """

@@ -14,15 +14,15 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from setproctitle import setproctitle
 
 from .. import codec
 from ..context import JobContext, enter
-from ..dispatch import prepare
+from ..dispatch import NewJob, prepare
 from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError
 from ..job import BoundJob, JobHandle, set_dispatcher
 from ..kernel import READ, Kernel, wait_io
@@ -31,7 +31,10 @@ from ..registry import registry
 from ..states import JobState
 from . import limits, wire
 from .base import SECRETS, unpacked
+from .child_frames import MAX_JOBS
 from .inline import result_json
+
+PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE, which JSON may make longer
 
 
 def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> NoReturn:
@@ -207,6 +210,11 @@ class _Child:
 
     def _enqueue(self, jobs: Sequence[BoundJob]) -> list[str]:
         prepared = [prepare(bound, bound.registration or registry.get(bound.name)) for bound in jobs]
+        for piece in _pieces(prepared):
+            self._enqueue_piece(piece)
+        return [job.id for job in prepared]
+
+    def _enqueue_piece(self, prepared: Sequence[NewJob]) -> None:
         fields = [{**job._asdict(), "envelope": job.envelope.decode()} for job in prepared]
         with self._lock:
             self._socket.sendall(wire.frame(wire.ENQUEUE, codec.to_json(fields)))
@@ -214,11 +222,24 @@ class _Child:
         reply = codec.from_json(payload)
         if "error" in reply:
             raise KQueueError(reply["error"])
-        return [job.id for job in prepared]
 
     def _send(self, kind: int, payload: bytes) -> None:
         with self._lock:
             self._socket.sendall(wire.frame(kind, payload))
+
+
+def _pieces(jobs: Sequence[NewJob]) -> Iterator[list[NewJob]]:
+    """What one frame takes: so many jobs, and so many bytes."""
+    piece: list[NewJob] = []
+    size = 0
+    for job in jobs:
+        if piece and (len(piece) == MAX_JOBS or size + len(job.envelope) > PIECE_SIZE):
+            yield piece
+            piece, size = [], 0
+        piece.append(job)
+        size += len(job.envelope)
+    if piece:
+        yield piece
 
 
 class DispatchedByChild:

@@ -6,6 +6,7 @@ after a backoff. What runs in a child, and what its end means, is isolated.py's 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -20,12 +21,14 @@ from ..errors import EnvelopeError
 from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
 from ..kernel import READ, WRITE, Kernel, Park, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
+from ..process import signal_name
 from ..registry import registry
 from . import wire
 from .base import SECRETS, NotStarted
 from .output import Lines
 
 Steps = Generator[Any, Any, Any]
+_GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
 FORK_PATIENCE_S: Final = 30.0  # a template that has not answered by then is taken for hung
 BACKOFF_S: Final = (0.1, 30.0)  # first and longest wait before another template is started
 STOP_PATIENCE_S: Final = 2.0  # for the template to end its children and itself
@@ -111,7 +114,10 @@ class TemplateLink:
         self._waiting: deque[Task] = deque()  # for a template that is ready
         self._children: dict[int, Child] = {}
         self._serial = 0
-        self._refusal: ImportFailed | None = None
+        self._sender: Task | None = None  # who is sending to the template
+        self._senders: deque[Task] = deque()  # who is next
+        self._refusal: tuple[str, str] | None = None  # (key, message) of the ImportFailed that ended it all
+        self._starting = False  # somebody waits for the first one, and has to hear why there is none
         self._last_pid = 0
         self.pid = 0  # of the template that is ready; 0: there is none
         self.on_manifest: Callable[[], None] = lambda: None
@@ -123,7 +129,11 @@ class TemplateLink:
     def start(self) -> Steps:
         """Start it if it is needed, and wait until it is ready. Raises ImportFailed when its very first imports fail."""
         if self._config.get("needed"):
-            yield from self.ready()
+            self._starting = True
+            try:
+                yield from self.ready()
+            finally:
+                self._starting = False
 
     def ready(self) -> Steps:
         """Wait until there is a template that can fork. Raises ImportFailed when it is known that there will be none."""
@@ -131,7 +141,7 @@ class TemplateLink:
             self._keeper = self._kernel.spawn(self._keep(), name="template keeper")
         while not self.pid:
             if self._refusal is not None:
-                raise self._refusal
+                raise ImportFailed(*self._refusal)
             yield Park(self._waiting)
 
     def fork(self, request: Mapping[str, Any]) -> Steps:
@@ -205,9 +215,10 @@ class TemplateLink:
                 yield wait_process(pid)
                 reason = _reap(pid) or reason
                 self._last_pid = 0
-            if first and not was_ready:
+            if first and not was_ready and (refusal is not None or self._starting):
                 key = "jobs.isolated_modules" if self._config.get("isolated_modules") else "jobs.modules"
-                self._refusal = refusal or ImportFailed(key, f"the template ended while it imported the job modules: {reason}")
+                why = f"the template ended while it imported the job modules: {reason}"
+                self._refusal = (refusal.key, str(refusal)) if refusal is not None else (key, why)
             if self._refusal is not None:
                 self._kernel.unpark(self._waiting)
                 return
@@ -232,9 +243,15 @@ class TemplateLink:
 
     def _spawn(self) -> tuple[int, int]:
         """Exec a template; (its pid, the fd its output comes from). OSError when it cannot be."""
-        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        output_fd, its_output = _pipe()
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        with ExitStack() as opened:
+            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            opened.callback(ours.close)
+            opened.callback(its.close)
+            output_fd, its_output = _pipe()
+            opened.callback(os.close, output_fd)
+            opened.callback(os.close, its_output)
+            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            opened.pop_all()
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         actions = [
             (os.POSIX_SPAWN_DUP2, null, 0),
@@ -299,7 +316,10 @@ class TemplateLink:
                 os.close(fd)
             return
         if kind == wire.STARTED:
-            child.pid, child.pidfd = fields["pid"], fds[0]
+            child.pid = fields["pid"]
+            child.pidfd = fds[0] if fds else self._pidfd_of(child.pid)
+            if child.pidfd < 0:
+                child.failure = "no fd is left for its pidfd"
         elif kind == wire.FORK_FAILED:
             child.failure = fields["message"]
         else:
@@ -309,8 +329,19 @@ class TemplateLink:
             self._children.pop(child.serial)
         self._kernel.unpark(child.news)
 
+    def _pidfd_of(self, pid: int) -> int:
+        """The kernel dropped the fd of a message because we had no number left for it. -1: there still is none."""
+        try:
+            return os.pidfd_open(pid)
+        except OSError:
+            with suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)  # not reaped yet, as far as we have heard
+            return -1
+
     def _died(self) -> None:
         self.pid = 0
+        if self._sender is not None:
+            self._kernel.wake(self._sender, 0)  # before its fd is closed, or it would wait for ever
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -318,22 +349,34 @@ class TemplateLink:
         for child in lost.values():
             child.lost = True
             if child.pid:
-                with suppress(ProcessLookupError):  # its own process died with the template; what it started did not
+                with suppress(OSError):  # its own process died with the template; what it started did not
                     os.killpg(child.pid, signal.SIGKILL)
             self._kernel.unpark(child.news)
 
     def _send(self, fields: Mapping[str, Any], fds: Sequence[int]) -> Steps:
-        while True:
-            sock = self._socket
-            if sock is None:
-                return  # it died just now, and said so to every child
-            try:
-                wire.send_message(sock, wire.FORK, fields, fds)
-                return
-            except BlockingIOError:
-                yield wait_io(sock.fileno(), WRITE)
-            except OSError:
-                return  # _listen is about to find out
+        """Send a FORK, one sender at a time: only one task may wait for a direction of an fd. Raises NotStarted."""
+        try:
+            while self._sender is not None:
+                yield Park(self._senders)
+        except BaseException:  # cancelled; the turn that may have woken us is the next one's
+            if self._sender is None:
+                self._kernel.unpark(self._senders, count=1)
+            raise
+        self._sender = self._kernel.current
+        try:
+            while (sock := self._socket) is not None:  # None: it died just now, and said so to every child
+                try:
+                    wire.send_message(sock, wire.FORK, fields, fds)
+                    return
+                except BlockingIOError:
+                    yield wait_io(sock.fileno(), WRITE)
+                except OSError as error:
+                    if error.errno in _GONE:
+                        return  # _listen is about to find out
+                    raise NotStarted(f"the template cannot be asked: {error.strerror}") from None
+        finally:
+            self._sender = None
+            self._kernel.unpark(self._senders, count=1)
 
     def _pump(self, fd: int) -> Steps:
         lines = Lines()
@@ -364,5 +407,5 @@ def _reap(pid: int) -> str:
     except ChildProcessError:
         return ""
     if os.WIFSIGNALED(status):
-        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        return f"killed by {signal_name(os.WTERMSIG(status))}"
     return f"exited with status {os.WEXITSTATUS(status)}" if os.WEXITSTATUS(status) else ""

@@ -42,11 +42,14 @@ def main() -> int:
     if message is None:
         return 0
     try:
-        _import(message[1])
-        _introduce(control, time.monotonic() - began)
-    except ImportFailed as error:
-        wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)[:MAX_TEXT]})
-        return 2
+        try:
+            _import(message[1])
+            _introduce(control, time.monotonic() - began)
+        except ImportFailed as error:
+            wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)[:MAX_TEXT]})
+            return 2
+    except OSError:  # the supervisor gave up meanwhile
+        return 0
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of jobs stay under us
     prctl(PR_SET_PDEATHSIG, 0)  # from here on EOF tells, and our children are ended before us
     return Template(control).serve()
