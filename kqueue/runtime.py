@@ -223,7 +223,7 @@ class KQueueRuntime:
         elif isinstance(error, JobCancelled):  # before its first step
             outcome = Outcome("cancelled", "shutdown")
         else:
-            outcome = Outcome("lost", "supervisor", error=describe_error(error))
+            outcome = Outcome("lost", "supervisor", error=describe_error(error, whole=True))
             self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
         return _Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
 

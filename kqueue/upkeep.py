@@ -113,7 +113,7 @@ class Upkeep:
             self.warn(str(task.error))
             self._runtime.stop(type(task.error).__name__, exit_code=task.error.exit_code)
             return
-        trace = describe_error(task.error)["traceback"] if task.error is not None else ""
+        trace = describe_error(task.error, whole=True)["traceback"] if task.error is not None else ""
         self.warn(f"internal error in {task.name}; please report it\n{trace}")
         self._runtime.stop("internal error", exit_code=EXIT_BUG)
 

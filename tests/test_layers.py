@@ -38,9 +38,7 @@ ROOMS = [
 CLIENT_ON = ("ground", "stores")
 
 # Each with the reason why it is right. One that is no longer needed has to go.
-EXCEPTIONS = {
-    ("client", "brokers.memory"): "memory:// is a store inside the process that runs the jobs, so the kernel is there already",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # What is installed besides Python, and the modules that may import it.
 THIRD_PARTY = {

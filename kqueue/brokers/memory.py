@@ -18,18 +18,10 @@ from .base import (
     Settlement,
     Verb,
 )
-from .commands.memory import MemoryStore
+from .commands.memory import MemoryStore, shared_store
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_stores: dict[str, MemoryStore] = {}
-
-
-def shared_store(url: str) -> MemoryStore:
-    """The store that everyone in this process who says `url` means."""
-    return _stores.setdefault(url, MemoryStore())
-
 
 def at_once(method: Callable[P, T]) -> Callable[P, Verb[T]]:
     """Make a verb of a method that never waits."""

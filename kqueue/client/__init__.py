@@ -89,7 +89,7 @@ def open_store(url: str) -> Store:
     """The blocking store that `url` means. UsageError for a scheme that none serves."""
     scheme, _, rest = url.partition("://")
     if scheme == "memory":
-        from ..brokers.memory import shared_store
+        from ..brokers.commands.memory import shared_store
         from .memory import MemoryClient
 
         return MemoryClient(shared_store(url), url)

@@ -312,7 +312,8 @@ class TemplateLink:
         if child is None:  # forgotten meanwhile
             for fd in fds:
                 if kind == wire.STARTED:  # forgotten before it was born: nobody else can end it
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
                 os.close(fd)
             return
         if kind == wire.STARTED:

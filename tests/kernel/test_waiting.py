@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import weakref
 from collections import deque
 from typing import Any
 
@@ -363,6 +364,25 @@ def test_who_waited_long_enough_leaves_the_queue(kernel: Kernel) -> None:
     assert list(queue) == [patient]
     kernel.unpark(queue)
     ending(kernel, patient)
+
+
+def test_who_waits_holds_nothing_of_what_it_was_woken_with(kernel: Kernel) -> None:
+    class Payload:
+        """Something large."""
+
+    def job() -> Any:
+        while True:
+            yield Park(queue)
+
+    queue: deque[Task] = deque()
+    kernel.spawn(job())
+    kernel.turn()
+    payload = Payload()
+    gone = weakref.ref(payload)
+    kernel.unpark(queue, payload)
+    kernel.turn()
+    del payload
+    assert gone() is None
 
 
 def test_who_is_cancelled_leaves_the_queue(kernel: Kernel) -> None:

@@ -260,3 +260,11 @@ class MemoryStore:
     def _ring(self) -> None:
         for bell in self.bells:
             bell()
+
+
+_stores: dict[str, MemoryStore] = {}
+
+
+def shared_store(url: str) -> MemoryStore:
+    """The store that everyone in this process who says `url` means."""
+    return _stores.setdefault(url, MemoryStore())
