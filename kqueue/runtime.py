@@ -327,11 +327,19 @@ class KQueueRuntime:
         """Serve the lane `strategy.name` with it, in place of the one that did."""
         self._strategies[strategy.name] = strategy
 
-    def run(self, *, burst: bool = False, max_jobs: int = 0, max_time_s: float = 0.0, handle_signals: bool = True) -> int:
-        """Start, run until stopped, stop; the exit code. `burst`: until nothing is ready and nothing runs.
+    def start(self) -> None:
+        """Open the broker and start the template; `run` does it when it has not been done.
 
         Raises BrokerRefused, and loading.ImportFailed when the template cannot import what it should.
         """
+        try:
+            self.kernel.run(self._start_unless_stopped())
+        except BaseException:
+            self.kernel.close()
+            raise
+
+    def run(self, *, burst: bool = False, max_jobs: int = 0, max_time_s: float = 0.0, handle_signals: bool = True) -> int:
+        """Start, run until stopped, stop; the exit code. `burst`: until nothing is ready and nothing runs. Raises as `start`."""
         self._burst = burst
         self._intake = self._new_intake(max_jobs)
         if handle_signals:
@@ -372,7 +380,7 @@ class KQueueRuntime:
     def execute_job(self, job: BoundJob) -> Task:
         """Run `job` here and now, without a queue: admitted, chosen and executed like any other. The task's value is its Outcome.
 
-        With `start()` and `run()` not called, drive it by `runtime.kernel.run(join(task))`.
+        It runs once the runtime does; without that, drive it by `runtime.kernel.run(join(task))`.
         """
         if not isinstance(job, BoundJob):
             raise TypeError(f"execute_job() takes a bound job, such as {type(job).__name__}.job(...), which any strategy can run")
@@ -399,6 +407,17 @@ class KQueueRuntime:
             self._loop(self._upkeep.obey(self._signals))
         if max_time_s:
             self._loop(self._stop_after(max_time_s))
+        if self.state == "starting":
+            yield from self._start_unless_stopped()
+        if self.state == "running":
+            self._loop(self._feed())
+        while self.state in ("running", "quiet"):
+            yield Park(self._stopper)
+        yield from self._finish()
+        return self.exit_code
+
+    def _start_unless_stopped(self) -> Steps:
+        """`_start` as a task of its own, since a signal may come before a broker that is waited for."""
         starter = self.kernel.spawn(self._start(), name="start")
         starter.on_end = self._started
         while not starter.ended and self.state == "starting":
@@ -406,13 +425,7 @@ class KQueueRuntime:
         if starter.ended and starter.error is not None:
             yield from self._let_go()
             raise starter.error
-        if self.state == "running":
-            self._loop(self._feed())
-        while self.state in ("running", "quiet"):
-            yield Park(self._stopper)
         self.kernel.cancel(starter, GeneratorExit())
-        yield from self._finish()
-        return self.exit_code
 
     def _opened(self, opening: Task, starting: Task | None) -> None:
         """A broker that refuses need not wait for the template's imports to be heard."""

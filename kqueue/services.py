@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,11 @@ from .codec import decode
 from .context import JobContext, current
 from .dispatch import NewJob, prepare
 from .job import BoundJob
-from .kernel import Park
+from .kernel import Slots
+from .options import check_option
 from .registry import registry
 
 if TYPE_CHECKING:
-    from .kernel import Task
     from .runtime import KQueueRuntime
 
 Steps = Generator[Any, Any, Any]
@@ -26,9 +25,8 @@ class RuntimeServices:
 
     def __init__(self, runtime: KQueueRuntime, offload_slots: int, offload_memory_mib: int) -> None:
         self._runtime = runtime
-        self._free = offload_slots
+        self._slots = Slots(offload_slots)
         self._memory_mib = offload_memory_mib
-        self._waiting: deque[Task] = deque()
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
         runtime = self._runtime
@@ -44,14 +42,7 @@ class RuntimeServices:
         """In a child, a few at a time; the others wait their turn within their own time-outs."""
         context = current()
         runtime = self._runtime
-        try:
-            while not self._free:
-                yield Park(self._waiting)
-        except BaseException:  # cancelled; the slot that may have woken us is the next one's
-            if self._free:
-                runtime.kernel.unpark(self._waiting, count=1)
-            raise
-        self._free -= 1
+        yield from self._slots.take()
         try:
             left_s = 0.0 if context.deadline is None else max(0.001, context.deadline - runtime.kernel.clock.monotonic())
             runtime.isolated.link.configure(runtime.template())
@@ -60,19 +51,22 @@ class RuntimeServices:
             )
             return result
         finally:
-            self._free += 1
-            runtime.kernel.unpark(self._waiting, count=1)
+            self._slots.give()
 
     def progress(self, context: JobContext) -> None:
         self._runtime.events.emit(facts.JobProgress(context.id, context.name, context.fraction or 0.0, context.note))
 
     def enqueue_from_child(self, jobs: Sequence[NewJob]) -> Steps:
-        """What a child dispatches: its envelopes are read like a stranger's, and its lanes are looked up again."""
+        """What a child dispatches, within the limits that hold for every dispatch. Raises what `Client.dispatch` would."""
         runtime = self._runtime
         checked = []
         for job in jobs:
             envelope = decode(job.envelope, runtime.security.max_envelope_bytes)
             registration = registry.get(envelope.job)
-            lane = registration.lane if registration is not None else envelope.lane
-            checked.append(job._replace(id=envelope.id, queue=envelope.queue, lane=lane, priority=envelope.priority))
+            if registration is not None:
+                for name, value in envelope.options.items():
+                    check_option(name, value)
+                runtime.check(registration.options._replace(**envelope.options), envelope.job)
+                job = job._replace(lane=registration.lane)
+            checked.append(job)
         yield from runtime.broker.enqueue(checked, runtime.security.queue_depth)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kqueue import BoundJob, KQueueRuntime, events
+from kqueue import BoundJob, KQueueRuntime, SecurityConfig, events
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.memory import MemoryClient
@@ -42,7 +42,7 @@ class Bench:
         """Run `jobs` to the end of their first attempt."""
         runtime = KQueueRuntime(
             MemoryBroker(self.store), template=template_config([ROOT], [], ["tests.apps.zoo"]), max_isolated=max_isolated,
-            kill_grace_s=kill_grace_s,
+            kill_grace_s=kill_grace_s, security=SecurityConfig(max_timeout_s=3600),
         )  # fmt: skip
         for kind in (events.JobEnded, events.JobOutput, events.JobProgress, events.Warned, events.TemplateDied):
             runtime.events.subscribe(kind, self.facts.append)
@@ -268,6 +268,12 @@ def test_a_child_may_dispatch_more_than_a_frame_takes(bench: Bench) -> None:
     ran = bench.one("dispatches", 1201)
     assert len(ran.result) == 1201
     assert bench.client.stats()["default"].delayed == 1201
+
+
+def test_a_child_s_dispatch_is_held_to_the_limits_like_any_other(bench: Bench) -> None:
+    ended = bench.one("dispatches_beyond_limits").ended
+    assert ended.outcome.cause == "exception"
+    assert "timeout 7200 is over limits.timeout 3600" in ended.outcome.summary()
 
 
 def test_more_children_at_once_than_the_template_s_socket_takes_requests(bench: Bench) -> None:

@@ -1094,3 +1094,26 @@ def test_the_runtime_can_be_driven_beside_other_tasks_of_its_kernel(house: House
     house.run(runtime, max_time_s=10)
     assert ran == [("from a task beside it", 3)]
     assert all(early <= late for early, late in pairwise([at for _, at in ran]))
+
+
+# -- starting by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_start_opens_everything_and_run_goes_on_from_there() -> None:
+    runtime = KQueueRuntime(MemoryBroker(MemoryStore()))
+    ready: list[facts.DaemonReady] = []
+    runtime.events.subscribe(facts.DaemonReady, ready.append)
+    runtime.start()
+    assert runtime.state == "running"
+    assert runtime.run(burst=True, handle_signals=False) == 0
+    assert (runtime.state, len(ready)) == ("stopped", 1), "it was not started twice"
+
+
+def test_a_start_that_is_refused_says_why() -> None:
+    class Refusing(MemoryBroker):
+        def open(self, *args: Any) -> Any:
+            yield from ()
+            raise BrokerRefused("no")
+
+    with pytest.raises(BrokerRefused, match="no"):
+        KQueueRuntime(Refusing(MemoryStore())).start()

@@ -113,11 +113,9 @@ class QueueStats(NamedTuple):
 
 
 class Capabilities(NamedTuple):
-    """What a broker can promise. The runtime asks for these, never for a class."""
+    """What a broker can promise. Whoever must know asks for these, never for a class."""
 
     durable: bool  # jobs survive the death of the daemon
-    remote: bool  # reached over a connection that can be lost
-    shared: bool  # other processes can reach it
 
 
 class Broker(Protocol):

@@ -37,7 +37,7 @@ def at_once(method: Callable[P, T]) -> Callable[P, Verb[T]]:
 class MemoryBroker:
     """A MemoryStore behind the nine verbs."""
 
-    capabilities = Capabilities(durable=False, remote=False, shared=False)
+    capabilities = Capabilities(durable=False)
 
     def __init__(self, store: MemoryStore | None = None, address: str = "memory://") -> None:
         self.address = address

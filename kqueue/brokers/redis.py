@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BrokerUnavailable, KQueueError
+from ..kernel.slots import Slots
 from ..kernel.traps import Park, sleep, this_kernel
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
@@ -35,7 +36,7 @@ class RedisBroker:
     `on_event(kind, text, retry_in_s)` hears of trouble: "lost" (with the seconds until the next try), "back", "warning".
     """
 
-    capabilities = Capabilities(durable=True, remote=True, shared=True)
+    capabilities = Capabilities(durable=True)
 
     def __init__(self, url: str, *, on_event: News = lambda kind, text, retry_in_s: None) -> None:
         target = commands.parse_url(url)
@@ -56,7 +57,7 @@ class RedisBroker:
         self._unheard: set[str] = set()  # queues whose last reservation has had no reply
         self._surplus: list[Lease] = []  # leases to be released
         self._number = int.from_bytes(os.urandom(6), "big")  # of the last settlement; an epoch may be opened twice
-        self._turns: dict[str, _Turn] = {}  # by verb and queue
+        self._turns: dict[str, Slots] = {}  # by verb and queue
         self._senders: list[commands.Sender] = []  # that are free
 
     # -- the nine verbs ---------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class RedisBroker:
                     break
             return Reserved(leases, next_due_s)
         finally:
-            self._give_turn(turn)
+            turn.give()
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         answers = [""] * len(batch)
@@ -118,7 +119,7 @@ class RedisBroker:
                     for position, answer in zip(order, commands.read_settled(reply), strict=True):
                         answers[position] = answer
         finally:
-            self._give_turn(turn)
+            turn.give()
         return answers
 
     def renew(self) -> Verb[None]:
@@ -253,17 +254,10 @@ class RedisBroker:
         self._listed.clear()  # it may have been the list of queues
         self._transport.warn(text)
 
-    def _take_turn(self, name: str) -> Verb[_Turn]:
-        turn = self._turns.setdefault(name, _Turn())
-        while turn.taken:
-            yield Park(turn.waiting)
-        turn.taken = True
+    def _take_turn(self, name: str) -> Verb[Slots]:
+        turn = self._turns.setdefault(name, Slots())
+        yield from turn.take()
         return turn
-
-    def _give_turn(self, turn: _Turn) -> None:
-        turn.taken = False
-        if self._kernel is not None:
-            self._kernel.unpark(turn.waiting)
 
     # -- hearing ----------------------------------------------------------------------------------------------------
 
@@ -280,16 +274,6 @@ class RedisBroker:
         self._rang = True
         if self._kernel is not None:
             self._kernel.unpark(self._listening)
-
-
-class _Turn:
-    """What only one task at a time may do."""
-
-    __slots__ = ("taken", "waiting")
-
-    def __init__(self) -> None:
-        self.taken = False
-        self.waiting: deque[Task] = deque()
 
 
 def _share(inline: int, isolated: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ CLOSE_PATIENCE_S: Final = 2.0  # for giving up the epoch; without that, it expir
 class SQLiteBroker:
     """A SQLiteFile behind the nine verbs. `on_event` hears when it cannot be written, and when it can again."""
 
-    capabilities = Capabilities(durable=True, remote=False, shared=True)
+    capabilities = Capabilities(durable=True)
 
     def __init__(
         self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time, on_event: News | None = None

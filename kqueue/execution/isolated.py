@@ -57,10 +57,7 @@ class IsolatedExecutionStrategy:
     def execute(self, work: Work) -> Steps:
         """Run one attempt in a child of its own; returns the Outcome. Raises NotStarted when there can be no child now."""
         options = work.options
-        limits = {
-            "timeout": options.timeout, "max_memory": options.max_memory, "memory_headroom": self._memory_headroom_mib,
-            "max_cpu": options.max_cpu, "max_files": MAX_FILES,
-        }  # fmt: skip
+        limits = self._limits(options.timeout, options.max_memory, options.max_cpu)
         request = {
             "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "limits": limits,
             "keep_result": bool(options.keep_result),
@@ -74,10 +71,7 @@ class IsolatedExecutionStrategy:
     ) -> Steps:  # fmt: skip
         """Run `function` in a child; returns its result or raises its error. TypeError when it cannot be sent there."""
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
-        limits = {
-            "timeout": timeout_s, "max_memory": max_memory_mib, "memory_headroom": self._memory_headroom_mib, "max_cpu": 0,
-            "max_files": MAX_FILES,
-        }  # fmt: skip
+        limits = self._limits(timeout_s, max_memory_mib)
         request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "limits": limits, "keep_result": True}
         outcome: Outcome = yield from self._attempt(request, wire.frame(wire.CALL, call), context)
         if outcome.ok:
@@ -85,6 +79,13 @@ class IsolatedExecutionStrategy:
         if outcome.cause == "cancelled":
             raise JobCancelled(f"{context.name} was stopped")
         raise _offload_error(outcome)
+
+    def _limits(self, timeout_s: float, max_memory_mib: int, max_cpu_s: float = 0) -> dict[str, float]:
+        """What limits.apply puts on the child, and the time-out."""
+        return {
+            "timeout": timeout_s, "max_memory": max_memory_mib, "memory_headroom": self._memory_headroom_mib,
+            "max_cpu": max_cpu_s, "max_files": MAX_FILES,
+        }  # fmt: skip
 
     # -- one attempt ------------------------------------------------------------------------------------------------
 

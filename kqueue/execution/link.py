@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from ..dispatch import undescribe
 from ..errors import EnvelopeError
 from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
-from ..kernel import READ, WRITE, Kernel, Park, Task, sleep, wait_io, wait_process
+from ..kernel import READ, WRITE, Kernel, Park, Slots, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
 from ..process import signal_name
 from ..registry import registry
@@ -64,6 +64,11 @@ class Child:
             opened.callback(os.close, self._its_stdout)
             self.stderr, self._its_stderr = _pipe()
             opened.pop_all()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the template has not yet said what became of the request."""
+        return not self.pid and not self.lost and self.failure is None
 
     @property
     def its_fds(self) -> list[int]:
@@ -114,8 +119,8 @@ class TemplateLink:
         self._waiting: deque[Task] = deque()  # for a template that is ready
         self._children: dict[int, Child] = {}
         self._serial = 0
+        self._sending = Slots()
         self._sender: Task | None = None  # who is sending to the template
-        self._senders: deque[Task] = deque()  # who is next
         self._refusal: tuple[str, str] | None = None  # (key, message) of the ImportFailed that ended it all
         self._starting = False  # somebody waits for the first one, and has to hear why there is none
         self._last_pid = 0
@@ -123,7 +128,7 @@ class TemplateLink:
         self.on_manifest: Callable[[], None] = lambda: None
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """What the template is to import; see runtime.template_config. Read at its next start."""
+        """What the template is to import; see loading.template_config. Read at its next start."""
         self._config = config
 
     def start(self) -> Steps:
@@ -156,9 +161,9 @@ class TemplateLink:
         try:
             yield from self._send({"serial": child.serial, **request}, child.its_fds)
             child.close_its_ends()
-            if not child.pid and not child.lost and child.failure is None:
+            if child.is_pending:
                 yield Park(child.news, FORK_PATIENCE_S)
-            if not child.pid and not child.lost and child.failure is None:
+            if child.is_pending:
                 self._kill_template()  # it is stuck; its death is news for all its children
                 yield from self.exited(child)
         except BaseException:
@@ -356,13 +361,7 @@ class TemplateLink:
 
     def _send(self, fields: Mapping[str, Any], fds: Sequence[int]) -> Steps:
         """Send a FORK, one sender at a time: only one task may wait for a direction of an fd. Raises NotStarted."""
-        try:
-            while self._sender is not None:
-                yield Park(self._senders)
-        except BaseException:  # cancelled; the turn that may have woken us is the next one's
-            if self._sender is None:
-                self._kernel.unpark(self._senders, count=1)
-            raise
+        yield from self._sending.take()
         self._sender = self._kernel.current
         try:
             while (sock := self._socket) is not None:  # None: it died just now, and said so to every child
@@ -377,7 +376,7 @@ class TemplateLink:
                     raise NotStarted(f"the template cannot be asked: {error.strerror}") from None
         finally:
             self._sender = None
-            self._kernel.unpark(self._senders, count=1)
+            self._sending.give()
 
     def _pump(self, fd: int) -> Steps:
         lines = Lines()

@@ -169,6 +169,11 @@ def dispatches_twice_at_once() -> None:
 
 
 @job(isolated=True)
+def dispatches_beyond_limits() -> None:
+    add.options(timeout=7200).dispatch(1)
+
+
+@job(isolated=True)
 def dispatches_nonsense() -> None:
     add.dispatch(1, 2, 3, 4)
 
