@@ -444,13 +444,13 @@ class KQueueRuntime:
         try:
             for strategy in self._strategies.values():
                 yield from strategy.start()
-            recovered = yield join(opening)
+            opened = yield join(opening)
         finally:
             self.kernel.cancel(opening, GeneratorExit())
-        self._upkeep.recovered(recovered)
+        self._upkeep.recovered(opened.recovered)
         yield from self._upkeep.publish()
         self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
-        self._upkeep.recovered((yield from self.broker.sweep()))
+        self._upkeep.recovered((yield from self.broker.sweep()).recovered)
         for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)
         if self.state != "starting":  # stopped meanwhile

@@ -47,7 +47,7 @@ class Upkeep:
         while True:
             yield sleep(self._lease_s / 3)
             yield from broker.renew()
-            self.recovered((yield from broker.sweep()))
+            self.recovered((yield from broker.sweep()).recovered)
 
     def recovered(self, counts: Mapping[str, int]) -> None:
         """Jobs of dead supervisors are ready again."""

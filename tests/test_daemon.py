@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kqueue import BoundJob, JobFailed, JobState, ResultNotKept
+from kqueue.brokers.base import Counters
 from kqueue.dispatch import prepare
 from kqueue.options import DispatchOptions
 from tests.apps import inline
@@ -299,7 +300,7 @@ def test_what_does_not_finish_is_released_without_an_attempt(tmp_path: Path, url
         for handle in (nap, linger):
             row = daemon.client.store.show(handle.id)
             assert row is not None
-            assert (row.state, row.counters) == ("ready", (0, 0, 0, 0))
+            assert (row.state, row.counters) == ("ready", Counters())
     finally:
         daemon.close()
 
@@ -316,7 +317,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, url: str) -> None:
         assert daemon.wait() == 0
         row = daemon.client.store.show(linger.id)
         assert row is not None
-        assert (row.state, row.counters) == ("ready", (0, 0, 0, 0))
+        assert (row.state, row.counters) == ("ready", Counters())
     finally:
         daemon.close()
 

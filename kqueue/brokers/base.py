@@ -1,11 +1,11 @@
 """What a broker must do for the daemon: nine verbs, each a generator of traps, and the tuples they speak in.
 
-    open     make ourselves known as an epoch of an owner; recover at once what our own dead epochs hold
+    open     settle what an earlier life of ours could not; become an epoch of an owner; recover what our own dead epochs hold
     enqueue  add jobs, idempotent by id
     reserve  lease the best ready jobs of a queue, by lane
-    settle   end leases: ack, release or bury, fenced by token
+    settle   end leases: ack, release or bury, fenced by token; or hold: see that they are still ours
     renew    say that this epoch lives
-    sweep    move what is due, recover what dead epochs hold, expire results
+    sweep    move what is due, recover what dead epochs hold, forward follow-ups, expire results and old dead letters
     wait     park until something may have become ready
     stats    how many jobs stand where
     close    give up the epoch
@@ -17,6 +17,9 @@ Rule 3. Time is the broker's own; `delay_s` and friends are relative to it.
 Rule 4. Anything may stand in the store. What is no job (no envelope, garbage) is leased like one with `envelope=None` or
         garbage in it, so that the runtime buries it with the reason; no verb raises because of it.
 
+Rule 5. A job that is recovered keeps its token: until somebody reserves it, the run that was given up for lost may still settle
+        it, or `hold` it, which takes it back. So expiry makes eligible, no more.
+
 Who runs jobs, and why one is released, is the runtime's business and must not be known here.
 """
 
@@ -25,12 +28,14 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
+from ..codec import to_json
 from ..dispatch import NewJob
+from ..outcome import Outcome
 
 __all__ = [
-    "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker", "Capabilities", "Counters",
-    "Lease", "NewJob", "Owner", "QueueStats", "Reserved", "Row", "Settlement", "Store", "Token", "Verb", "listed",
-    "place",
+    "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "NO_RETENTION", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker",
+    "Capabilities", "Counters", "Lease", "NewJob", "Opened", "Owner", "QueueStats", "Reserved", "Retention", "Row",
+    "Settlement", "Store", "Swept", "Token", "Verb", "listed", "lost", "numbered", "place",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -67,6 +72,12 @@ class Counters(NamedTuple):
     crashes: int = 0  # its process died
     recoveries: int = 0  # its supervisor died, through no fault of the job
     deferrals: int = 0  # nobody here knew the job, or could read its version
+    memory: int = 0  # of the attempts, those that ran out of memory
+
+    @property
+    def runs(self) -> int:
+        """How often it was run so far, as far as anybody can know."""
+        return self.attempts + self.crashes + self.recoveries
 
 
 class Lease(NamedTuple):
@@ -88,7 +99,11 @@ class Reserved(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """The end of one lease. `verb`: "ack" | "release" | "bury"; the other fields say how."""
+    """The end of one lease. `verb`: "ack" | "release" | "bury"; the other fields say how.
+
+    "hold" ends nothing: it is SETTLED when the lease is still ours, or ours again, since the job was recovered and not yet
+    reserved by anybody. Nothing else of the job changes.
+    """
 
     token: Token
     queue: str
@@ -99,10 +114,35 @@ class Settlement(NamedTuple):
     certificate: bytes | None = None  # JSON of this attempt; appended to the job's own. None: nothing to add
     result: bytes | None = None  # ack: JSON kept for keep_s seconds
     keep_s: float = 0.0
+    follow_ups: tuple[NewJob, ...] = ()  # ack: enqueued in the same step, so exactly when the ack settles
 
 
 SETTLED: Final = "settled"
 STALE: Final = "stale"  # the token is no longer good: settled before, reserved again, or gone
+
+
+class Opened(NamedTuple):
+    """What `open` did: jobs recovered, by queue, and the answers to `unsettled`, in order."""
+
+    recovered: dict[str, int]
+    answers: list[str]
+
+
+class Swept(NamedTuple):
+    """What `sweep` did: jobs of dead epochs that are ready again, and dead letters that retention dropped, by queue."""
+
+    recovered: dict[str, int]
+    forgotten: dict[str, int]
+
+
+class Retention(NamedTuple):
+    """How long dead letters of our queues are kept. 0: for ever, and any number."""
+
+    max_age_s: float = 0.0
+    max_count: int = 0  # a queue; the oldest go first
+
+
+NO_RETENTION: Final = Retention()
 
 
 class QueueStats(NamedTuple):
@@ -124,10 +164,16 @@ class Broker(Protocol):
     address: str  # for people: the URL without secrets
     capabilities: Capabilities
 
-    def open(self, owner: Owner, queues: Sequence[str], lease_s: float) -> Verb[dict[str, int]]:
-        """Connect, check the version, register the epoch, recover what dead epochs of `owner.identity` hold.
+    def open(
+        self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
+        retention: Retention = NO_RETENTION,
+    ) -> Verb[Opened]:  # fmt: skip
+        """Connect, check the version, settle `unsettled`, register the epoch, recover what dead epochs of `owner.identity` hold.
 
-        Returns how many jobs it recovered, by queue. Raises BrokerRefused; waits for a broker that is not there.
+        `unsettled`: what an earlier epoch of ours could not settle before it ended; fenced as ever by its tokens, and settled
+        before anything is recovered, so that what was done is not done again. `culprit`: the id of the job whose slice ran when
+        an earlier epoch died: where it is recovered it counts as a crash of the job. Every other recovery counts as one.
+        `retention` holds for what `sweep` drops. Raises BrokerRefused; waits for a broker that is not there.
         """
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
@@ -147,11 +193,18 @@ class Broker(Protocol):
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         """End leases; SETTLED or STALE for each, in order."""
 
-    def renew(self) -> Verb[None]:
-        """Prolong the epoch's expiry to one lease from now, in every queue."""
+    def renew(self) -> Verb[bool]:
+        """Prolong the epoch's expiry to one lease from now, in every queue.
 
-    def sweep(self) -> Verb[dict[str, int]]:
-        """Recover what expired epochs hold (recoveries + 1) and drop expired results. Recovered jobs by queue."""
+        False: it had lapsed in one of them, so somebody may have recovered what we hold; `hold` tells.
+        """
+
+    def sweep(self) -> Verb[Swept]:
+        """Recover what expired epochs hold (recoveries + 1, and the certificate `lost`), drop old results and dead letters.
+
+        It expires nobody for one lease after the broker was away: when it has not itself been connected for a whole lease, or
+        finds that nobody renewed or swept for half a lease.
+        """
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         """Park until a doorbell rings, or `timeout_s` seconds; whether it rang. A ring that came before counts."""
@@ -164,6 +217,19 @@ class Broker(Protocol):
 
     def close(self) -> Verb[None]:
         """Give up the epoch, so that what it still holds is recoverable at once, and the connection. Never raises."""
+
+
+def lost(ended_at: float, culprit: bool = False) -> bytes:
+    """The certificate of a run whose supervisor was lost, as JSON; `numbered` says which run of the job it was."""
+    why = "while this job's own code ran in it" if culprit else "while the job ran or was about to"
+    error = {"class": "SupervisorLost", "message": f"the supervisor died or was cut off {why}"}
+    outcome = Outcome("lost", "kernel" if culprit else "supervisor", error=error)
+    return to_json(outcome.certificate(attempt=0, strategy="", ended_at=ended_at))
+
+
+def numbered(certificate: bytes, attempt: int) -> bytes:
+    """`certificate`, made by `lost`, of the run number `attempt`."""
+    return certificate.replace(b'"attempt":0', b'"attempt":%d' % attempt, 1)
 
 
 def place(available_at: float, priority: int) -> float:

@@ -10,12 +10,16 @@ from typing import ParamSpec, TypeVar
 from ..kernel.traps import READ, wait_io
 from .base import (
     LEASE_S,
+    NO_RETENTION,
     Capabilities,
     NewJob,
+    Opened,
     Owner,
     QueueStats,
     Reserved,
+    Retention,
     Settlement,
+    Swept,
     Verb,
 )
 from .commands.memory import MemoryStore, shared_store
@@ -47,11 +51,15 @@ class MemoryBroker:
         self._bell_fd = -1  # an eventfd: rung from any thread, even between two looks at the store
 
     @at_once
-    def open(self, owner: Owner, queues: Sequence[str], lease_s: float) -> dict[str, int]:
+    def open(
+        self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
+        retention: Retention = NO_RETENTION,
+    ) -> Opened:  # fmt: skip
         self._owner, self._lease_s = owner, lease_s
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.store.bells.append(self._ring)
-        return self.store.open(owner, lease_s)
+        answers = self.store.settle(unsettled)
+        return Opened(self.store.open(owner, lease_s), answers)
 
     @at_once
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
@@ -66,12 +74,12 @@ class MemoryBroker:
         return self.store.settle(batch)
 
     @at_once
-    def renew(self) -> None:
-        self.store.renew(self._owner, self._lease_s)
+    def renew(self) -> bool:
+        return self.store.renew(self._owner, self._lease_s)
 
     @at_once
-    def sweep(self) -> dict[str, int]:
-        return self.store.sweep()
+    def sweep(self) -> Swept:
+        return Swept(self.store.sweep(), {})
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         rang = yield wait_io(self._bell_fd, READ, timeout_s)

@@ -18,7 +18,22 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import BrokerUnavailable, KQueueError
 from ..kernel.slots import Slots
 from ..kernel.traps import Park, sleep, this_kernel
-from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
+from .base import (
+    LEASE_S,
+    MAX_BATCH,
+    NO_RETENTION,
+    Capabilities,
+    Lease,
+    NewJob,
+    Opened,
+    Owner,
+    QueueStats,
+    Reserved,
+    Retention,
+    Settlement,
+    Swept,
+    Verb,
+)
 from .commands import redis as commands
 from .commands.redis_lua import LANES, MEMORY_S
 from .commands.redis_scripts import SCRIPTS
@@ -62,19 +77,23 @@ class RedisBroker:
 
     # -- the nine verbs ---------------------------------------------------------------------------------------------
 
-    def open(self, owner: Owner, queues: Sequence[str], lease_s: float) -> Verb[dict[str, int]]:
+    def open(
+        self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
+        retention: Retention = NO_RETENTION,
+    ) -> Verb[Opened]:  # fmt: skip
         self._kernel = kernel = yield this_kernel()
         self._owner, self._queues, self._lease_s = owner, list(queues), lease_s
         channels = [commands.bell(queue) for queue in queues]
         self._transport.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
         try:
             yield from self._list_queues(queues)
+            answers = (yield from self.settle(unsettled)) if unsettled else []
             recovered = yield from self._repeat_while_more([commands.open_epoch(owner, lease_s, queue) for queue in queues])
         except KQueueError:
             self._transport.stop()
             raise
         self._opened = True
-        return recovered
+        return Opened(recovered, answers)
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
         yield from self._list_queues({job.queue for job in jobs})
@@ -122,18 +141,20 @@ class RedisBroker:
             turn.give()
         return answers
 
-    def renew(self) -> Verb[None]:
+    def renew(self) -> Verb[bool]:
         yield from self._release_surplus()
         # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
         listing = [("SADD", commands.QUEUES_KEY, *self._queues)]
         yield from self._see_through(commands.Asking(listing, SCRIPTS, self.address, on_mended=self._mended, once=True))
         flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
-        for queue, flag in zip(self._queues, flags, strict=True):
+        for queue, (flag, _) in zip(self._queues, flags, strict=True):
             if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
                 self._ring([queue])
+        return all(alive for _, alive in flags)
 
-    def sweep(self) -> Verb[dict[str, int]]:
-        return (yield from self._repeat_while_more([commands.sweep(self._lease_s, queue) for queue in self._queues]))
+    def sweep(self) -> Verb[Swept]:
+        recovered = yield from self._repeat_while_more([commands.sweep(self._lease_s, queue) for queue in self._queues])
+        return Swept(recovered, {})
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         kernel = yield this_kernel()

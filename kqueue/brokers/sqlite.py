@@ -26,7 +26,21 @@ from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.loop import Kernel, Task
 from ..kernel.traps import PARKED, READ, Trap, sleep, wait_io
 from . import News
-from .base import LEASE_S, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
+from .base import (
+    LEASE_S,
+    NO_RETENTION,
+    Capabilities,
+    Lease,
+    NewJob,
+    Opened,
+    Owner,
+    QueueStats,
+    Reserved,
+    Retention,
+    Settlement,
+    Swept,
+    Verb,
+)
 from .commands import sqlite as commands
 from .commands.sqlite import Transaction
 from .commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, bell_path, is_locked, is_passing, jittered, make_bells, ring
@@ -59,14 +73,18 @@ class SQLiteBroker:
 
     # -- the verbs --------------------------------------------------------------------------------------------------
 
-    def open(self, owner: Owner, queues: Sequence[str], lease_s: float) -> Verb[dict[str, int]]:
+    def open(
+        self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
+        retention: Retention = NO_RETENTION,
+    ) -> Verb[Opened]:  # fmt: skip
+        answers = (yield from self.settle(unsettled)) if unsettled else []
         self._owner, self._lease_s = owner, lease_s
         recovered: dict[str, int] = {}
         while batch := (yield self._ask(commands.open_epoch, owner, lease_s)):
             _add(recovered, batch)
         if self._bell is None:
             self._bell = _Bell(self._file, owner.epoch)
-        return recovered
+        return Opened(recovered, answers)
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
         fresh: list[bool] = yield self._ask(commands.enqueue, jobs, max_depth)
@@ -85,19 +103,20 @@ class SQLiteBroker:
         answers: list[str] = yield self._ask(commands.settle, batch)
         return answers
 
-    def renew(self) -> Verb[None]:
-        yield self._ask(commands.renew, self._owner, self._lease_s)
+    def renew(self) -> Verb[bool]:
+        alive: bool = yield self._ask(commands.renew, self._owner, self._lease_s)
         if self._bell is not None and not self._bell.is_hung():  # somebody removed the directory, perhaps with the database
             self._bell.close()
             self._bell = _Bell(self._file, self._owner.epoch)
+        return alive
 
-    def sweep(self) -> Verb[dict[str, int]]:
+    def sweep(self) -> Verb[Swept]:
         recovered: dict[str, int] = {}
         more = True
         while more:  # each round is one bounded transaction, and others have their turn between two
             batch, more = yield self._ask(commands.sweep)
             _add(recovered, batch)
-        return recovered
+        return Swept(recovered, {})
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         assert self._bell is not None, "wait() before open()"

@@ -49,7 +49,7 @@ class Rig:
         """A broker, opened as a new epoch. `broker.recovered` is what `open` recovered."""
         broker = self.make_broker()
         owner = Owner(epoch or new_id(), identity)
-        broker.recovered = self.do(broker.open(owner, list(queues), lease_s))  # type: ignore[attr-defined]
+        broker.recovered = self.do(broker.open(owner, list(queues), lease_s)).recovered  # type: ignore[attr-defined]
         self.opened.append(broker)
         return broker
 

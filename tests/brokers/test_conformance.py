@@ -250,9 +250,9 @@ def test_an_expired_epoch_s_jobs_are_ready_again(rig: Any) -> None:
     dead, alive = rig.broker(lease_s=0.4), rig.broker(lease_s=30)
     rig.do(dead.enqueue([new_job("a")]))
     (old,) = reserve(rig, dead)
-    assert rig.do(alive.sweep()) == {}
+    assert rig.do(alive.sweep()).recovered == {}
     rig.elapse(0.5)
-    assert rig.do(alive.sweep()) == {"q": 1}
+    assert rig.do(alive.sweep()).recovered == {"q": 1}
     (new,) = reserve(rig, alive)
     assert new.counters == Counters(recoveries=1)
     assert settle(rig, dead, old, "ack") == STALE
@@ -264,7 +264,7 @@ def test_expiry_makes_a_job_eligible_and_no_more(rig: Any) -> None:
     rig.do(slow.enqueue([new_job("a")]))
     (lease,) = reserve(rig, slow)
     rig.elapse(0.4)
-    assert rig.do(other.sweep()) == {"q": 1}
+    assert rig.do(other.sweep()).recovered == {"q": 1}
     assert settle(rig, slow, lease, "ack") == SETTLED, "nobody has reserved it since"
     assert reserve(rig, other) == []
 
@@ -300,7 +300,7 @@ def test_renewal_keeps_everything_the_epoch_holds(rig: Any) -> None:
     for _ in range(3):
         rig.elapse(0.3)
         rig.do(broker.renew())
-        assert rig.do(other.sweep()) == {}
+        assert rig.do(other.sweep()).recovered == {}
     assert settle(rig, broker, lease, "ack") == SETTLED
 
 
@@ -310,9 +310,9 @@ def test_an_epoch_that_expired_and_reserves_again_is_an_owner_again(rig: Any) ->
     rig.do(other.sweep())
     rig.do(broker.enqueue([new_job("a")]))
     (lease,) = reserve(rig, broker)
-    assert rig.do(other.sweep()) == {}
+    assert rig.do(other.sweep()).recovered == {}
     rig.elapse(0.4)
-    assert rig.do(other.sweep()) == {"q": 1}, "and can die again"
+    assert rig.do(other.sweep()).recovered == {"q": 1}, "and can die again"
     assert lease.token.id == "a"
 
 
@@ -341,7 +341,7 @@ def test_closing_gives_up_what_is_held(rig: Any) -> None:
     rig.do(broker.close())
     rig.opened.remove(broker)
     rig.elapse(0.01)
-    assert rig.do(other.sweep()) == {"q": 1}
+    assert rig.do(other.sweep()).recovered == {"q": 1}
 
 
 # -- doorbells --------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_a_repeated_reservation_gives_only_what_is_still_held(rig: RedisRig, pro
     task = rig.kernel.spawn(broker.reserve("q", {"inline": 5}))
     rig.until(lambda: proxy.cuts == 1)
     rig.elapse(0.25)
-    assert rig.do(other.sweep()) == {"q": 2}
+    assert rig.do(other.sweep()).recovered == {"q": 2}
     assert ids(reserve(rig, other, inline=1)) == ["a"]
     proxy.open = True
     rig.until(lambda: task.ended)
@@ -223,7 +223,7 @@ def test_a_cancelled_verb_s_reply_goes_to_nobody(rig: RedisRig) -> None:
     rig.kernel.cancel(cancelled, JobCancelled())
     rig.until(lambda: all(task.ended for task in (cancelled, *others)))
     assert woken_by == [None], "by its own sleep"
-    assert others[0].value == {}
+    assert others[0].value.recovered == {}
     assert others[1].value["q"].ready == 1
 
 
@@ -295,7 +295,7 @@ def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_ga
     reserve(rig, dead)
     rig.server.command(*damage)
     rig.elapse(0.25)
-    assert rig.do(alive.sweep()) == {"q": 2}
+    assert rig.do(alive.sweep()).recovered == {"q": 2}
     leases = {lease.token.id: lease for lease in reserve(rig, alive)}
     assert leases["good"].envelope is not None
     assert (leases["bad"].envelope, leases["bad"].counters) == (None, Counters(recoveries=1))
@@ -364,7 +364,7 @@ def test_what_stands_in_another_structure_goes_on(rig: RedisRig) -> None:
     assert ids(reserve(rig, dead, 1)) == ["held"]
     rig.server.commands([("DEL", READY), ("SET", READY, "x")])
     rig.elapse(0.25)
-    assert rig.do(alive.sweep()) == {"q": 1}
+    assert rig.do(alive.sweep()).recovered == {"q": 1}
     assert sorted(ids(reserve(rig, alive))) == ["held", "later"], "only what stood in the destroyed set is gone"
     assert "scan (kq:{q}:job:*)" in rig.news[0][1]
 
@@ -489,9 +489,9 @@ def test_a_full_redis_takes_nothing_new_and_still_works_off_what_it_has(rig: Red
         (held,) = reserve(rig, broker, inline=1)
         rig.elapse(0.35)
         rig.do(broker.renew())
-        assert rig.do(other.sweep()) == {}
+        assert rig.do(other.sweep()).recovered == {}
         rig.elapse(0.35)
-        assert rig.do(other.sweep()) == {"q": 1}
+        assert rig.do(other.sweep()).recovered == {"q": 1}
         leases = reserve(rig, other)
         assert sorted(ids(leases)) == sorted(["b", "c", "d"])
         assert held.token.id in ids(leases)
@@ -535,14 +535,14 @@ def test_while_redis_was_away_nobody_is_taken_for_dead(rig: RedisRig) -> None:
     rig.do(closed.close())
     rig.opened.remove(closed)
     rig.elapse(0.3)  # longer than half of back's lease, in which nobody renewed or swept
-    assert rig.do(back.sweep()) == {"q": 1}, "but what was given up is given up"
+    assert rig.do(back.sweep()).recovered == {"q": 1}, "but what was given up is given up"
     assert ids(reserve(rig, back)) == ["b"]
     rig.elapse(0.1)
-    assert rig.do(back.sweep()) == {}
+    assert rig.do(back.sweep()).recovered == {}
     for _ in range(4):
         rig.elapse(0.1)
         rig.do(back.renew())
-    assert rig.do(back.sweep()) == {"q": 1}
+    assert rig.do(back.sweep()).recovered == {"q": 1}
 
 
 # -- doorbells --------------------------------------------------------------------------------------------------------

@@ -115,8 +115,8 @@ def test_a_lease_of_nobody_and_an_epoch_without_end_are_recovered(rig: SQLiteRig
     assert len(reserve(rig, gone)) == 2
     rig.sql("UPDATE kq_epoch SET expires_at = 'never' WHERE epoch = ?", gone._owner.epoch)
     rig.sql("UPDATE kq_job SET epoch = '' WHERE id = 'b'")
-    assert rig.do(broker.sweep()) == {"q": 2}
-    assert rig.do(broker.sweep()) == {}
+    assert rig.do(broker.sweep()).recovered == {"q": 2}
+    assert rig.do(broker.sweep()).recovered == {}
 
 
 def test_more_than_a_batch_is_recovered_and_expired_by_one_sweep(rig: SQLiteRig) -> None:
@@ -125,7 +125,7 @@ def test_more_than_a_batch_is_recovered_and_expired_by_one_sweep(rig: SQLiteRig)
     for _ in range(3):
         rig.do(dead.reserve("q", {"inline": 500}))
     rig.elapse(2)
-    assert rig.do(broker.sweep()) == {"q": 1100}
+    assert rig.do(broker.sweep()).recovered == {"q": 1100}
     for _ in range(3):
         leases = rig.do(dead.reserve("q", {"inline": 500})).leases
         rig.do(dead.settle([Settlement(lease.token, "q", "ack", keep_s=1) for lease in leases[:200]]))

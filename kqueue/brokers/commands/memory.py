@@ -127,9 +127,11 @@ class MemoryStore:
         with self._lock:
             return [self._settle(item) for item in batch]
 
-    def renew(self, owner: Owner, lease_s: float) -> None:
+    def renew(self, owner: Owner, lease_s: float) -> bool:
         with self._lock:
+            alive = owner.epoch in self._epochs and self._epochs[owner.epoch][0] > self.clock()
             self._epochs[owner.epoch] = (self.clock() + lease_s, owner.identity)
+            return alive
 
     def sweep(self) -> dict[str, int]:
         with self._lock:

@@ -354,7 +354,7 @@ def settle(sender: str, request: int, epoch: str, batch: Sequence[Settlement]) -
         else:
             later.append(position)
             others += (
-                id, item.token.number, item.verb, *item.counters, item.delay_s, item.lane or "", item.certificate or b"",
+                id, item.token.number, item.verb, *item.counters[:4], item.delay_s, item.lane or "", item.certificate or b"",
                 item.result or b"", item.keep_s,
             )  # fmt: skip
     return Call("settle", [1, prefix(batch[0].queue), epoch, sender, request, len(order), *plain, *others]), order + later

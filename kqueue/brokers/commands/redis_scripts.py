@@ -222,11 +222,12 @@ if recovered > 0 then ring() end
 return {recovered, recovered == MAX_BATCH and 1 or 0}
 """
 
-# ARGV: epoch, identity, lease in seconds  ->  whether the idle flag stands
+# ARGV: epoch, identity, lease in seconds  ->  whether the idle flag stands; whether the epoch was alive until now
 _RENEW = """
+local expiry = number(redis.call('ZSCORE', prefix .. 'epochs', ARGV[1]), 0)
 beat(ARGV[3])
 register(ARGV[1], ARGV[2], ARGV[3])
-return redis.call('EXISTS', prefix .. 'idle')
+return {redis.call('EXISTS', prefix .. 'idle'), expiry > now and 1 or 0}
 """
 
 # ARGV: lease in seconds  ->  recovered jobs; 1 when there is more to do (call again)

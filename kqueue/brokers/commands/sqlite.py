@@ -207,9 +207,12 @@ def settle(tx: Transaction, batch: Sequence[Settlement]) -> list[str]:
     return [SETTLED if _settle(tx, item) else STALE for item in batch]
 
 
-def renew(tx: Transaction, owner: Owner, lease_s: float) -> None:
+def renew(tx: Transaction, owner: Owner, lease_s: float) -> bool:
+    """Whether it was alive until now."""
+    alive = tx.db.execute(_LIVING + " AND epoch = ?", (tx.now, owner.epoch)).fetchone() is not None
     update = "DO UPDATE SET identity = excluded.identity, expires_at = excluded.expires_at"
     tx.db.execute(_OWN + update, (owner.epoch, owner.identity, tx.now + lease_s))
+    return alive
 
 
 def sweep(tx: Transaction) -> tuple[dict[str, int], bool]:
@@ -308,12 +311,12 @@ def _settle(tx: Transaction, item: Settlement) -> bool:
     if item.verb == "ack":
         done = tx.db.execute(_KEEP, (item.result, tx.now + item.keep_s, *token))
     elif item.verb == "bury":
-        done = tx.db.execute(_BURY, (*item.counters, *token))
+        done = tx.db.execute(_BURY, (*item.counters[:4], *token))
     elif item.delay_s > 0:
         due = tx.now + item.delay_s
-        done = tx.db.execute(_DELAY, (due, due, item.lane or None, *item.counters, *token))
+        done = tx.db.execute(_DELAY, (due, due, item.lane or None, *item.counters[:4], *token))
     else:
-        done = tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters, *token))
+        done = tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters[:4], *token))
     if not done.rowcount:
         return False
     tx.rings |= item.verb == "release"
