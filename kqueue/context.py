@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from .errors import UsageError
 
 if TYPE_CHECKING:
     import logging
 
+    from .dispatch import NewJob
     from .job import BoundJob
+
+MAX_FOLLOW_UPS: Final = 500  # of one run: they have to fit one command of a broker, and the supervisor holds them meanwhile
+MAX_FOLLOW_UP_BYTES: Final = 4 * 1024 * 1024  # of all of them together
 
 
 class Services(Protocol):
@@ -29,11 +35,16 @@ class Services(Protocol):
     def progress(self, context: JobContext) -> None:
         """`context.fraction` and `context.note` have changed."""
 
+    def follow_up(self, job: BoundJob) -> NewJob:
+        """Check and prepare `job` at once, without waiting. Raises what dispatching it would."""
+
 
 class JobContext:
     """The running job, as it sees itself."""
 
-    __slots__ = ("attempt", "deadline", "fraction", "id", "inline", "name", "note", "pid", "queue", "services")
+    __slots__ = (
+        "attempt", "deadline", "follow_ups", "fraction", "id", "inline", "name", "note", "pid", "queue", "services",
+    )  # fmt: skip
 
     def __init__(
         self, *, id: str, name: str, queue: str, attempt: int, deadline: float | None, inline: bool, services: Services
@@ -47,6 +58,7 @@ class JobContext:
         self.services = services
         self.fraction: float | None = None  # what it last reported by progress(); None: nothing yet
         self.note = ""
+        self.follow_ups: tuple[NewJob, ...] = ()  # what is enqueued when this run ends well, in the same step as its ack
         self.pid: int | None = None  # of its child, while it has one; None: it runs in this process
 
     @property
@@ -55,6 +67,39 @@ class JobContext:
         import logging
 
         return logging.LoggerAdapter(logging.getLogger(self.name), {"job_id": self.id, "job": self.name})
+
+    def then(self, job: BoundJob) -> str:
+        """Have `job` enqueued when this run ends well, in the same step that ends it; its id.
+
+        So it is there exactly once when the run counts, and not at all when it fails. Nothing is waited for, in no kind of job.
+        Raises what dispatching `job` would, and UsageError over MAX_FOLLOW_UPS or MAX_FOLLOW_UP_BYTES.
+        """
+        from .job import BoundJob  # which knows this file
+
+        if not isinstance(job, BoundJob):
+            raise TypeError(f"then() takes a bound job such as SendEmail.job(...), not {type(job).__name__}")
+        self.check_room(0)
+        prepared = self.services.follow_up(job)
+        self.add_follow_up(prepared)
+        return prepared.id
+
+    def add_follow_up(self, prepared: NewJob) -> None:
+        """Keep it with this run. Raises UsageError when there is no room."""
+        self.check_room(len(prepared.envelope))
+        self.follow_ups = (*self.follow_ups, prepared)
+
+    def check_room(self, size: int) -> None:
+        """Raise UsageError when another follow-up of `size` bytes is more than one run may have."""
+        if len(self.follow_ups) >= MAX_FOLLOW_UPS:
+            raise UsageError(
+                f"{self.name} has {MAX_FOLLOW_UPS} follow-ups already, as many as a run may have; "
+                "let one of them dispatch the rest"
+            )
+        if size + sum(len(each.envelope) for each in self.follow_ups) > MAX_FOLLOW_UP_BYTES:
+            raise UsageError(
+                f"the follow-ups of {self.name} are over {MAX_FOLLOW_UP_BYTES} bytes, which is what those of one run may be "
+                "together; put the data somewhere else and pass a key"
+            )
 
 
 _current: ContextVar[JobContext | None] = ContextVar("kqueue_job", default=None)

@@ -6,7 +6,10 @@ A strategy returns an `Outcome` and nothing else; what becomes of the job then i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from .dispatch import NewJob
 
 CAUSES: Final = ("ok", "exception", "timeout", "memory", "cpu", "signal", "exit", "lost", "cancelled", "refused")
 ENDED_BY: Final = ("job", "supervisor", "kernel", "operator", "shutdown")
@@ -28,6 +31,7 @@ class Outcome(NamedTuple):
     max_memory_mib: float = 0.0  # peak resident memory of the child; 0: not measured (inline)
     limits: Mapping[str, float] = {}  # those that applied
     output: str = ""  # the last 8 KiB of stdout and stderr
+    follow_ups: tuple[NewJob, ...] = ()  # ok: to be enqueued with its ack; else empty
 
     @property
     def ok(self) -> bool:
@@ -45,13 +49,17 @@ class Outcome(NamedTuple):
     def certificate(self, *, attempt: int, strategy: str, ended_at: float) -> dict[str, Any]:
         """The death certificate: all there is to say, as JSON values. `ended_at`: seconds since 1970."""
         fields = self._asdict()
-        fields.pop("result")
+        for name in _NOT_TOLD:
+            fields.pop(name)
         for name in ("duration_s", "cpu_user_s", "cpu_system_s", "max_memory_mib"):
             fields[name] = round(fields[name], 4)
         if self.error is not None:
             fields["error"] = {key: value for key, value in self.error.items() if key != "mro"}
         fields.update(limits=dict(self.limits), ended_at=round(ended_at, 3))
         return {"attempt": attempt, "strategy": strategy, **fields}
+
+
+_NOT_TOLD: Final = ("result", "follow_ups")  # by a certificate: those are kept elsewhere
 
 
 def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, Any]:

@@ -119,8 +119,8 @@ class KQueueRuntime:
         self._strategies: dict[str, ExecutionStrategy] = {}
         self._services = RuntimeServices(self, offload_slots, offload_memory_mib)
         self.isolated = IsolatedExecutionStrategy(
-            self.kernel, self.events, enqueue=self._services.enqueue_from_child, kill_grace_s=kill_grace_s,
-            memory_headroom_mib=memory_headroom_mib,
+            self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
+            kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)

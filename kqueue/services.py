@@ -30,13 +30,16 @@ class RuntimeServices:
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
         runtime = self._runtime
-        prepared = [
-            prepare(bound, bound.registration or registry.get(bound.name), check=runtime.check, arguments_too=False,
-                    max_bytes=runtime.security.max_envelope_bytes)
-            for bound in jobs
-        ]  # fmt: skip
+        prepared = [self.follow_up(bound) for bound in jobs]
         yield from runtime.broker.enqueue(prepared, runtime.security.queue_depth)
         return [job.id for job in prepared]
+
+    def follow_up(self, job: BoundJob) -> NewJob:
+        security = self._runtime.security
+        registration = job.registration or registry.get(job.name)
+        return prepare(
+            job, registration, check=self._runtime.check, arguments_too=False, max_bytes=security.max_envelope_bytes
+        )
 
     def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
         """In a child, a few at a time; the others wait their turn within their own time-outs."""
@@ -58,15 +61,16 @@ class RuntimeServices:
 
     def enqueue_from_child(self, jobs: Sequence[NewJob]) -> Steps:
         """What a child dispatches, within the limits that hold for every dispatch. Raises what `Client.dispatch` would."""
-        runtime = self._runtime
-        checked = []
-        for job in jobs:
-            envelope = decode(job.envelope, runtime.security.max_envelope_bytes)
-            registration = registry.get(envelope.job)
-            if registration is not None:
-                for name, value in envelope.options.items():
-                    check_option(name, value)
-                runtime.check(registration.options._replace(**envelope.options), envelope.job)
-                job = job._replace(lane=registration.lane)
-            checked.append(job)
-        yield from runtime.broker.enqueue(checked, runtime.security.queue_depth)
+        checked = [self.check_from_child(job) for job in jobs]
+        yield from self._runtime.broker.enqueue(checked, self._runtime.security.queue_depth)
+
+    def check_from_child(self, job: NewJob) -> NewJob:
+        """`job`, which a child prepared, as it may stand in a queue."""
+        envelope = decode(job.envelope, self._runtime.security.max_envelope_bytes)
+        registration = registry.get(envelope.job)
+        if registration is None:
+            return job
+        for name, value in envelope.options.items():
+            check_option(name, value)
+        self._runtime.check(registration.options._replace(**envelope.options), envelope.job)
+        return job._replace(lane=registration.lane)

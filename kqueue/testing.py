@@ -87,6 +87,7 @@ class _Services:
 
     def __init__(self, queue: FakeQueue) -> None:
         self._queue = queue
+        self.bound: dict[str, BoundJob] = {}  # follow-ups, by id
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Generator[Any, Any, list[str]]:
         yield from ()
@@ -99,12 +100,17 @@ class _Services:
     def progress(self, context: JobContext) -> None:
         """Kept in the context; nobody looks."""
 
+    def follow_up(self, job: BoundJob) -> NewJob:
+        prepared = prepare(job, job.registration or registry.get(job.name))
+        self.bound[prepared.id] = job
+        return prepared
+
 
 def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> Any:
     """Run `job` to its end on a virtual clock; its result, or its error.
 
     A sleep takes no time, a time-out fires when it would. Arguments go through JSON and back, as they would in a queue. What the
-    job dispatches lands in `queue`.
+    job dispatches lands in `queue`, and if it ends well its follow-ups do, too.
     """
     queue = queue or FakeQueue()
     registration = job.registration or registry.get(job.name)
@@ -115,9 +121,10 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
     envelope = decode(prepare(job, registration).envelope)
     timeout_s = envelope.options.get("timeout", registration.options.timeout)
     kernel = Kernel(clock=VirtualClock())
+    services = _Services(queue)
     context = JobContext(
         id=envelope.id, name=job.name, queue=envelope.queue, attempt=attempt, deadline=timeout_s or None,
-        inline=registration.lane == "inline", services=_Services(queue),
+        inline=registration.lane == "inline", services=services,
     )  # fmt: skip
 
     def steps() -> Generator[Any, Any, Any]:
@@ -133,6 +140,8 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
         return (yield from result) if isinstance(result, types.GeneratorType) else result
 
     try:
-        return kernel.run(steps())
+        result = kernel.run(steps())
     finally:
         kernel.close()
+    queue.jobs += [services.bound[each.id] for each in context.follow_ups]
+    return result

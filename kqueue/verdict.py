@@ -58,8 +58,9 @@ def judge(lease: Lease, options: JobOptions, outcome: Outcome, strategy: str) ->
         certificate = to_json(outcome.certificate(attempt=attempt, strategy=strategy, ended_at=time.time()))
     if outcome.ok:
         settlement = Settlement(
-            lease.token, lease.queue, "ack", counters, certificate=certificate, result=outcome.result, keep_s=options.keep_result
-        )
+            lease.token, lease.queue, "ack", counters, certificate=certificate, result=outcome.result, keep_s=options.keep_result,
+            follow_ups=outcome.follow_ups,
+        )  # fmt: skip
         return Verdict("done", settlement)
     base = Settlement(lease.token, lease.queue, "release", counters, certificate=certificate)
     if outcome.cause == "cancelled":

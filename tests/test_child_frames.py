@@ -10,7 +10,7 @@ import pytest
 from kqueue.codec import MAX_BYTES, Envelope, encode
 from kqueue.dispatch import NewJob
 from kqueue.execution import wire
-from kqueue.execution.child_frames import MAX_FAILURE, MAX_JOBS, Enqueue, Failure, Progress, Result, parse
+from kqueue.execution.child_frames import MAX_FAILURE, MAX_JOBS, Enqueue, Failure, Progress, Result, Then, parse
 from kqueue.execution.wire import WireError
 
 ERROR = {"class": "ValueError", "message": "no", "traceback": "…", "mro": ["ValueError"]}
@@ -23,7 +23,11 @@ def envelope(**fields: Any) -> str:
 
 def asked(**fields: Any) -> bytes:
     """An ENQUEUE of one job."""
-    return json.dumps([{"envelope": envelope(), "delay_s": 0, "at": None, **fields}]).encode()
+    return b"[" + then(**fields) + b"]"
+
+
+def then(**fields: Any) -> bytes:
+    return json.dumps({"envelope": envelope(), "delay_s": 0, "at": None, **fields}).encode()
 
 
 def test_what_a_child_says() -> None:
@@ -33,6 +37,7 @@ def test_what_a_child_says() -> None:
     assert parse(wire.PROGRESS, b'[0.5,"half"]') == Progress(0.5, "half")
     job = NewJob("a1", "mail", "isolated", 3, envelope().encode(), 2.5, None)
     assert parse(wire.ENQUEUE, asked(delay_s=2.5)) == Enqueue([job])
+    assert parse(wire.THEN, then(delay_s=2.5)) == Then(job)
 
 
 def test_of_a_dispatch_only_the_envelope_counts() -> None:
@@ -83,6 +88,12 @@ def test_progress_out_of_range_is_put_back_into_it() -> None:
         (wire.ENQUEUE, asked(delay_s=1e300)),
         (wire.ENQUEUE, asked(at="noon")),
         (wire.ENQUEUE, asked(at=-5)),
+        (wire.THEN, asked()),
+        (wire.THEN, b"{}"),
+        (wire.THEN, b"7"),
+        (wire.THEN, then(envelope="{}")),
+        (wire.THEN, then(delay_s="soon")),
+        (wire.THEN, then(envelope=envelope(queue="a}b{ c"))),
         (wire.ENQUEUE, b"[" + b",".join([asked()[1:-1]] * (MAX_JOBS + 1)) + b"]"),
     ],
 )

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kqueue.codec import MAX_BYTES, decode
-from kqueue.context import JobContext, current, current_or_none
-from kqueue.dispatch import prepare
+from kqueue.context import MAX_FOLLOW_UP_BYTES, MAX_FOLLOW_UPS, JobContext, current, current_or_none
+from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled, JobTimedOut
 from kqueue.execution.base import Work
 from kqueue.execution.inline import GRACE_S, InlineExecutionStrategy
@@ -42,6 +42,9 @@ class Services:
 
     def progress(self, context: JobContext) -> None:
         self.asked.append((context.fraction, context.note))
+
+    def follow_up(self, job: BoundJob) -> NewJob:
+        return prepare(job, None)
 
 
 class Stage:
@@ -562,3 +565,72 @@ def test_the_strategy_needs_no_start_and_no_stop(stage: Stage) -> None:
     assert stage.kernel.run(stage.strategy.start()) is None
     assert stage.kernel.run(stage.strategy.stop()) is None
     assert (stage.strategy.name, stage.strategy.cancel_grace_s) == ("inline", GRACE_S)
+
+
+# -- follow-ups -------------------------------------------------------------------------------------------------------
+
+
+def follows(*, fails: bool = False) -> Any:
+    ids = [current().then(BoundJob("next", [1], {}))]
+    yield sleep(1)
+    ids.append(current().then(BoundJob("next", [2], {})))
+    if fails:
+        raise LookupError
+    return ids
+
+
+async def afollows(*, fails: bool = False) -> Any:
+    ids = [current().then(BoundJob("next", [1], {}))]
+    await sleep(1)
+    ids.append(current().then(BoundJob("next", [2], {})))
+    if fails:
+        raise LookupError
+    return ids
+
+
+@pytest.mark.parametrize("handler", [follows, afollows])
+def test_follow_ups_come_with_an_outcome_that_is_ok(stage: Stage, handler: Any) -> None:
+    outcome = stage.run(handler, options={"keep_result": 60})
+    assert [job.id for job in outcome.follow_ups] == json.loads(outcome.result or b"")
+    assert [decode(job.envelope).args for job in outcome.follow_ups] == [[1], [2]]
+
+
+@pytest.mark.parametrize("handler", [follows, afollows])
+def test_and_vanish_with_any_other(stage: Stage, handler: Any) -> None:
+    assert stage.run(handler, fails=True).follow_ups == ()
+    assert stage.run(handler, options={"timeout": 0.5}).follow_ups == ()
+    task = stage.start(handler)
+    stage.kernel.spawn(_after(0.5, lambda: stage.kernel.cancel(task, JobCancelled("stopped"))))
+    assert stage.kernel.run(_join(task)).follow_ups == ()
+
+
+def test_two_jobs_that_run_at_once_do_not_mix_their_follow_ups(stage: Stage) -> None:
+    tasks = [stage.start(follows, options={"keep_result": 60}) for _ in range(2)]
+    first, second = [stage.kernel.run(_join(task)) for task in tasks]
+    assert len({job.id for job in (*first.follow_ups, *second.follow_ups)}) == 4
+    assert [job.id for job in first.follow_ups] == json.loads(first.result)
+
+
+@pytest.mark.parametrize("wrong", [None, "next", follows, ("next", [], {})])
+def test_then_takes_bound_jobs_only(stage: Stage, wrong: Any) -> None:
+    def asks() -> Any:
+        yield
+        current().then(wrong)
+
+    outcome = stage.run(asks)
+    assert outcome.summary().startswith("TypeError: then() takes a bound job such as")
+
+
+def test_an_inline_job_is_held_to_the_bounds_too(stage: Stage) -> None:
+    def asks(size: int) -> Any:
+        yield
+        for _ in range(MAX_FOLLOW_UPS + 1):
+            current().then(BoundJob("next", ["x" * size], {}))
+
+    assert f"has {MAX_FOLLOW_UPS} follow-ups already" in stage.run(asks, 1).summary()
+    assert f"over {MAX_FOLLOW_UP_BYTES} bytes" in stage.run(asks, 900_000).summary()
+
+
+def _after(seconds: float, action: Callable[[], None]) -> Any:
+    yield sleep(seconds)
+    action()

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import pytest
 
 from kqueue import BoundJob, KQueueRuntime, SecurityConfig, events
+from kqueue.brokers.base import Counters, Settlement
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.memory import MemoryClient
-from kqueue.codec import from_json, unpack
+from kqueue.codec import decode, from_json, unpack
+from kqueue.context import MAX_FOLLOW_UP_BYTES, MAX_FOLLOW_UPS
 from kqueue.dispatch import prepare
 from kqueue.loading import ImportFailed, template_config
 from tests.apps.zoo import PIDS
@@ -30,6 +32,18 @@ class Ran(NamedTuple):
     result: Any
 
 
+class Noting(MemoryBroker):
+    """Writes down what it settles."""
+
+    def __init__(self, store: MemoryStore, settled: list[Settlement]) -> None:
+        super().__init__(store)
+        self.settled = settled
+
+    def settle(self, batch: Any) -> Any:
+        self.settled += batch
+        return (yield from super().settle(batch))
+
+
 class Bench:
     """A runtime with the zoo in its template."""
 
@@ -37,11 +51,12 @@ class Bench:
         self.store = MemoryStore()
         self.client = MemoryClient(self.store)
         self.facts: list[Any] = []
+        self.settled: list[Settlement] = []
 
     def run(self, *jobs: BoundJob, max_isolated: int = 4, kill_grace_s: float = 0.3) -> list[Ran]:
         """Run `jobs` to the end of their first attempt."""
         runtime = KQueueRuntime(
-            MemoryBroker(self.store), template=template_config([ROOT], [], ["tests.apps.zoo"]), max_isolated=max_isolated,
+            Noting(self.store, self.settled), template=template_config([ROOT], [], ["tests.apps.zoo"]), max_isolated=max_isolated,
             kill_grace_s=kill_grace_s, security=SecurityConfig(max_timeout_s=3600),
         )  # fmt: skip
         for kind in (events.JobEnded, events.JobOutput, events.JobProgress, events.Warned, events.TemplateDied):
@@ -305,6 +320,65 @@ def test_a_result_of_tagged_types_comes_back(bench: Bench) -> None:
     assert bench.one("returns", "set").result == {1}
 
 
+# -- follow-ups -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["then_plain", "then_generator", "then_async", "ThenAsAClass"])
+def test_a_child_s_follow_ups_come_with_its_ack(bench: Bench, name: str) -> None:
+    ran = bench.one(name)
+    (ack,) = bench.settled
+    assert [(job.id, job.queue, job.lane, job.delay_s) for job in ack.follow_ups] == [
+        (ran.result[0], "mail", "isolated", 2.5), (ran.result[1], "default", "isolated", 0),
+    ]  # fmt: skip
+    assert [decode(job.envelope).args for job in ack.follow_ups] == [[1], [2]]
+    assert ack.verb == "ack"
+
+
+@pytest.mark.parametrize("how", ["raises", "exits", "is killed", "hangs"])
+def test_a_run_that_does_not_end_well_has_none(bench: Bench, how: str) -> None:
+    ended = bench.one("then_fails", how).ended
+    assert not ended.outcome.ok
+    assert (ended.outcome.follow_ups, [item.follow_ups for item in bench.settled]) == ((), [()])
+
+
+def test_a_follow_up_is_refused_at_the_line_that_asks_for_it(bench: Bench) -> None:
+    ran = bench.one("then_refused")
+    assert ran.result == [
+        "UsageError: the arguments do not fit job 'add'(a: 'int', b: 'int' = 0) -> 'int': too many positional arguments",
+        "TypeError: args[0] is of type object, which a job cannot carry; pass an id, a path, or plain JSON values",
+        "KQueueError: job 'add': timeout 7200 is over limits.timeout 3600; lower it or raise the limit",
+        "TypeError: then() takes a bound job such as SendEmail.job(...), not JobFunction",
+    ]
+    assert [len(item.follow_ups) for item in bench.settled] == [1], "what was right between them counts"
+
+
+def test_a_child_can_flood_neither_with_follow_ups_nor_with_their_bytes(bench: Bench) -> None:
+    from tests.apps import zoo
+
+    many, large = bench.run(zoo.then_many.job(MAX_FOLLOW_UPS + 1, 1), zoo.then_many.job(9, 600_000))
+    assert many.result == [MAX_FOLLOW_UPS, f"then_many has {MAX_FOLLOW_UPS} follow-ups already, as many as a run may have; "
+                           "let one of them dispatch the rest"]  # fmt: skip
+    assert large.result[0] == 6
+    assert f"over {MAX_FOLLOW_UP_BYTES} bytes" in large.result[1]
+    assert sorted(len(item.follow_ups) for item in bench.settled) == [6, MAX_FOLLOW_UPS]
+
+
+def test_one_that_goes_round_the_bounds_in_the_child_meets_them_in_the_supervisor(bench: Bench) -> None:
+    ran = bench.one("then_forged", MAX_FOLLOW_UPS + 100)
+    assert ran.result == {"{}": MAX_FOLLOW_UPS, "refused": 100}
+    assert len(bench.settled[0].follow_ups) == MAX_FOLLOW_UPS
+
+
+@pytest.mark.parametrize("name", ["then_without_listening", "then_offloaded"])
+def test_follow_ups_nobody_may_ask_for(bench: Bench, name: str) -> None:
+    ran = bench.one(name)
+    assert [item.follow_ups for item in bench.settled] == [()]
+    if name == "then_offloaded":
+        assert ran.result == "an offloaded call has no follow-ups; its job has"
+    else:
+        assert "second dispatch before the first was answered" in ran.ended.outcome.summary()
+
+
 # -- a host that is short of something --------------------------------------------------------------------------------
 
 
@@ -372,5 +446,5 @@ def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.M
     assert runtime.run(burst=True, handle_signals=False) == 0
     row = bench.client.show(job.id)
     assert row is not None
-    assert (row.state, row.counters) == ("delayed", (0, 0, 0, 0))
+    assert (row.state, row.counters) == ("delayed", Counters())
     assert "Too many open files" in bench.of(events.Warned)[0].message

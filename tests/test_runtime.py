@@ -22,11 +22,11 @@ from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.handle import Handle
 from kqueue.client.memory import MemoryClient
-from kqueue.codec import from_json
+from kqueue.codec import decode, from_json
 from kqueue.config import QueueSpec
 from kqueue.context import current
 from kqueue.dispatch import NewJob, prepare
-from kqueue.errors import BrokerRefused, JobCancelled, JobNotFound, JobTimedOut, QueueFull, UsageError
+from kqueue.errors import BrokerRefused, EnvelopeError, JobCancelled, JobNotFound, JobTimedOut, QueueFull, UsageError
 from kqueue.execution.jobtraps import enqueue, offload, progress
 from kqueue.job import BoundJob, JobFunction, job
 from kqueue.kernel import Kernel, VirtualClock, join, sleep
@@ -965,6 +965,34 @@ def test_enqueue_is_held_to_the_same_limits_as_a_dispatch(house: House, tick: An
     house.run(runtime)
     assert [type(error).__name__ for error in refused] == ["UsageError", "EnvelopeError", "QueueFull"]
     assert isinstance(refused[2], QueueFull)
+
+
+def test_a_follow_up_is_refused_at_its_line_and_what_was_accepted_goes_with_the_ack(house: House, tick: Any) -> None:
+    settled: list[Any] = []
+
+    class Noting(MemoryBroker):
+        def settle(self, batch: Any) -> Any:
+            settled.extend(batch)
+            return (yield from super().settle(batch))
+
+    @job(name="parent", max_attempts=2, backoff=0)
+    def parent() -> Any:
+        yield
+        context = current()
+        with pytest.raises(UsageError, match=r"timeout 99 is over limits\.timeout 60"):
+            context.then(tick.options(timeout=99).job("too long"))
+        with pytest.raises(EnvelopeError, match="allowed are 1024"):
+            context.then(tick.job("x" * 2000))
+        context.then(tick.options(queue="mail").job(str(context.attempt)))
+        if context.attempt == 1:
+            raise LookupError
+
+    house.dispatch(parent.job())
+    limits = SecurityConfig(max_timeout_s=60, queue_depth=1, max_envelope_bytes=1024)
+    house.run(house.runtime(Noting(house.store), security=limits))
+    assert [(item.verb, len(item.follow_ups)) for item in settled if item.verb != "hold"] == [("release", 0), ("ack", 1)]
+    (follow_up,) = settled[-1].follow_ups
+    assert (follow_up.queue, decode(follow_up.envelope).args) == ("mail", ["2"]), "of the run that counts"
 
 
 class Children:

@@ -63,6 +63,27 @@ def test_dispatches_are_remembered_and_can_be_run() -> None:
         assert handle.state() is JobState.DONE
 
 
+@job(name="testing.follows")
+def follows(how: str) -> Any:
+    current().then(Greet.job("first"))
+    yield sleep(5)
+    with pytest.raises(TypeError, match="args"):
+        current().then(Greet.job(object()))  # type: ignore[arg-type]
+    current().then(Greet.options(delay=3).job("second"))
+    if how == "fails":
+        raise LookupError(how)
+
+
+def test_follow_ups_are_in_the_queue_once_the_job_has_ended_well() -> None:
+    queue = FakeQueue()
+    with pytest.raises(LookupError):
+        run(follows.job("fails"), queue=queue)
+    assert queue.jobs == []
+    run(follows.job("ends well"), queue=queue)
+    assert queue.jobs == [Greet.job("first"), Greet.options(delay=3).job("second")]
+    assert queue.run() == ["hello first", "hello second"]
+
+
 def test_a_fake_queue_refuses_what_a_real_one_would() -> None:
     with FakeQueue() as queue, pytest.raises(TypeError, match="args"):
         Greet.dispatch(object())  # type: ignore[arg-type]

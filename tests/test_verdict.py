@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kqueue.brokers.base import Counters, Lease, Token
+from kqueue.dispatch import NewJob
 from kqueue.options import JobOptions
 from kqueue.outcome import CAUSES, Outcome
 from kqueue.verdict import (
@@ -64,6 +65,16 @@ def test_a_result_is_kept_with_its_certificate_when_the_job_asks_for_that() -> N
     assert (certificate["cause"], certificate["attempt"], certificate["strategy"]) == ("ok", 2, "isolated")
     assert certificate["duration_s"] == 1.2346
     assert "result" not in certificate
+
+
+def test_follow_ups_go_with_the_ack_and_with_nothing_else() -> None:
+    follow_ups = (NewJob("next", "mail", "inline", 0, b"{}"),)
+    assert judge(lease(), JobOptions(), Outcome("ok", follow_ups=follow_ups), "inline").settlement.follow_ups == follow_ups
+    assert b"next" not in (judge(lease(), JobOptions(keep_result=9), Outcome("ok", follow_ups=follow_ups), "inline")
+                           .settlement.certificate or b"")  # fmt: skip
+    for cause in CAUSES:
+        if cause != "ok":
+            assert judged(cause).settlement.follow_ups == ()
 
 
 @pytest.mark.parametrize(("cause", "error"), DOING)

@@ -18,18 +18,19 @@ from typing import Any, Final
 from ..codec import to_json
 from ..context import JobContext
 from ..dispatch import NewJob
-from ..errors import JobCancelled
+from ..errors import JobCancelled, KQueueError
 from ..events import Events, JobOutput
 from ..kernel import READ, WRITE, Kernel, Task, wait_any
 from ..outcome import Outcome
 from ..process import signal_name
 from . import wire
-from .child_frames import Enqueue, Failure, Progress, Result, parse
+from .child_frames import Failure, Progress, Result, Said, Then, parse
 from .link import Child
 from .output import Lines, Rate, Tail
 
 Steps = Generator[Any, Any, Any]
 EnqueueFromChild = Callable[[Sequence[NewJob]], Steps]
+CheckFromChild = Callable[[NewJob], NewJob]
 
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
 LAST_WORDS: Final = 100
@@ -41,11 +42,14 @@ _ENDED_BY: Final = {"timeout": "supervisor", "cancelled": "shutdown", "memory": 
 
 
 class Attempt:
-    """A child while it runs. `request` is what the template was asked; `enqueue` takes what the child dispatches."""
+    """A child while it runs. `request` is what the template was asked.
+
+    `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
+    """
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
-        enqueue: EnqueueFromChild, kill_grace_s: float,
+        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float,
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -53,6 +57,7 @@ class Attempt:
         self._request = request
         self._context = context
         self._enqueue = enqueue
+        self._check = check
         self._kill_grace_s = kill_grace_s
         self._frames = wire.Frames()
         self._said: Result | Failure | None = None  # the first of either, which decides
@@ -170,17 +175,19 @@ class Attempt:
             return False
         return bool(data)
 
-    def _hear(self, said: Result | Failure | Progress | Enqueue) -> None:
+    def _hear(self, said: Said) -> None:
         if isinstance(said, (Result, Failure)):
             self._said = self._said or said
-        elif self._last_words == 0 or (self._last_words is not None and isinstance(said, Enqueue)):
+        elif self._last_words == 0 or (self._last_words is not None and not isinstance(said, Progress)):
             return  # a process that ended waits for no answer; and who still talks now is none of ours
         elif isinstance(said, Progress):
             self._last_words = self._last_words and self._last_words - 1
             self._context.fraction, self._context.note = said
             self._context.services.progress(self._context)
-        elif self._enqueuing is not None:
+        elif self._enqueuing is not None or self._outbox:
             raise wire.WireError("a second dispatch before the first was answered")
+        elif isinstance(said, Then):
+            self._answer(self._follow_up(said.job))
         else:
             self._enqueuing = self._kernel.spawn(self._dispatch(said.jobs), name=f"dispatch by {self._request['id']}")
 
@@ -192,9 +199,24 @@ class Attempt:
         except Exception as error:  # whatever it is, it is the child's dispatch that failed
             reply = {"error": str(error) or type(error).__name__}
         self._enqueuing = None
-        self._outbox += wire.frame(wire.REPLY, to_json(reply))
+        self._answer(reply)
         if self._watcher is not None:
             self._kernel.wake(self._watcher, {})
+
+    def _follow_up(self, job: NewJob) -> dict[str, Any]:
+        """Keep `job` for the ack; the answer to the child."""
+        try:
+            if self._context.inline:
+                raise KQueueError("an offloaded call has no follow-ups; its job has")
+            if self._said is not None:
+                raise KQueueError("the job has ended")
+            self._context.add_follow_up(self._check(job))
+        except Exception as error:  # whatever it is, it is the child's follow-up that is refused
+            return {"error": str(error) or type(error).__name__}
+        return {}
+
+    def _answer(self, reply: Mapping[str, Any]) -> None:
+        self._outbox += wire.frame(wire.REPLY, to_json(reply))
 
     def _drain(self) -> None:
         """Read what was written before the end, and not a byte more than is there: a grandchild may hold the other end."""
@@ -229,7 +251,8 @@ class Attempt:
         signaled = signal_name(os.WTERMSIG(exit.status)) if exit and os.WIFSIGNALED(exit.status) else None
         code = os.WEXITSTATUS(exit.status) if exit and os.WIFEXITED(exit.status) else None
         if isinstance(self._said, Result):
-            return Outcome("ok", result=self._said.json, exit_code=code, signal=signaled)
+            follow_ups = () if self._context.inline else self._context.follow_ups
+            return Outcome("ok", result=self._said.json, exit_code=code, signal=signaled, follow_ups=follow_ups)
         if isinstance(self._said, Failure):
             cause = self._why if self._why in ("timeout", "cancelled") else self._said.cause
             if cause in ("timeout", "cancelled") and cause != self._why:

@@ -205,19 +205,24 @@ class _Child:
     def progress(self, context: JobContext) -> None:
         self._send(wire.PROGRESS, codec.to_json([context.fraction, context.note]))
 
+    def follow_up(self, job: BoundJob) -> NewJob:
+        prepared = prepare(job, job.registration or registry.get(job.name))
+        self._ask(wire.THEN, _fields(prepared))
+        return prepared
+
     def _dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
         return [DispatchedByChild(id) for id in self._enqueue(jobs)]
 
     def _enqueue(self, jobs: Sequence[BoundJob]) -> list[str]:
         prepared = [prepare(bound, bound.registration or registry.get(bound.name)) for bound in jobs]
         for piece in _pieces(prepared):
-            self._enqueue_piece(piece)
+            self._ask(wire.ENQUEUE, [_fields(job) for job in piece])
         return [job.id for job in prepared]
 
-    def _enqueue_piece(self, prepared: Sequence[NewJob]) -> None:
-        fields = [{**job._asdict(), "envelope": job.envelope.decode()} for job in prepared]
+    def _ask(self, kind: int, fields: Any) -> None:
+        """Ask the supervisor for something, and wait for its answer. KQueueError when it refuses."""
         with self._lock:
-            self._socket.sendall(wire.frame(wire.ENQUEUE, codec.to_json(fields)))
+            self._socket.sendall(wire.frame(kind, codec.to_json(fields)))
             _, payload = wire.read_frame(self._socket, (wire.REPLY,))
         reply = codec.from_json(payload)
         if "error" in reply:
@@ -226,6 +231,10 @@ class _Child:
     def _send(self, kind: int, payload: bytes) -> None:
         with self._lock:
             self._socket.sendall(wire.frame(kind, payload))
+
+
+def _fields(job: NewJob) -> dict[str, Any]:
+    return {**job._asdict(), "envelope": job.envelope.decode()}
 
 
 def _pieces(jobs: Sequence[NewJob]) -> Iterator[list[NewJob]]:

@@ -46,7 +46,13 @@ class Enqueue(NamedTuple):
     jobs: list[NewJob]
 
 
-Said = Result | Failure | Progress | Enqueue
+class Then(NamedTuple):
+    """A follow-up: to be enqueued if the job ends well."""
+
+    job: NewJob
+
+
+Said = Result | Failure | Progress | Enqueue | Then
 
 
 def parse(kind: int, payload: bytes) -> Said:
@@ -87,6 +93,10 @@ def _enqueue(payload: bytes) -> Enqueue:
     return Enqueue([_new_job(fields) for fields in listed])
 
 
+def _then(payload: bytes) -> Then:
+    return Then(_new_job(from_json(payload)))
+
+
 def _new_job(fields: Mapping[str, Any]) -> NewJob:
     """What is in the envelope counts; beside it stands only when the job is due."""
     data = fields["envelope"].encode()
@@ -109,4 +119,5 @@ _PARSERS: Final[Mapping[int, Any]] = {
     wire.FAILURE: _failure,
     wire.PROGRESS: _progress,
     wire.ENQUEUE: _enqueue,
+    wire.THEN: _then,
 }

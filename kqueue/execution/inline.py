@@ -70,7 +70,8 @@ class InlineExecutionStrategy:
                 value = yield from steps
             else:
                 value = steps  # a plain function that was declared isolated=False
-            return Outcome("ok", result=result_json(value) if work.options.keep_result else None)
+            result = result_json(value) if work.options.keep_result else None
+            return Outcome("ok", result=result, follow_ups=work.context.follow_ups)
         except JobTimedOut as error:
             return Outcome("timeout", "supervisor", error=describe_error(error))
         except JobCancelled as error:

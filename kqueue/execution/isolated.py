@@ -17,7 +17,7 @@ from ..events import Events
 from ..kernel import Kernel
 from ..outcome import Outcome
 from . import wire
-from .attempt import Attempt, EnqueueFromChild
+from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import Work
 from .link import Child, TemplateLink
 
@@ -30,13 +30,14 @@ class IsolatedExecutionStrategy:
     """Runs jobs in children of one template.
 
     `kill_grace_s`: between SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it
-    counts thread stacks at their full reserve. `enqueue`: how the supervisor enqueues what a child dispatches.
+    counts thread stacks at their full reserve. `enqueue`: how the supervisor enqueues what a child dispatches; `check`: what it
+    makes of a job that a child wants enqueued later, or why it refuses it.
     """
 
     name = "isolated"
 
     def __init__(
-        self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild,
+        self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
         kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
@@ -44,6 +45,7 @@ class IsolatedExecutionStrategy:
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
+        self._check = check
         self._kill_grace_s = kill_grace_s
         self._memory_headroom_mib = memory_headroom_mib
 
@@ -96,8 +98,9 @@ class IsolatedExecutionStrategy:
         except JobCancelled:
             return Outcome("cancelled", "shutdown")
         attempt = Attempt(
-            self._kernel, self._events, child, request, context, enqueue=self._enqueue, kill_grace_s=self._kill_grace_s
-        )
+            self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
+            kill_grace_s=self._kill_grace_s,
+        )  # fmt: skip
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
         try:

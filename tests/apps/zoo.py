@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import builtins
 import ctypes
+import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
 import kqueue
-from kqueue import current, enqueue, job, offload, progress, sleep
+from kqueue import KQueueJob, current, enqueue, job, offload, progress, sleep
+from kqueue.codec import Envelope, encode
 from kqueue.execution import wire
 
 PIDS = "KQUEUE_TEST_PIDS"  # a file to which a job appends the pids of what it started
@@ -176,6 +179,103 @@ def dispatches_beyond_limits() -> None:
 @job(isolated=True)
 def dispatches_nonsense() -> None:
     add.dispatch(1, 2, 3, 4)
+
+
+@job(isolated=True, keep_result=60)
+def then_plain() -> list[str]:
+    return [current().then(add.options(queue="mail", delay=2.5).job(1)), current().then(add.job(2))]
+
+
+@job(isolated=True, keep_result=60)
+def then_generator() -> Any:
+    first = current().then(add.options(queue="mail", delay=2.5).job(1))
+    yield sleep(0.01)
+    return [first, current().then(add.job(2))]
+
+
+@job(isolated=True, keep_result=60)
+async def then_async() -> Any:
+    first = current().then(add.options(queue="mail", delay=2.5).job(1))
+    await asyncio.sleep(0.01)
+    return [first, current().then(add.job(2))]
+
+
+class ThenAsAClass(KQueueJob):
+    isolated = True
+    keep_result = 60
+
+    def handle(self) -> Any:
+        return then_plain()
+
+
+@job(isolated=True, timeout=1)
+def then_fails(how: str) -> None:
+    current().then(add.job(1))
+    if how == "raises":
+        raise LookupError
+    if how == "exits":
+        sys.exit(0)
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+@job(isolated=True, keep_result=60)
+def then_refused() -> list[str]:
+    wrong: list[Any] = [add.job(1, 2, 3, 4), add.job(object()), add.options(timeout=7200).job(1), add]  # type: ignore[call-arg, arg-type]
+    said = []
+    for bound in wrong:
+        try:
+            current().then(bound)
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    current().then(add.job(1))
+    return said
+
+
+@job(isolated=True, keep_result=60)
+def then_many(count: int, size: int) -> list[Any]:
+    for done in range(count):
+        try:
+            current().then(fails.job("x" * size))
+        except kqueue.KQueueError as error:
+            return [done, str(error)]
+    return [count, ""]
+
+
+@job(isolated=True, keep_result=60)
+def then_forged(count: int) -> dict[str, int]:
+    """Follow-ups by hand, so that only the supervisor counts them."""
+    said: dict[str, int] = {}
+    with socket.socket(fileno=os.dup(3)) as supervisor:
+        for number in range(count):
+            supervisor.sendall(wire.frame(wire.THEN, _forged(number)))
+            _, reply = wire.read_frame(supervisor, (wire.REPLY,))
+            key = "refused" if b"already" in reply else reply.decode()
+            said[key] = said.get(key, 0) + 1
+    return said
+
+
+@job(isolated=True)
+def then_without_listening() -> None:
+    os.write(3, wire.frame(wire.THEN, _forged(1)) * 50)
+    time.sleep(5)
+
+
+@job(keep_result=60)
+def then_offloaded() -> Any:
+    return (yield offload(_forges_as_a_call))
+
+
+def _forges_as_a_call() -> Any:
+    with socket.socket(fileno=os.dup(3)) as supervisor:
+        supervisor.sendall(wire.frame(wire.THEN, _forged(1)))
+        return json.loads(wire.read_frame(supervisor, (wire.REPLY,))[1]).get("error")
+
+
+def _forged(number: int) -> bytes:
+    envelope = encode(Envelope(id=f"forged-{number}", job="add", args=[number], kwargs={}))
+    return json.dumps({"envelope": envelope.decode(), "delay_s": 0, "at": None}).encode()
 
 
 @job(isolated=True, keep_result=60)
