@@ -14,7 +14,17 @@ from .job import BoundJob, JobHandle, KQueueJob, job, set_dispatcher
 if TYPE_CHECKING:
     from .client import Client, connect, get, send
     from .context import JobContext, current
-    from .errors import JobCancelled, JobFailed, JobTimedOut, KQueueError, OffloadError, QueueFull, ResultNotKept
+    from .errors import (
+        Discard,
+        JobCancelled,
+        JobFailed,
+        JobTimedOut,
+        KQueueError,
+        OffloadError,
+        QueueFull,
+        ResultNotKept,
+        Retry,
+    )
     from .execution.base import ExecutionStrategy
     from .execution.inline import InlineExecutionStrategy
     from .execution.isolated import IsolatedExecutionStrategy
@@ -31,7 +41,10 @@ __version__ = "0.1.0"
 _WHERE = {
     ".client": ("Client", "connect", "get", "send"),
     ".context": ("JobContext", "current"),
-    ".errors": ("JobCancelled", "JobFailed", "JobTimedOut", "KQueueError", "OffloadError", "QueueFull", "ResultNotKept"),
+    ".errors": (
+        "Discard", "JobCancelled", "JobFailed", "JobTimedOut", "KQueueError", "OffloadError", "QueueFull", "ResultNotKept",
+        "Retry",
+    ),
     ".execution.base": ("ExecutionStrategy",),
     ".execution.inline": ("InlineExecutionStrategy",),
     ".execution.isolated": ("IsolatedExecutionStrategy",),
@@ -46,10 +59,10 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "BoundJob", "Client", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobCancelled",
+    "BoundJob", "Client", "Discard", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobCancelled",
     "JobContext", "JobFailed", "JobHandle", "JobOptions", "JobState", "JobTimedOut", "KQueueError", "KQueueJob",
-    "KQueueJobInterface", "KQueueRuntime", "OffloadError", "Park", "QueueFull", "ResultNotKept", "SecurityConfig", "Trap",
-    "connect", "current", "dispatch_many", "enqueue", "get", "job", "join",
+    "KQueueJobInterface", "KQueueRuntime", "OffloadError", "Park", "QueueFull", "ResultNotKept", "Retry", "SecurityConfig",
+    "Trap", "connect", "current", "dispatch_many", "enqueue", "get", "job", "join",
     "offload", "progress", "send", "sleep", "wait_io", "wait_process",
 ]  # fmt: skip
 

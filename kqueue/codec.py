@@ -26,7 +26,10 @@ MAX_DEPTH: Final = 100  # of nested arrays and objects in arguments and results
 TAG: Final = "$kq"
 _TAG: Final = TAG.encode()
 LANES: Final = ("inline", "isolated")
-OPTIONS: Final = ("timeout", "max_memory", "max_cpu", "max_attempts", "backoff", "keep_result")  # may be in an envelope
+OPTIONS: Final = (  # may be in an envelope
+    "timeout", "max_memory", "max_cpu", "max_attempts", "backoff", "keep_result", "retry_until", "retry_on", "dont_retry_on",
+    "causes",
+)  # fmt: skip
 
 
 class Envelope(NamedTuple):

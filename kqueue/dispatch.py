@@ -16,6 +16,7 @@ from .ids import new_id
 from .job import BoundJob
 from .options import JobOptions
 from .registry import Registration
+from .retries import COMPUTED
 
 Check = Callable[[JobOptions, str], JobOptions]
 
@@ -53,6 +54,10 @@ def prepare(
         merged = check(merged, bound.name)
     if arguments_too and registration is not None and registration.target is not None:
         _check_arguments(registration, bound)
+    now = time.time()
+    options = {name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS}
+    if dispatch.retry_until is not None:
+        options["retry_until"] = max(0.001, round(dispatch.retry_until - now, 3))  # so it does not hang on how clocks are set
     envelope = Envelope(
         id=dispatch.id or new_id(),
         job=bound.name,
@@ -61,12 +66,12 @@ def prepare(
         queue=merged.queue,
         lane=registration.lane if registration is not None else "inline",
         priority=merged.priority,
-        enqueued_at=time.time(),
-        options={name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS},
+        enqueued_at=now,
+        options=options,
     )
     data = encode(envelope, max_bytes)
     # A time that has passed is now: a job's place follows from when it was due, and nobody may buy a place with an old date.
-    at = dispatch.at if dispatch.at is not None and dispatch.at > envelope.enqueued_at else None
+    at = dispatch.at if dispatch.at is not None and dispatch.at > now else None
     return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, dispatch.delay_s, at)
 
 
@@ -82,9 +87,10 @@ def _check_arguments(registration: Registration, bound: BoundJob) -> None:
 
 def describe(registration: Registration) -> dict[str, Any]:
     """A job as the manifest carries it: JSON values."""
+    options = registration.options
     return {
         "name": registration.name,
-        "options": registration.options._asdict(),
+        "options": {**options._asdict(), "backoff": COMPUTED if callable(options.backoff) else options.backoff},
         "cooperative": registration.cooperative,
         "module": registration.module,
         "signature": registration.signature,

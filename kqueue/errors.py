@@ -5,7 +5,7 @@ The two that end a running job derive from BaseException, so that a job's `excep
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class KQueueError(Exception):
@@ -90,6 +90,32 @@ class Refused(KQueueError):
 
 class OffloadError(KQueueError):
     """An offloaded call failed with an error whose class is not built in; the message is "class: message"."""
+
+
+class Retry(Exception):
+    """Raised by a job: run it again `delay` seconds (or a timedelta) from now; None: after its usual backoff.
+
+    It counts as an attempt, so it ends at `max_attempts` or `retry_until`; `retry_on` and its kind do not stop it.
+    """
+
+    def __init__(self, delay: Any = None, message: str = "") -> None:
+        super().__init__(delay, message)
+        from .retries import is_wait, plain_seconds  # which knows this file
+
+        self.delay_s: float | None = plain_seconds(delay)
+        if delay is not None and not is_wait(self.delay_s):
+            raise UsageError(f"Retry: delay must be seconds or a timedelta, from 0 to ten years, or None, not {delay!r:.60}")
+        self.message = message
+
+    def __str__(self) -> str:
+        return str(self.message)
+
+
+class Discard(Exception):
+    """Raised by a job: no run can succeed, so bury it now, with `reason`."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
 
 
 class JobCancelled(BaseException):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, Type
 
 from .context import current_or_none
 from .errors import UsageError
-from .options import DispatchOptions, JobOptions, dispatch_options
+from .options import Backoff, DispatchOptions, JobOptions, dispatch_options
 from .registry import Registration, register
 from .states import JobState
 
@@ -148,10 +148,14 @@ class KQueueJob:
     priority: ClassVar[int] = 0
     queue: Any = "default"
     max_attempts: ClassVar[int] = 3
-    backoff: ClassVar[float | Sequence[float] | None] = None
+    backoff: ClassVar[Backoff] = None
     start: ClassVar[str] = "fork"
     max_cpu: ClassVar[float] = 0
     keep_result: ClassVar[float] = 0
+    retry_until: ClassVar[Any] = None
+    retry_on: ClassVar[Any] = None
+    dont_retry_on: ClassVar[Any] = None
+    causes: ClassVar[Mapping[str, Any]] = {}
     registration: ClassVar[Registration]
     _declared: ClassVar[JobOptions | None] = None  # its own `options`, or its base's; None: the attributes above say them
 

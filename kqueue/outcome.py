@@ -32,6 +32,10 @@ class Outcome(NamedTuple):
     limits: Mapping[str, float] = {}  # those that applied
     output: str = ""  # the last 8 KiB of stdout and stderr
     follow_ups: tuple[NewJob, ...] = ()  # ok: to be enqueued with its ack; else empty
+    asked: str = ""  # "retry" or "discard": it raised kqueue.Retry or kqueue.Discard; "": neither
+    retry_in_s: float | None = None  # the delay of its Retry; None: it gave none
+    backoff_s: float | None = None  # what its backoff function said; None: nothing of use, or there is none
+    backoff_failed: str = ""  # why that said nothing of use
 
     @property
     def ok(self) -> bool:
@@ -46,8 +50,11 @@ class Outcome(NamedTuple):
             return f"{self.cause}: {self.signal}"
         return self.cause if self.exit_code is None else f"{self.cause}: status {self.exit_code}"
 
-    def certificate(self, *, attempt: int, strategy: str, ended_at: float) -> dict[str, Any]:
-        """The death certificate: all there is to say, as JSON values. `ended_at`: seconds since 1970."""
+    def certificate(self, *, attempt: int, strategy: str, ended_at: float, then: str = "", why: str = "") -> dict[str, Any]:
+        """The death certificate: all there is to say, as JSON values. `ended_at`: seconds since 1970.
+
+        `then`, `why`: what became of the job, and by which rule; "": nobody decided that yet, or it needs no saying.
+        """
         fields = self._asdict()
         for name in _NOT_TOLD:
             fields.pop(name)
@@ -56,10 +63,11 @@ class Outcome(NamedTuple):
         if self.error is not None:
             fields["error"] = {key: value for key, value in self.error.items() if key != "mro"}
         fields.update(limits=dict(self.limits), ended_at=round(ended_at, 3))
-        return {"attempt": attempt, "strategy": strategy, **fields}
+        return {"attempt": attempt, "strategy": strategy, **fields, "then": then, "why": why}
 
 
-_NOT_TOLD: Final = ("result", "follow_ups")  # by a certificate: those are kept elsewhere
+# Not in a certificate: the first two are kept elsewhere, and of the others `why` tells what came of them.
+_NOT_TOLD: Final = ("result", "follow_ups", "asked", "retry_in_s", "backoff_s", "backoff_failed")
 
 
 def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class KQueueRuntime:
             envelope = self._decode(lease)
             held.job = envelope.job
             registration = self._registration(envelope.job)
-            options = held.options = admit(self.security, envelope, registration).options
+            options = held.options = admit(self.security, envelope, registration, lease.counters.memory).options
         except (NewerEnvelope, JobNotFound) as reason:
             outcome = _refused(reason)
             return _Ended(held, outcome, defer(lease, outcome, bury=self._bury_unknown), ran=False)

@@ -21,6 +21,7 @@ from .codec import OPTIONS as ENVELOPE_OPTIONS
 from .errors import ConfigError, Refused, UsageError, nearest
 from .options import PRIORITY_MAX, PRIORITY_MIN, JobOptions, check_option
 from .registry import Registration
+from .retries import grown
 
 if TYPE_CHECKING:
     from .codec import Envelope
@@ -131,11 +132,16 @@ class Admitted(NamedTuple):
 _known: Final[dict[str, tuple[SecurityConfig, Registration, dict[int, Admitted]]]] = {}  # by name; the last by priority
 
 
-def admit(security: SecurityConfig, envelope: Envelope, registration: Registration) -> Admitted:
+def admit(
+    security: SecurityConfig, envelope: Envelope, registration: Registration, memory_deaths: int = 0
+) -> Admitted:
     """What `envelope` may run with. Refused, with the reason for its death certificate: an option in it that makes no sense.
 
-    Most envelopes bring no options, so their answer is kept: 0.2 µs instead of 2.
+    `memory_deaths`: how often it ran out of memory before, since a job may ask for more after each. Most envelopes bring no
+    options, so their answer is kept: 0.2 µs instead of 2.
     """
+    if memory_deaths:
+        return _grown(security, _admit(security, envelope, registration), memory_deaths)
     if envelope.options:
         return _admit(security, envelope, registration)
     known = _known.get(registration.name)
@@ -150,17 +156,26 @@ def admit(security: SecurityConfig, envelope: Envelope, registration: Registrati
 
 
 def _admit(security: SecurityConfig, envelope: Envelope, registration: Registration) -> Admitted:
+    asked = {}
     for name, value in envelope.options.items():
         if name not in ENVELOPE_OPTIONS:
             raise Refused(f"an envelope cannot set {name!r:.60}; it may set {', '.join(ENVELOPE_OPTIONS)}")
         try:
-            check_option(name, value)
+            asked[name] = check_option(name, value)
         except UsageError as error:
             raise Refused(f"the envelope's {error}") from None
         except OverflowError:  # JSON takes an integer of any length, and no float holds 10**400
             raise Refused(f"the envelope's {name} is a number out of range") from None
-    merged = registration.options._replace(priority=envelope.priority, **envelope.options)
+    if "max_attempts" in asked:  # a dispatch that sets the one is not to be overruled by a declaration of the other
+        asked.setdefault("retry_until", None)
+    merged = registration.options._replace(priority=envelope.priority, **asked)
     return Admitted(registration, _clamped(security, merged))
+
+
+def _grown(security: SecurityConfig, admitted: Admitted, deaths: int) -> Admitted:
+    options = admitted.options
+    more = options._replace(max_memory=grown(options.max_memory, options.causes, deaths))
+    return admitted._replace(options=_clamped(security, more))
 
 
 def check_dispatch(security: SecurityConfig, options: JobOptions, name: str) -> JobOptions:

@@ -10,6 +10,10 @@
     def test_the_mail_job():
         assert run(SendEmail.job("ada@example.org")) == "sent"     # an hour of sleep() takes no time
 
+    def test_it_gives_up_on_an_unknown_address():
+        life = run_with_retries(SendEmail.job("nobody@example.org"))
+        assert (life.then, len(life.runs)) == ("dead", 1)
+
 Everything runs in this process, isolated jobs too, so no limit is in force.
 """
 
@@ -17,15 +21,22 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from .brokers.base import Counters, Lease, Token
+from .codec import Envelope, decode, from_json, unpack
 from .context import JobContext, enter
 from .dispatch import NewJob, prepare
 from .errors import JobTimedOut
+from .execution.base import Work
+from .execution.inline import InlineExecutionStrategy
 from .job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
-from .kernel import Kernel, VirtualClock
-from .registry import registry
+from .kernel import Kernel, VirtualClock, sleep
+from .kernel.traps import run as run_task
+from .registry import Registration, registry
+from .security import SecurityConfig, admit
 from .states import JobState
+from .verdict import judge
 
 
 class FakeQueue:
@@ -113,19 +124,11 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
     job dispatches lands in `queue`, and if it ends well its follow-ups do, too.
     """
     queue = queue or FakeQueue()
-    registration = job.registration or registry.get(job.name)
-    if registration is None or registration.target is None:
-        raise LookupError(f"job {job.name!r} is not registered here: import its module")
-    from .codec import decode, unpack
-
-    envelope = decode(prepare(job, registration).envelope)
+    registration, envelope, _ = _enveloped(job)
     timeout_s = envelope.options.get("timeout", registration.options.timeout)
     kernel = Kernel(clock=VirtualClock())
     services = _Services(queue)
-    context = JobContext(
-        id=envelope.id, name=job.name, queue=envelope.queue, attempt=attempt, deadline=timeout_s or None,
-        inline=registration.lane == "inline", services=services,
-    )  # fmt: skip
+    context = _context(registration, envelope, attempt, timeout_s or None, services)
 
     def steps() -> Generator[Any, Any, Any]:
         enter(context)
@@ -145,3 +148,80 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
         kernel.close()
     queue.jobs += [services.bound[each.id] for each in context.follow_ups]
     return result
+
+
+class Run(NamedTuple):
+    """One attempt of `run_with_retries`."""
+
+    cause: str  # "ok", "exception", "timeout", …
+    error: str  # "ValueError: no such file"; "" when it ended well
+    then: str  # "done", "retry" or "dead"
+    delay_s: float  # until the next one
+    why: str  # which rule decided that, where it needs saying
+    max_memory: int  # MiB that it would have had in a child
+
+
+class Life(NamedTuple):
+    """What became of a job in the end. `result`: what it returned, if it keeps results."""
+
+    then: str  # "done" or "dead"
+    result: Any
+    runs: list[Run]
+
+
+def run_with_retries(job: BoundJob, *, queue: FakeQueue | None = None, security: SecurityConfig | None = None) -> Life:
+    """Run `job` as a daemon would, again and again until it is done or dead, and tell what was decided each time.
+
+    On a virtual clock: a backoff of an hour takes no time. Its errors are not raised. As in `run` no process is forked, so it can
+    neither crash nor run out of its memory, unless it raises MemoryError.
+    """
+    queue = queue or FakeQueue()
+    registration, envelope, data = _enveloped(job)
+    kernel = Kernel(clock=VirtualClock())
+
+    def steps() -> Generator[Any, Any, Life]:
+        runs: list[Run] = []
+        counters = Counters()
+        strategy = InlineExecutionStrategy(kernel)
+        while True:
+            options = admit(security or SecurityConfig(), envelope, registration, counters.memory).options
+            services = _Services(queue)
+            deadline = kernel.clock.monotonic() + options.timeout if options.timeout else None
+            context = _context(registration, envelope, counters.runs + 1, deadline, services)
+            work = Work(envelope, data, registration, options, context.attempt, context)
+            # A task of its own, as in the daemon: what it enters, and what is thrown at it, ends with it.
+            outcome = yield run_task(strategy.execute(work))
+            lease = Lease(Token("", envelope.id, 1), envelope.queue, registration.lane, data, counters, 0.0)
+            then, settlement = judge(lease, options, outcome, "inline", envelope.enqueued_at + kernel.clock.monotonic())
+            counters = settlement.counters
+            queue.jobs += [services.bound[each.id] for each in outcome.follow_ups]
+            why = "" if settlement.certificate is None else str(from_json(settlement.certificate)["why"])
+            error = "" if outcome.ok else outcome.summary()
+            runs.append(Run(outcome.cause, error, then, settlement.delay_s, why, options.max_memory))
+            if then != "retry":
+                return Life(then, unpack(from_json(outcome.result or b"null")), runs)
+            yield sleep(settlement.delay_s)
+
+    try:
+        life: Life = kernel.run(steps())
+    finally:
+        kernel.close()
+    return life
+
+
+def _enveloped(job: BoundJob) -> tuple[Registration, Envelope, bytes]:
+    """`job` as it would come out of a queue."""
+    registration = job.registration or registry.get(job.name)
+    if registration is None or registration.target is None:
+        raise LookupError(f"job {job.name!r} is not registered here: import its module")
+    data = prepare(job, registration).envelope
+    return registration, decode(data), data
+
+
+def _context(
+    registration: Registration, envelope: Envelope, attempt: int, deadline: float | None, services: _Services
+) -> JobContext:
+    return JobContext(
+        id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=attempt, deadline=deadline,
+        inline=registration.lane == "inline", services=services,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from kqueue.codec import MAX_BYTES, Envelope, encode
 from kqueue.dispatch import NewJob
 from kqueue.execution import wire
-from kqueue.execution.child_frames import MAX_FAILURE, MAX_JOBS, Enqueue, Failure, Progress, Result, Then, parse
+from kqueue.execution.child_frames import MAX_FAILURE, MAX_JOBS, Backoff, Enqueue, Failure, Progress, Result, Then, parse
 from kqueue.execution.wire import WireError
 
 ERROR = {"class": "ValueError", "message": "no", "traceback": "…", "mro": ["ValueError"]}
@@ -34,6 +34,10 @@ def test_what_a_child_says() -> None:
     assert parse(wire.RESULT, b"[1]") == Result(b"[1]")
     failure = json.dumps({"cause": "exit", "error": ERROR, "exit_code": 3}).encode()
     assert parse(wire.FAILURE, failure) == Failure("exit", ERROR, 3)
+    wants = json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": 5}).encode()
+    assert parse(wire.FAILURE, wants) == Failure("exception", ERROR, None, "retry", 5)
+    assert parse(wire.BACKOFF, b'[5,""]') == Backoff(5, "")
+    assert parse(wire.BACKOFF, b'[null,"it raised"]') == Backoff(None, "it raised")
     assert parse(wire.PROGRESS, b'[0.5,"half"]') == Progress(0.5, "half")
     job = NewJob("a1", "mail", "isolated", 3, envelope().encode(), 2.5, None)
     assert parse(wire.ENQUEUE, asked(delay_s=2.5)) == Enqueue([job])
@@ -67,6 +71,15 @@ def test_progress_out_of_range_is_put_back_into_it() -> None:
         (wire.FAILURE, json.dumps({"cause": "exit", "error": {**ERROR, "message": 7}}).encode()),
         (wire.FAILURE, json.dumps({"cause": "exit", "error": {**ERROR, "mro": "x"}}).encode()),
         (wire.FAILURE, json.dumps({"cause": "exit", "error": {**ERROR, "message": "x" * MAX_FAILURE}}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "pardon"}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": -1}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": 1e300}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": True}).encode()),
+        (wire.BACKOFF, b"5"),
+        (wire.BACKOFF, b"[5]"),
+        (wire.BACKOFF, b"[-5,\"\"]"),
+        (wire.BACKOFF, b"[1e999,\"\"]"),
+        (wire.BACKOFF, b"[5,null]"),
         (wire.PROGRESS, b"0.5"),
         (wire.PROGRESS, b"[0.5]"),
         (wire.PROGRESS, b'["half","half"]'),

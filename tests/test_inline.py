@@ -13,7 +13,7 @@ import pytest
 from kqueue.codec import MAX_BYTES, decode
 from kqueue.context import MAX_FOLLOW_UP_BYTES, MAX_FOLLOW_UPS, JobContext, current, current_or_none
 from kqueue.dispatch import NewJob, prepare
-from kqueue.errors import JobCancelled, JobTimedOut
+from kqueue.errors import Discard, JobCancelled, JobTimedOut, Retry
 from kqueue.execution.base import Work
 from kqueue.execution.inline import GRACE_S, InlineExecutionStrategy
 from kqueue.execution.jobtraps import enqueue, offload, progress
@@ -634,3 +634,74 @@ def test_an_inline_job_is_held_to_the_bounds_too(stage: Stage) -> None:
 def _after(seconds: float, action: Callable[[], None]) -> Any:
     yield sleep(seconds)
     action()
+
+
+# -- the retry policy -------------------------------------------------------------------------------------------------
+
+
+def asked_where(log: list[Any]) -> Callable[..., float]:
+    def backoff(attempt: int, error: BaseException) -> float:
+        log.append((attempt, type(error).__name__, current().name))
+        return 30.0
+
+    return backoff
+
+
+@pytest.mark.parametrize("error", [LookupError, MemoryError, SystemExit, JobTimedOut, Retry])
+def test_a_backoff_function_is_asked_where_the_job_ran(stage: Stage, error: Any) -> None:
+    def fails() -> Any:
+        yield
+        raise error
+
+    log: list[Any] = []
+    outcome = stage.run(fails, options={"backoff": asked_where(log)})
+    assert (outcome.backoff_s, outcome.backoff_failed) == (30, "")
+    assert log == [(2, error.__name__, "the_job")]
+
+
+def test_and_not_asked_for_what_no_backoff_follows(stage: Stage) -> None:
+    def discards() -> Any:
+        yield
+        raise Discard("gone")
+
+    log: list[Any] = []
+    options = {"backoff": asked_where(log)}
+    assert stage.run(discards, options=options).asked == "discard"
+    assert stage.run(follows, options=options).ok
+    assert stage.run(follows, 1, 2, 3, options=options).cause == "refused"
+    task = stage.start(follows, options=options)
+    stage.kernel.spawn(_after(0.5, lambda: stage.kernel.cancel(task, JobCancelled("stopped"))))
+    assert stage.kernel.run(_join(task)).cause == "cancelled"
+    assert log == []
+
+
+@pytest.mark.parametrize(
+    ("backoff", "why"),
+    [(lambda a, e: 1 / 0, "it raised ZeroDivisionError"), (lambda a, e: sleep(5), "which is no number of seconds"),
+     (lambda a, e: exec("raise SystemExit"), "it raised SystemExit")],
+)  # fmt: skip
+def test_one_that_fails_hides_nothing_and_ends_nobody(stage: Stage, backoff: Any, why: str) -> None:
+    outcome = stage.run(follows, fails=True, options={"backoff": backoff})
+    assert (outcome.cause, (outcome.error or {})["class"], outcome.backoff_s) == ("exception", "LookupError", None)
+    assert why in outcome.backoff_failed
+
+
+def test_retry_and_discard_are_told_apart_from_errors(stage: Stage) -> None:
+    def asks(error: str) -> Any:
+        yield
+        raise {"retry": Retry(delay=5, message="later"), "discard": Discard("never"), "error": LookupError()}[error]
+
+    outcomes = [stage.run(asks, error) for error in ("retry", "discard", "error")]
+    told = [(outcome.cause, outcome.asked, outcome.retry_in_s, outcome.summary()) for outcome in outcomes]
+    assert told == [
+        ("exception", "retry", 5, "Retry: later"), ("exception", "discard", None, "Discard: never"),
+        ("exception", "", None, "LookupError"),
+    ]  # fmt: skip
+
+
+def test_a_class_that_is_only_named_so_asks_for_nothing(stage: Stage) -> None:
+    def raises() -> Any:
+        yield
+        raise type("Discard", (Exception,), {})
+
+    assert stage.run(raises).asked == ""

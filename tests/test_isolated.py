@@ -379,6 +379,61 @@ def test_follow_ups_nobody_may_ask_for(bench: Bench, name: str) -> None:
         assert "second dispatch before the first was answered" in ran.ended.outcome.summary()
 
 
+# -- the retry policy -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "then", "delay_s", "why"),
+    [
+        ("works", "exception", "retry", 100, ""),
+        ("exits", "exit", "retry", 100, ""),
+        ("runs out", "memory", "retry", 100, ""),
+        ("retry", "exception", "retry", 100, ""),
+        ("retry in 5", "exception", "retry", 5, ""),
+        ("discard", "exception", "dead", 0, "the job discarded itself"),
+        ("raises", "exception", "retry", 2, "gave none: it raised LookupError: no backoff today"),
+        ("nonsense", "exception", "retry", 2, "gave none: it returned 'soon', which is no number of seconds"),
+        ("blocks", "exception", "retry", 2, "gave none: no answer came from its process"),
+        ("dies", "exception", "retry", 2, "gave none: no answer came from its process"),
+        ("segfaults", "exception", "retry", 2, "gave none: no answer came from its process"),
+        ("is killed", "signal", "retry", 2, "gave none: no answer came from its process"),
+    ],
+)
+def test_a_backoff_function_is_asked_in_the_child(
+    bench: Bench, how: str, cause: str, then: str, delay_s: float, why: str
+) -> None:
+    ended = bench.one("has_a_backoff", how).ended
+    assert (ended.outcome.cause, ended.then) == (cause, then)
+    assert ended.delay_s == delay_s if delay_s != 2 else 0 < ended.delay_s <= 2
+    certificate = from_json(bench.settled[0].certificate or b"")
+    assert certificate["why"].endswith(why), certificate["why"]
+    assert (certificate["then"], bool(certificate["why"])) == (then, bool(why))
+    asked = how in ("works", "exits", "runs out", "retry")
+    assert (f"asked by {ended.outcome.pid} about" in ended.outcome.output) == asked, "and not where nobody wants to know"
+
+
+def test_a_run_that_timed_out_is_asked_as_well(bench: Bench) -> None:
+    ended = bench.one("has_a_backoff_and_no_time").ended
+    assert (ended.outcome.cause, ended.delay_s) == ("timeout", 100)
+    assert "about JobTimedOut" in ended.outcome.output
+
+
+def test_what_a_child_raised_is_told_with_its_words(bench: Bench) -> None:
+    assert bench.one("has_a_backoff", "discard").ended.outcome.summary() == "Discard: for good"
+    assert bench.one("has_a_backoff", "retry").ended.outcome.summary() == "Retry"
+
+
+def test_a_job_that_runs_out_of_memory_gets_more_each_time(bench: Bench) -> None:
+    ran = bench.one("grows")
+    assert ran.ended.then == "done"
+    ended = bench.of(events.JobEnded)
+    assert [(each.outcome.cause, each.outcome.limits["max_memory"]) for each in ended] == [
+        ("memory", 100), ("memory", 200), ("ok", 400),
+    ]  # fmt: skip
+    certificates = [from_json(item.certificate)["limits"]["max_memory"] for item in bench.settled if item.certificate]
+    assert certificates == [100, 200]
+
+
 # -- a host that is short of something --------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "kqueue"
 # (floor, room, the modules in it; "brokers" stands for everything under it that no longer name claims)
 ROOMS = [
     (0, "ground", ["errors", "ids", "job", "codec", "context", "dispatch", "outcome", "events", "config", "security", "loading"]),
-    (0, "ground", ["states", "options", "registry", "process", "instance", "settings", "config_file"]),
+    (0, "ground", ["states", "options", "registry", "retries", "process", "instance", "settings", "config_file"]),
     (1, "kernel", ["kernel"]),
     (1, "stores", ["brokers.base", "brokers.commands"]),  # the protocol and plain commands, which clients and daemon share
     (2, "brokers", ["brokers"]),
@@ -279,7 +279,7 @@ assert runtime.run(burst=True) == 0 and runtime.processed == 1 and not runtime.f
 
 def test_an_application_that_declares_jobs_loads_no_daemon() -> None:
     loaded = {name for name in loaded_after("import kqueue\n@kqueue.job\ndef f(): pass") if name.startswith("kqueue")}
-    ground = ("job", "context", "errors", "ids", "options", "registry", "states")
+    ground = ("job", "context", "errors", "ids", "options", "registry", "retries", "states")
     assert loaded == {"kqueue", *(f"kqueue.{name}" for name in ground)}
 
 

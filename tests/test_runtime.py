@@ -478,7 +478,7 @@ def test_what_a_strategy_says_decides_and_only_the_runtime_settles(house: House,
         return
     assert row is not None
     states = {"signal": "delayed", "lost": "ready", "cancelled": "ready", "memory": "dead"}
-    counters = {"signal": Counters(crashes=1), "lost": Counters(recoveries=1), "memory": Counters(attempts=1)}
+    counters = {"signal": Counters(crashes=1), "lost": Counters(recoveries=1), "memory": Counters(attempts=1, memory=1)}
     assert (row.state, row.counters) == (states[cause], counters.get(cause, Counters()))
 
 

@@ -159,6 +159,8 @@ def _told(certificate: dict[str, Any]) -> str:
     ]
     if certificate["limits"]:
         lines.append("limits     " + ", ".join(f"{name} {value:g}" for name, value in certificate["limits"].items()))
+    if certificate.get("why"):
+        lines.append(f"then       {certificate['then']}: {certificate['why']}")
     if certificate["error"]:
         error = certificate["error"]
         lines.append(block(error.get("traceback") or f"{error['class']}: {error['message']}", "  | "))

@@ -24,7 +24,7 @@ from ..kernel import READ, WRITE, Kernel, Task, wait_any
 from ..outcome import Outcome
 from ..process import signal_name
 from . import wire
-from .child_frames import Failure, Progress, Result, Said, Then, parse
+from .child_frames import Backoff, Failure, Progress, Result, Said, Then, parse
 from .link import Child
 from .output import Lines, Rate, Tail
 
@@ -61,6 +61,7 @@ class Attempt:
         self._kill_grace_s = kill_grace_s
         self._frames = wire.Frames()
         self._said: Result | Failure | None = None  # the first of either, which decides
+        self._backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
         self._garbage: str | None = None  # what was wrong with its frames; None: nothing
         self._why = ""  # we are ending it because of: "timeout", "cancelled", "garbage", "lingering"; "": we are not
         self._lines = {child.stdout: ("stdout", Lines()), child.stderr: ("stderr", Lines())}
@@ -178,6 +179,8 @@ class Attempt:
     def _hear(self, said: Said) -> None:
         if isinstance(said, (Result, Failure)):
             self._said = self._said or said
+        elif isinstance(said, Backoff):
+            self._backoff = said
         elif self._last_words == 0 or (self._last_words is not None and not isinstance(said, Progress)):
             return  # a process that ended waits for no answer; and who still talks now is none of ours
         elif isinstance(said, Progress):
@@ -222,7 +225,7 @@ class Attempt:
         """Read what was written before the end, and not a byte more than is there: a grandchild may hold the other end."""
         self._last_words = LAST_WORDS
         for _ in range(DRAIN_SIZE // READ_SIZE):
-            if self._said is not None or not self._take_frames() or not _readable(self._child.socket.fileno()):
+            if isinstance(self._said, Result) or not self._take_frames() or not _readable(self._child.socket.fileno()):
                 break
         for fd, (stream, lines) in self._lines.items():
             for _ in range(2 * 65536 // READ_SIZE):  # a pipe holds 64 KiB, unless a survivor keeps writing
@@ -258,7 +261,11 @@ class Attempt:
             if cause in ("timeout", "cancelled") and cause != self._why:
                 cause = "exception"  # the job raised it itself; to release it for that would run it for ever
             exit_code = self._said.exit_code if self._said.exit_code is not None else code
-            return Outcome(cause, _ENDED_BY.get(cause, "job"), error=self._said.error, exit_code=exit_code)
+            return Outcome(
+                cause, _ENDED_BY.get(cause, "job"), error=self._said.error, exit_code=exit_code, backoff_s=self._backoff.seconds,
+                backoff_failed=self._backoff.why_not, asked=self._said.asked if cause == "exception" else "",
+                retry_in_s=self._said.retry_in_s,
+            )  # fmt: skip
         if self._garbage is not None:
             error = {"class": "WireError", "message": f"the job wrote garbage to KQueue's socket: {self._garbage}"}
             return Outcome("exception", "supervisor", error=error, exit_code=code, signal=signaled)

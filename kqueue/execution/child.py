@@ -28,6 +28,7 @@ from ..job import BoundJob, JobHandle, set_dispatcher
 from ..kernel import READ, Kernel, wait_io
 from ..outcome import describe_error
 from ..registry import registry
+from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
 from . import limits, wire
 from .base import SECRETS, unpacked
@@ -90,32 +91,28 @@ class _Child:
         self._lock = threading.Lock()  # a job may have threads, and each may dispatch
         timeout_s = request["limits"]["timeout"]
         self._deadline = time.monotonic() + timeout_s if timeout_s else None
+        self._backoff: Any = None  # the one in force, as declared or dispatched
         self._cancel: Callable[[BaseException], None] | None = None  # into a cooperative job; None: raise where it is
 
     def run(self) -> int:
         """Read what to do, do it, report it. Returns the exit status."""
         kind, payload = wire.read_frame(self._socket, (wire.RUN, wire.CALL))
         signal.signal(signal.SIGTERM, self._terminated)
+        failed: BaseException | None = None  # its error, where a retry would need a backoff
         try:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
             answer = wire.RESULT, result_json(value) if self._request["keep_result"] else b"null"
-        except ArgumentsDoNotFit as error:
-            answer = self._failure("refused", error)
-        except JobTimedOut as error:
-            answer = self._failure("timeout", error)
-        except JobCancelled as error:
-            answer = self._failure("cancelled", error)
-        except MemoryError as error:
-            answer = self._failure("memory", error)
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-            answer = self._failure("exit", error, exit_code=code)
         except BaseException as error:
-            answer = self._failure("exception", error)
+            fields = _failure(error)
+            failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
+            answer = wire.FAILURE, codec.to_json(fields)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the job is over; what is left is to say so
         sys.stdout.flush()
         sys.stderr.flush()
         self._send(*answer)
+        if failed is not None and callable(self._backoff):
+            # After the failure was said: a function that blocks costs its own answer, and whoever lingers is killed.
+            self._send(wire.BACKOFF, codec.to_json(ask_backoff(self._backoff, self._request["attempt"], failed)))
         return 0
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -130,6 +127,7 @@ class _Child:
             deadline=self._deadline, inline=False, services=self,
         )  # fmt: skip
         enter(context)
+        self._backoff = envelope.options.get("backoff", registration.options.backoff)
         set_dispatcher(self._dispatch)
         args, kwargs = unpacked(envelope)
         return self._drive(registration.call(args, kwargs))
@@ -188,9 +186,6 @@ class _Child:
             raise error
         self._cancel(error)
 
-    def _failure(self, cause: str, error: BaseException, **more: Any) -> tuple[int, bytes]:
-        return wire.FAILURE, codec.to_json({"cause": cause, "error": describe_error(error), **more})
-
     # -- services ---------------------------------------------------------------------------------------------------
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Any:
@@ -231,6 +226,26 @@ class _Child:
     def _send(self, kind: int, payload: bytes) -> None:
         with self._lock:
             self._socket.sendall(wire.frame(kind, payload))
+
+
+_CAUSES: Final = (  # the first that fits
+    (ArgumentsDoNotFit, "refused"),
+    (JobTimedOut, "timeout"),
+    (JobCancelled, "cancelled"),
+    (MemoryError, "memory"),
+    (SystemExit, "exit"),
+    (BaseException, "exception"),
+)
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """What `error` amounts to, as `child_frames.Failure` reads it."""
+    cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
+    asked, retry_in_s = asked_by(error)
+    fields = {"cause": cause, "error": describe_error(error), "asked": asked, "retry_in_s": retry_in_s}
+    if isinstance(error, SystemExit):
+        fields["exit_code"] = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    return fields
 
 
 def _fields(job: NewJob) -> dict[str, Any]:

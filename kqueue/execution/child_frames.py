@@ -14,12 +14,12 @@ from ..codec import LANES, MAX_BYTES, decode, from_json
 from ..dispatch import NewJob
 from ..errors import EnvelopeError
 from ..options import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME
+from ..retries import LONGEST_DELAY_S, is_wait
 from . import wire
 from .wire import WireError
 
 MAX_FAILURE: Final = 128 * 1024  # bytes: a message of 4 KiB and a traceback of 16 KiB, escaped, and room
 MAX_JOBS: Final = 500  # in one ENQUEUE
-MAX_DELAY_S: Final = 10 * 366 * 86400.0
 CAUSES: Final = ("exception", "timeout", "cancelled", "memory", "exit", "refused")
 
 
@@ -30,11 +30,20 @@ class Result(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The job raised. `error`: class, message, traceback, mro."""
+    """The job raised. `error`: class, message, traceback, mro; the last two as `retries.asked_by` has them."""
 
     cause: str
     error: Mapping[str, Any]
     exit_code: int | None
+    asked: str = ""
+    retry_in_s: float | None = None
+
+
+class Backoff(NamedTuple):
+    """What its backoff function said of that: seconds, or why it said nothing of use."""
+
+    seconds: float | None
+    why_not: str
 
 
 class Progress(NamedTuple):
@@ -52,7 +61,7 @@ class Then(NamedTuple):
     job: NewJob
 
 
-Said = Result | Failure | Progress | Enqueue | Then
+Said = Result | Failure | Backoff | Progress | Enqueue | Then
 
 
 def parse(kind: int, payload: bytes) -> Said:
@@ -78,7 +87,15 @@ def _failure(payload: bytes) -> Failure:
     texts = {name: error[name] for name in ("class", "message", "traceback")}
     _wanted(all(isinstance(text, str) for text in texts.values()), "a failure without a text")
     _wanted(isinstance(error["mro"], list) and all(isinstance(name, str) for name in error["mro"]), "a failure without an mro")
-    return Failure(fields["cause"], {**texts, "mro": error["mro"]}, code)
+    asked, retry_in_s = fields.get("asked", ""), fields.get("retry_in_s")
+    _wanted(asked in ("", "retry", "discard") and (retry_in_s is None or is_wait(retry_in_s)), "a failure that asks for nonsense")
+    return Failure(fields["cause"], {**texts, "mro": error["mro"]}, code, asked, retry_in_s)
+
+
+def _backoff(payload: bytes) -> Backoff:
+    seconds, why_not = from_json(payload)
+    _wanted((seconds is None or is_wait(seconds)) and isinstance(why_not, str), "a backoff that is none")
+    return Backoff(seconds, why_not[:400])
 
 
 def _progress(payload: bytes) -> Progress:
@@ -104,7 +121,7 @@ def _new_job(fields: Mapping[str, Any]) -> NewJob:
     delay_s, at = fields["delay_s"], fields["at"]
     _wanted(QUEUE_NAME.fullmatch(envelope.queue) is not None, "a job for a queue of no valid name")
     _wanted(envelope.lane in LANES and PRIORITY_MIN <= envelope.priority <= PRIORITY_MAX, "a job of no valid lane or priority")
-    _wanted(isinstance(delay_s, (int, float)) and 0 <= delay_s <= MAX_DELAY_S, "a job of no valid delay")
+    _wanted(isinstance(delay_s, (int, float)) and 0 <= delay_s <= LONGEST_DELAY_S, "a job of no valid delay")
     _wanted(at is None or (isinstance(at, (int, float)) and 0 <= at <= 1e11), "a job due at no valid time")
     return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, float(delay_s), at)
 
@@ -117,6 +134,7 @@ def _wanted(fits: bool, otherwise: str) -> None:
 _PARSERS: Final[Mapping[int, Any]] = {
     wire.RESULT: _result,
     wire.FAILURE: _failure,
+    wire.BACKOFF: _backoff,
     wire.PROGRESS: _progress,
     wire.ENQUEUE: _enqueue,
     wire.THEN: _then,

@@ -15,6 +15,7 @@ from ..context import enter
 from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut
 from ..kernel import Kernel
 from ..outcome import Outcome, describe_error
+from ..retries import ask_backoff, asked_by, needs_backoff
 from .base import Work
 
 GRACE_S: Final = 1.0  # for a job to clean up after it was cancelled or timed out
@@ -72,19 +73,30 @@ class InlineExecutionStrategy:
                 value = steps  # a plain function that was declared isolated=False
             result = result_json(value) if work.options.keep_result else None
             return Outcome("ok", result=result, follow_ups=work.context.follow_ups)
-        except JobTimedOut as error:
-            return Outcome("timeout", "supervisor", error=describe_error(error))
-        except JobCancelled as error:
-            if not self._was_cancelled():  # the job made it itself; to release it for that would run it for ever
-                return Outcome("exception", error=describe_error(error))
-            return Outcome("cancelled", "shutdown", error=describe_error(error))
-        except MemoryError as error:
-            return Outcome("memory", "kernel", error=describe_error(error))
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-            return Outcome("exit", exit_code=code, error=describe_error(error))
         except BaseException as error:
-            return Outcome("exception", error=_explained(describe_error(error)))
+            return self._with_backoff(work, error, self._failed(error))
+
+    def _failed(self, error: BaseException) -> Outcome:
+        described = describe_error(error)
+        if isinstance(error, JobTimedOut):
+            return Outcome("timeout", "supervisor", error=described)
+        if isinstance(error, JobCancelled) and self._was_cancelled():
+            return Outcome("cancelled", "shutdown", error=described)  # else it made that itself, and would be released for ever
+        if isinstance(error, MemoryError):
+            return Outcome("memory", "kernel", error=described)
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            return Outcome("exit", exit_code=code, error=described)
+        asked, retry_in_s = asked_by(error)
+        return Outcome("exception", error=_explained(described), asked=asked, retry_in_s=retry_in_s)
+
+    def _with_backoff(self, work: Work, error: BaseException, outcome: Outcome) -> Outcome:
+        """With what the job's backoff function says, which is asked here, where the job ran."""
+        function = work.options.backoff
+        if not callable(function) or outcome.cause == "cancelled" or not needs_backoff(error):
+            return outcome
+        seconds, why_not = ask_backoff(function, work.attempt, error)
+        return outcome._replace(backoff_s=seconds, backoff_failed=why_not)
 
     def _was_cancelled(self) -> bool:
         task = self._kernel.current

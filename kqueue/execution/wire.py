@@ -41,11 +41,12 @@ FAILURE: Final = 20
 PROGRESS: Final = 21
 ENQUEUE: Final = 22
 THEN: Final = 23  # a follow-up, answered by REPLY, too
+BACKOFF: Final = 24  # what the backoff function said, after the FAILURE
 
 CONTROL_FD: Final = 3  # where the template finds its end of its socket
 JOB_FD: Final = 3  # where a child finds its own
 
-_FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN)
+_FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN, BACKOFF)
 _HEADER: Final = struct.Struct(">IB")
 MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
 MAX_MESSAGE: Final = 64 * 1024  # to and from the template; a Linux socket buffer holds 208 KiB

@@ -278,6 +278,52 @@ def _forged(number: int) -> bytes:
     return json.dumps({"envelope": envelope.decode(), "delay_s": 0, "at": None}).encode()
 
 
+def _backoff(attempt: int, error: BaseException) -> Any:
+    what = str(error)
+    if what == "raises":
+        raise LookupError("no backoff today")
+    if what == "blocks":
+        print("blocking", flush=True)
+        signal.pause()
+    if what == "dies":
+        os._exit(9)
+    if what == "segfaults":
+        ctypes.string_at(0)
+    if what == "nonsense":
+        return "soon"
+    print(f"asked by {os.getpid()} about {type(error).__name__}")
+    return attempt * 100
+
+
+@job(isolated=True, backoff=_backoff)
+def has_a_backoff(how: str) -> None:
+    if how == "exits":
+        sys.exit("as it is")
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "runs out":
+        raise MemoryError
+    if how == "retry":
+        raise kqueue.Retry
+    if how == "retry in 5":
+        raise kqueue.Retry(delay=5)
+    if how == "discard":
+        raise kqueue.Discard("for good")
+    raise LookupError(how)
+
+
+@job(isolated=True, backoff=_backoff, timeout=0.3)
+def has_a_backoff_and_no_time() -> Any:
+    while True:
+        yield sleep(60)
+
+
+@job(isolated=True, timeout=0.3, backoff=0, max_attempts=4, max_memory=100, causes={"memory": {"grow": 2, "max_attempts": 9}})
+def grows() -> Any:
+    """Needs more than the first two runs have: 100 and 200 MiB, and 128 of headroom."""
+    return len(b"x" * (400 << 20))
+
+
 @job(isolated=True, keep_result=60)
 def reports() -> str:
     for step in range(4):
