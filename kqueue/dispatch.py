@@ -17,6 +17,7 @@ from .job import BoundJob
 from .options import JobOptions
 from .registry import Registration
 from .retries import COMPUTED
+from .signing import Keys
 
 Check = Callable[[JobOptions, str], JobOptions]
 
@@ -41,12 +42,12 @@ def options_of(bound: BoundJob, registration: Registration | None) -> JobOptions
 
 def prepare(
     bound: BoundJob, registration: Registration | None, *, check: Check | None = None, max_bytes: int = MAX_BYTES,
-    arguments_too: bool = True,
+    arguments_too: bool = True, keys: Keys | None = None,
 ) -> NewJob:  # fmt: skip
     """What to enqueue for `bound`. `registration` is what is known of the job; None: nothing, so its lane is a guess.
 
     `check(options, name)` refuses or clamps options (SecurityConfig). `arguments_too`: see that they fit the handler, where its
-    code is here. Raises UsageError, Refused, TypeError, EnvelopeError.
+    code is here. `keys` sign it; None: nothing does. Raises UsageError, Refused, TypeError, EnvelopeError.
     """
     dispatch = bound.options
     merged = options_of(bound, registration)
@@ -70,6 +71,8 @@ def prepare(
         options=options,
     )
     data = encode(envelope, max_bytes)
+    if keys is not None:
+        data = keys.sign(data)
     # A time that has passed is now: a job's place follows from when it was due, and nobody may buy a place with an old date.
     at = dispatch.at if dispatch.at is not None and dispatch.at > now else None
     return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, dispatch.delay_s, at)

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from . import events as facts
+from . import signing
 from .brokers import open_broker
 from .brokers.base import LEASE_S, STALE, Broker, Lease, Owner
 from .codec import decode
@@ -43,6 +44,7 @@ from .outcome import Outcome, describe_error
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
+from .signing import unsigned
 from .upkeep import EXIT_RESTART, Upkeep
 from .verdict import Verdict, defer, judge, move, postpone
 
@@ -101,6 +103,7 @@ class KQueueRuntime:
         self.kernel.on_crash = self._upkeep.crashed
         self.broker = open_broker(broker, self._upkeep.broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
+        self.keys = None if self.security.signing_key_file is None else signing.load(self.security.signing_key_file)
         self.state = "starting"
         self.exit_code = 0
         self.processed = 0  # attempts that ended, whatever came of them
@@ -160,7 +163,7 @@ class KQueueRuntime:
             return _Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
 
         attempt = lease.counters.attempts + lease.counters.crashes + lease.counters.recoveries + 1
-        work = self._work(registration, options, envelope, lease.envelope or b"", attempt)
+        work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
         try:
@@ -173,7 +176,8 @@ class KQueueRuntime:
     def _decode(self, lease: Lease) -> Any:
         if lease.envelope is None:
             raise EnvelopeError("there is no envelope: something other than KQueue wrote or removed it")
-        envelope = decode(lease.envelope, self.security.max_envelope_bytes)
+        data = unsigned(lease.envelope) if self.keys is None else self.keys.check(lease.envelope)
+        envelope = decode(data, self.security.max_envelope_bytes)
         if envelope.id != lease.token.id:
             raise EnvelopeError(f"the envelope of {lease.token.id} says that it is {envelope.id}'s")
         return envelope
@@ -450,6 +454,8 @@ class KQueueRuntime:
         self._upkeep.recovered(opened.recovered)
         yield from self._upkeep.publish()
         self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
+        if self.keys is not None and self.keys.warning:
+            self._upkeep.warn(self.keys.warning)
         self._upkeep.recovered((yield from self.broker.sweep()).recovered)
         for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)

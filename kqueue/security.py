@@ -22,6 +22,7 @@ from .errors import ConfigError, Refused, UsageError, nearest
 from .options import PRIORITY_MAX, PRIORITY_MIN, JobOptions, check_option
 from .registry import Registration
 from .retries import grown
+from .signing import ENVIRONMENT
 
 if TYPE_CHECKING:
     from .codec import Envelope
@@ -39,6 +40,8 @@ class SecurityConfig(NamedTuple):
     max_envelope_bytes: int = MAX_BYTES
     allowed_paths: tuple[str, ...] | None = None  # where job modules may lie; None: anywhere, (): nowhere
     strict: bool = True  # dispatch and --check refuse what exceeds a limit; False: it is clamped
+    signing_key_file: str | None = None  # what envelopes are signed with; None: they are not, and signatures are not checked
+    signed: bool = False  # they must be signed: what a daemon that has a key tells clients that know only the broker
 
     @classmethod
     def production(cls, **overrides: Any) -> SecurityConfig:
@@ -60,7 +63,7 @@ class SecurityConfig(NamedTuple):
 
     @classmethod
     def from_config(cls, limits: LimitsConfig, security: SecuritySettings) -> SecurityConfig:
-        """What kqueue.yaml says under `limits` and `security`."""
+        """What kqueue.yaml says under `limits` and `security`; without a signing key there, the one of the environment."""
         return cls(
             max_timeout_s=limits.timeout_s,
             max_memory_mib=limits.memory_mib,
@@ -70,6 +73,7 @@ class SecurityConfig(NamedTuple):
             max_envelope_bytes=limits.envelope_bytes,
             allowed_paths=security.allowed_paths,
             strict=security.strict,
+            signing_key_file=security.signing_key_file or os.environ.get(ENVIRONMENT) or None,
         ).validated()
 
     @classmethod
@@ -80,10 +84,10 @@ class SecurityConfig(NamedTuple):
 
     def published(self) -> dict[str, Any]:
         """What the daemon tells clients that have no configuration: all that is looked at at dispatch. JSON values."""
-        return {name: getattr(self, name) for name in _PUBLISHED}
+        return {**{name: getattr(self, name) for name in _PUBLISHED}, "signed": self.signed or self.signing_key_file is not None}
 
     def validated(self) -> SecurityConfig:
-        """Itself, paths made absolute. Raises ConfigError for what makes no sense."""
+        """Itself, paths made absolute. Raises ConfigError for what makes no sense. No file is looked at."""
         for name in ("max_memory_mib", "max_concurrent", "per_minute", "queue_depth"):
             value = getattr(self, name)
             _check(type(value) is int and value >= 0, name, "an integer of at least 0 (0 for no limit)", value)
@@ -93,10 +97,17 @@ class SecurityConfig(NamedTuple):
         size = self.max_envelope_bytes
         _check(type(size) is int and size >= 1024, "max_envelope_bytes", "an integer of at least 1024", size)
         _check(type(self.strict) is bool, "strict", "True or False", self.strict)
-        return self if self.allowed_paths is None else self._replace(allowed_paths=_absolute(self.allowed_paths))
+        _check(type(self.signed) is bool, "signed", "True or False", self.signed)
+        key_file: Any = self.signing_key_file
+        given = isinstance(key_file, (str, os.PathLike)) and bool(os.fspath(key_file))
+        _check(key_file is None or given, "signing_key_file", "a path or None", key_file)
+        return self._replace(
+            allowed_paths=None if self.allowed_paths is None else _absolute(self.allowed_paths),
+            signing_key_file=None if key_file is None else os.path.abspath(key_file),
+        )
 
 
-_PUBLISHED: Final = ("max_timeout_s", "max_memory_mib", "queue_depth", "max_envelope_bytes", "strict")
+_PUBLISHED: Final = ("max_timeout_s", "max_memory_mib", "queue_depth", "max_envelope_bytes", "strict", "signed")
 
 
 def _with(preset: SecurityConfig, overrides: dict[str, Any]) -> SecurityConfig:

@@ -38,8 +38,9 @@ class RuntimeServices:
         security = self._runtime.security
         registration = job.registration or registry.get(job.name)
         return prepare(
-            job, registration, check=self._runtime.check, arguments_too=False, max_bytes=security.max_envelope_bytes
-        )
+            job, registration, check=self._runtime.check, arguments_too=False, max_bytes=security.max_envelope_bytes,
+            keys=self._runtime.keys,
+        )  # fmt: skip
 
     def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
         """In a child, a few at a time; the others wait their turn within their own time-outs."""
@@ -65,12 +66,13 @@ class RuntimeServices:
         yield from self._runtime.broker.enqueue(checked, self._runtime.security.queue_depth)
 
     def check_from_child(self, job: NewJob) -> NewJob:
-        """`job`, which a child prepared, as it may stand in a queue."""
+        """`job`, which a child prepared, as it may stand in a queue: checked, and signed here, since a child has no key."""
         envelope = decode(job.envelope, self._runtime.security.max_envelope_bytes)
         registration = registry.get(envelope.job)
-        if registration is None:
-            return job
-        for name, value in envelope.options.items():
-            check_option(name, value)
-        self._runtime.check(registration.options._replace(**envelope.options), envelope.job)
-        return job._replace(lane=registration.lane)
+        if registration is not None:
+            for name, value in envelope.options.items():
+                check_option(name, value)
+            self._runtime.check(registration.options._replace(**envelope.options), envelope.job)
+            job = job._replace(lane=registration.lane)
+        keys = self._runtime.keys
+        return job if keys is None else job._replace(envelope=keys.sign(job.envelope))

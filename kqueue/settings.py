@@ -316,7 +316,7 @@ QUEUE_SETTINGS: Final = (
 )
 """What may stand below queue.names.NAME."""
 
-NOT_YET: Final = ("queue.sync_replicas", "isolated.start", "isolated.user", "security.signing_key_file")
+NOT_YET: Final = ("queue.sync_replicas", "isolated.start", "isolated.user")
 """Settings of features that this version does not have: refused unless they stand at their default."""
 
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}

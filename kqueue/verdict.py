@@ -27,6 +27,7 @@ from .codec import decode, to_json
 from .options import JobOptions
 from .outcome import Outcome
 from .retries import BURY, COMPUTED, MAX_CRASHES
+from .signing import unsigned
 
 MAX_RECOVERIES: Final = 10
 MAX_DEFERRALS: Final = 20
@@ -186,7 +187,7 @@ def _delay(options: JobOptions, policy: Any, outcome: Outcome, counters: Counter
 
 def _enqueued_at(lease: Lease) -> float:
     """Seconds since 1970, by its dispatcher's clock; 0: whoever wrote the envelope did not say."""
-    return decode(lease.envelope, len(lease.envelope)).enqueued_at if lease.envelope is not None else 0.0
+    return decode(unsigned(lease.envelope), len(lease.envelope)).enqueued_at if lease.envelope is not None else 0.0
 
 
 def defer(lease: Lease, reason: Outcome, *, bury: bool = False) -> Verdict:

@@ -417,7 +417,7 @@ def test_secrets_that_cannot_be_used(load: Load, tmp_path: Path, queue: str, mes
         ("isolated: {start: exec}", "1: isolated.start is not supported by this version; leave it at fork"),
         ("isolated: {start: spawn}", "1: isolated.start must be fork, pool or exec, not 'spawn'"),
         ("isolated: {user: nobody}", "1: isolated.user is not supported by this version; leave it null"),
-        ("security: {signing_key_file: k}", "1: security.signing_key_file is not supported by this version; leave it null"),
+        ("security: {signing_key_file: [k]}", "1: security.signing_key_file must be a path, not a list"),
         # settings against each other
         ("inline:\n  max_slice: 9s", "1: inline.hard_slice must not be shorter than inline.max_slice"),
         ("inline:\n  max_slice: 9s\n  hard_slice: 8s", "3: inline.hard_slice must not be shorter than inline.max_slice"),

@@ -52,16 +52,17 @@ class Bench:
         self.client = MemoryClient(self.store)
         self.facts: list[Any] = []
         self.settled: list[Settlement] = []
+        self.security = SecurityConfig(max_timeout_s=3600)
 
     def run(self, *jobs: BoundJob, max_isolated: int = 4, kill_grace_s: float = 0.3) -> list[Ran]:
         """Run `jobs` to the end of their first attempt."""
         runtime = KQueueRuntime(
             Noting(self.store, self.settled), template=template_config([ROOT], [], ["tests.apps.zoo"]), max_isolated=max_isolated,
-            kill_grace_s=kill_grace_s, security=SecurityConfig(max_timeout_s=3600),
+            kill_grace_s=kill_grace_s, security=self.security,
         )  # fmt: skip
         for kind in (events.JobEnded, events.JobOutput, events.JobProgress, events.Warned, events.TemplateDied):
             runtime.events.subscribe(kind, self.facts.append)
-        prepared = [prepare(job, job.registration) for job in jobs]
+        prepared = [prepare(job, job.registration, keys=runtime.keys) for job in jobs]
         self.client.enqueue(prepared)
         assert runtime.run(burst=True, handle_signals=False) == 0
         ended = {fact.id: fact for fact in self.of(events.JobEnded)}

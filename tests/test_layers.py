@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "kqueue"
 # (floor, room, the modules in it; "brokers" stands for everything under it that no longer name claims)
 ROOMS = [
     (0, "ground", ["errors", "ids", "job", "codec", "context", "dispatch", "outcome", "events", "config", "security", "loading"]),
-    (0, "ground", ["states", "options", "registry", "retries", "process", "instance", "settings", "config_file"]),
+    (0, "ground", ["states", "options", "registry", "retries", "signing", "process", "instance", "settings", "config_file"]),
     (1, "kernel", ["kernel"]),
     (1, "stores", ["brokers.base", "brokers.commands"]),  # the protocol and plain commands, which clients and daemon share
     (2, "brokers", ["brokers"]),
@@ -251,7 +251,7 @@ def loaded_after(code: str, *, site: bool = False) -> set[str]:
 
 HEAVY = {
     "yaml", "click", "ssl", "hashlib", "sqlite3", "inspect", "dataclasses", "asyncio", "redis", "psutil", "random", "subprocess",
-    "email", "http", "logging", "pickle", "uuid", "decimal", "datetime", "tempfile", "difflib",
+    "hmac", "email", "http", "logging", "pickle", "uuid", "decimal", "datetime", "tempfile", "difflib",
 }  # fmt: skip
 
 

@@ -1069,6 +1069,7 @@ def test_clients_can_read_what_may_be_dispatched_and_how_much(house: House, tick
     assert from_json(documents["manifest:mail"])["tick"]["cooperative"] is True
     assert from_json(documents["limits:default"]) == {
         "max_timeout_s": 0, "max_memory_mib": 512, "queue_depth": 5, "max_envelope_bytes": 1 << 20, "strict": True,
+            "signed": False,
     }  # fmt: skip
 
 

@@ -48,13 +48,13 @@ def envelope(priority: int = 0, **options: Any) -> Envelope:
 
 
 def test_without_anything_said_only_memory_and_size_are_limited() -> None:
-    assert SecurityConfig() == (0, 512, 0, 0, 0, MAX_BYTES, None, True)
+    assert SecurityConfig() == (0, 512, 0, 0, 0, MAX_BYTES, None, True, None, False)
     assert SecurityConfig().validated() == SecurityConfig()
 
 
 def test_production_is_strict_and_must_be_told_where_jobs_come_from() -> None:
     security = SecurityConfig.production(allowed_paths=["/srv/app"])
-    assert security == (3600, 512, 0, 0, 100_000, MAX_BYTES, ("/srv/app",), True)
+    assert security == (3600, 512, 0, 0, 100_000, MAX_BYTES, ("/srv/app",), True, None, False)
     assert SecurityConfig.production(allowed_paths=(), max_timeout_s=60)[:1] == (60,)
     for overrides in ({}, {"allowed_paths": None}, {"max_timeout_s": 5}):
         with pytest.raises(ConfigError, match=r"production\(\) needs allowed_paths"):
@@ -62,11 +62,12 @@ def test_production_is_strict_and_must_be_told_where_jobs_come_from() -> None:
 
 
 def test_development_is_lenient() -> None:
-    assert SecurityConfig.development() == (0, 1024, 0, 0, 0, MAX_BYTES, None, False)
+    assert SecurityConfig.development() == (0, 1024, 0, 0, 0, MAX_BYTES, None, False, None, False)
     assert SecurityConfig.development(queue_depth=5).queue_depth == 5
 
 
-def test_from_kqueue_yaml(tmp_path: Path) -> None:
+def test_from_kqueue_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KQUEUE_SIGNING_KEY_FILE", raising=False)
     config = make_config(
         {
             "limits": {
@@ -77,14 +78,17 @@ def test_from_kqueue_yaml(tmp_path: Path) -> None:
                 "queue_depth": 7,
                 "envelope": "2MiB",
             },
-            "security": {"allowed_paths": ["app"], "strict": False},
+            "security": {"allowed_paths": ["app"], "strict": False, "signing_key_file": "key"},
         },
         str(tmp_path),
     )
     security = SecurityConfig.from_config(config.limits, config.security)
-    assert security == (300, 1024, 9, 60, 7, 2 * MAX_BYTES, (f"{tmp_path}/app",), False)
+    assert security == (300, 1024, 9, 60, 7, 2 * MAX_BYTES, (f"{tmp_path}/app",), False, f"{tmp_path}/key", False)
     default = make_config()
     assert SecurityConfig.from_config(default.limits, default.security) == SecurityConfig()
+    monkeypatch.setenv("KQUEUE_SIGNING_KEY_FILE", "/etc/key")
+    assert SecurityConfig.from_config(default.limits, default.security).signing_key_file == "/etc/key"
+    assert SecurityConfig.from_config(config.limits, config.security).signing_key_file == f"{tmp_path}/key"
 
 
 def test_paths_are_made_absolute_and_may_be_path_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import Config
-from ..errors import UsageError
+from ..errors import ConfigError, UsageError
 from ..events import Events
 from ..execution.link import TemplateLink
 from ..kernel import Kernel
 from ..loading import ImportFailed, import_modules, template_config
 from ..registry import registry
 from ..security import SecurityConfig, check_dispatch
+from ..signing import Keys
+from ..signing import load as load_keys
 
 
 def check(config: Config) -> int:
     """Import what the daemon would import, in the processes that would; print; 0. Raises ConfigError."""
     jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
+    keys = keys_of(config, security)
     try:
         import_modules("jobs.modules", jobs.modules, jobs.path, security)
         template = template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security)
@@ -29,8 +32,16 @@ def check(config: Config) -> int:
             check_dispatch(security, registration.options, registration.name)
         except UsageError as error:
             raise config.error("limits", str(error)) from None
-    _print(config)
+    _print(config, keys)
     return 0
+
+
+def keys_of(config: Config, security: SecurityConfig) -> Keys | None:
+    """The signing keys. ConfigError, with the line, for a file that cannot be used."""
+    try:
+        return None if security.signing_key_file is None else load_keys(security.signing_key_file)
+    except ConfigError as error:
+        raise config.error("security.signing_key_file", str(error)) from None
 
 
 def _learn(template: dict[str, Any]) -> None:
@@ -48,7 +59,7 @@ def _learn(template: dict[str, Any]) -> None:
     kernel.close()
 
 
-def _print(config: Config) -> None:
+def _print(config: Config, keys: Keys | None) -> None:
     queues = ", ".join(
         spec.name if config.queue.strict_order else f"{spec.name} (weight {spec.weight})" for spec in config.queue.names
     )
@@ -56,6 +67,10 @@ def _print(config: Config) -> None:
     print(f"instance  {config.instance}, state in {config.state_dir}")
     print(f"queue     {_without_secret(config.queue.url)}: {queues}{' in this order' if config.queue.strict_order else ''}")
     print(f"slots     {config.inline.max_concurrent} inline, {config.isolated.max_concurrent} isolated")
+    if keys is not None:
+        signs, *others = keys.ids
+        accepted = f"; also accepted: {', '.join(others)}" if others else ""
+        print(f"signing   {keys.file}: signed with the key {signs}{accepted}{f' ({keys.warning})' if keys.warning else ''}")
     if not len(registry):
         print("jobs      none: name the modules that define them in jobs.modules or jobs.isolated_modules")
         return

@@ -11,6 +11,7 @@ import click
 
 from ..codec import Envelope, decode, from_json
 from ..errors import EnvelopeError, JobNotFound
+from ..signing import signed_by, unsigned
 from ..states import JobState
 from .target import Target, json_option, pass_target
 from .text import ago, block, duration, json_text, moment, printable, table
@@ -91,7 +92,7 @@ def _envelope(row: Row) -> Envelope | str:
     if row.envelope is None:
         return "there is none"
     try:
-        return decode(row.envelope, ANY_SIZE)
+        return decode(unsigned(row.envelope), ANY_SIZE)
     except EnvelopeError as error:
         return str(error)
 
@@ -135,6 +136,9 @@ def _page(row: Row, fields: dict[str, Any]) -> str:
         lines.append(f"envelope   {printable(envelope)}")
         if row.envelope is not None:
             lines.append(f"           {printable(row.envelope[:200].decode('utf-8', 'replace'))}")
+    key = None if row.envelope is None else signed_by(row.envelope)
+    if key is not None:
+        lines.append(f"signed     with the key {key}; the daemon checks that, not this command")
     if row.result is not None:
         lines.append(f"result     {json_text(fields['result'])}")
     return "\n".join([*lines, *map(_certificate, fields["certificates"])])

@@ -106,10 +106,12 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     from ..observe.titles import Titles
     from ..runtime import KQueueRuntime
     from ..security import SecurityConfig
+    from .check import keys_of
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # inline jobs have sockets by the thousand
     jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
+    keys_of(config, security)
     logs = Logs(options["log_level"] or config.log.level, config.log.format)  # first: what modules log at import goes there, too
     try:
         try:

@@ -22,6 +22,8 @@ from ..options import DispatchOptions
 from ..registry import Registration, registry
 from ..security import SecurityConfig, check_dispatch
 from ..settings import resolve_url
+from ..signing import ENVIRONMENT, Keys
+from ..signing import load as load_keys
 from .handle import Handle
 from .published import Published
 
@@ -32,14 +34,16 @@ MAX_BATCH: Final = 500  # jobs in one command of a store
 class Client:
     """Dispatches to one store. `security`: None: no limits are known here, so those apply that were published for each queue.
 
-    What was published is looked up again at most every 10 s by `clock`.
+    `keys` sign what is dispatched; None: nothing does. What was published is looked up again at most every 10 s by `clock`.
     """
 
     def __init__(
-        self, store: Store, security: SecurityConfig | None = None, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, store: Store, security: SecurityConfig | None = None, *, keys: Keys | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.store = store
         self._security = security
+        self._keys = keys
         self._published = Published(store, clock)
 
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
@@ -78,8 +82,16 @@ class Client:
         return registry.get(name) or self.manifest().get(name)
 
     def _prepare(self, bound: BoundJob, registration: Registration | None) -> NewJob:
-        limits = self._limits(options_of(bound, registration).queue)
-        return prepare(bound, registration, check=partial(check_dispatch, limits), max_bytes=limits.max_envelope_bytes)
+        queue = options_of(bound, registration).queue
+        limits = self._limits(queue)
+        if self._keys is None and (limits.signed or limits.signing_key_file is not None):
+            raise UsageError(
+                f"queue {queue!r} of {self.store.address} takes signed jobs only, and there is no key here: "
+                f"set ${ENVIRONMENT} to a copy of its daemon's security.signing_key_file"
+            )
+        return prepare(
+            bound, registration, check=partial(check_dispatch, limits), max_bytes=limits.max_envelope_bytes, keys=self._keys
+        )
 
     def _limits(self, queue: str) -> SecurityConfig:
         return self._published.limits(queue) if self._security is None else self._security
@@ -115,7 +127,7 @@ def where() -> Client:
     """$KQUEUE_URL, else $KQUEUE_CONFIG, else ./kqueue.yaml. UsageError when there is none of them."""
     url = os.environ.get("KQUEUE_URL")
     if url:
-        return Client(open_store(resolve_url(url, None)))
+        return Client(open_store(resolve_url(url, None)), keys=_keys(None))
     path = os.environ.get("KQUEUE_CONFIG") or (CONFIG_FILE if os.path.exists(CONFIG_FILE) else None)
     if path is None:
         raise UsageError(
@@ -126,13 +138,26 @@ def where() -> Client:
 
 
 def from_config(config: Config) -> Client:
-    """A client for what `config` says, with its limits."""
-    return Client(open_store(config.queue.url), SecurityConfig.from_config(config.limits, config.security))
+    """A client for what `config` says, with its limits and its signing key, unless the environment names another."""
+    security = SecurityConfig.from_config(config.limits, config.security)
+    keys = _keys(security.signing_key_file)
+    return Client(open_store(config.queue.url), security, keys=keys)
+
+
+def _keys(configured: str | None) -> Keys | None:
+    """What signs here. Raises ConfigError for a file that cannot be used: it must not mean that nothing is signed."""
+    path = os.environ.get(ENVIRONMENT) or configured
+    keys = load_keys(path) if path else None
+    if keys is not None and keys.warning:
+        import logging
+
+        logging.getLogger("kqueue").warning("%s", keys.warning)
+    return keys
 
 
 def _client_for(target: str) -> Client:
     if "://" in target:
-        return Client(open_store(resolve_url(target, os.getcwd())))
+        return Client(open_store(resolve_url(target, os.getcwd())), keys=_keys(None))
     return from_config(load_config(target))
 
 
