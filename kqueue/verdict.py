@@ -181,7 +181,7 @@ def _delay(options: JobOptions, policy: Any, outcome: Outcome, counters: Counter
         return backoff_s(options, failures), ""
     if outcome.backoff_s is not None:
         return outcome.backoff_s, ""
-    why = outcome.backoff_failed or "no answer came from its process"
+    why = outcome.backoff_failed or "it was not asked, or did not answer"
     return backoff_s(options._replace(backoff=None), failures), f"the default backoff, since the job's own gave none: {why}"
 
 

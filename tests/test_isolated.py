@@ -394,10 +394,10 @@ def test_follow_ups_nobody_may_ask_for(bench: Bench, name: str) -> None:
         ("discard", "exception", "dead", 0, "the job discarded itself"),
         ("raises", "exception", "retry", 2, "gave none: it raised LookupError: no backoff today"),
         ("nonsense", "exception", "retry", 2, "gave none: it returned 'soon', which is no number of seconds"),
-        ("blocks", "exception", "retry", 2, "gave none: no answer came from its process"),
-        ("dies", "exception", "retry", 2, "gave none: no answer came from its process"),
-        ("segfaults", "exception", "retry", 2, "gave none: no answer came from its process"),
-        ("is killed", "signal", "retry", 2, "gave none: no answer came from its process"),
+        ("blocks", "exception", "retry", 2, "gave none: it was not asked, or did not answer"),
+        ("dies", "exception", "retry", 2, "gave none: it was not asked, or did not answer"),
+        ("segfaults", "exception", "retry", 2, "gave none: it was not asked, or did not answer"),
+        ("is killed", "signal", "retry", 2, "gave none: it was not asked, or did not answer"),
     ],
 )
 def test_a_backoff_function_is_asked_in_the_child(

@@ -403,6 +403,7 @@ def test_where_a_client_finds_its_key(tmp_path: Path, monkeypatch: pytest.Monkey
         return signed_by((row and row.envelope) or b"")
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kqueue.client, "_default", None)
     config = tmp_path / "other.yaml"
     config.write_text("queue: {url: 'sqlite:///q.db'}\nsecurity: {signing_key_file: keys}\n")
     monkeypatch.delenv("KQUEUE_CONFIG", raising=False)
@@ -419,7 +420,12 @@ def test_where_a_client_finds_its_key(tmp_path: Path, monkeypatch: pytest.Monkey
         assert signed_with(client) == keys(NEW).ids[0]
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="cannot be read"):
-        where()
+        kqueue.connect()
+    client = where()
+    assert client.store.list(None, None, 10), "who only looks needs no key"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        client.dispatch([BoundJob("any", [], {})])
+    client.store.close()
 
 
 # -- the whole of it ----------------------------------------------------------------------------------------------------------

@@ -34,16 +34,18 @@ MAX_BATCH: Final = 500  # jobs in one command of a store
 class Client:
     """Dispatches to one store. `security`: None: no limits are known here, so those apply that were published for each queue.
 
-    `keys` sign what is dispatched; None: nothing does. What was published is looked up again at most every 10 s by `clock`.
+    What is dispatched is signed with `keys`, else with those of `key_file`, which is read when it is first needed: who only looks
+    need not be able to. What was published is looked up again at most every 10 s by `clock`.
     """
 
     def __init__(
         self, store: Store, security: SecurityConfig | None = None, *, keys: Keys | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        key_file: str | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.store = store
         self._security = security
         self._keys = keys
+        self._key_file = key_file
         self._published = Published(store, clock)
 
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
@@ -57,6 +59,16 @@ class Client:
             for start in range(0, len(batch), MAX_BATCH):
                 self.store.enqueue(batch[start : start + MAX_BATCH], self._limits(queue).queue_depth)
         return [Handle(self.store, job.id, job.queue) for job in prepared]
+
+    def keys(self) -> Keys | None:
+        """What signs here; None: nothing does. Raises ConfigError for a file that cannot be used."""
+        if self._keys is None and self._key_file is not None:
+            self._keys = keys = load_keys(self._key_file)
+            if keys.warning:
+                import logging
+
+                logging.getLogger("kqueue").warning("%s", keys.warning)
+        return self._keys
 
     def named(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: DispatchOptions) -> BoundJob:
         """A job by its name. JobNotFound when daemons have published their manifests, and the name is in none of them."""
@@ -83,14 +95,14 @@ class Client:
 
     def _prepare(self, bound: BoundJob, registration: Registration | None) -> NewJob:
         queue = options_of(bound, registration).queue
-        limits = self._limits(queue)
-        if self._keys is None and (limits.signed or limits.signing_key_file is not None):
+        limits, keys = self._limits(queue), self.keys()
+        if keys is None and (limits.signed or limits.signing_key_file is not None):
             raise UsageError(
                 f"queue {queue!r} of {self.store.address} takes signed jobs only, and there is no key here: "
                 f"set ${ENVIRONMENT} to a copy of its daemon's security.signing_key_file"
             )
         return prepare(
-            bound, registration, check=partial(check_dispatch, limits), max_bytes=limits.max_envelope_bytes, keys=self._keys
+            bound, registration, check=partial(check_dispatch, limits), max_bytes=limits.max_envelope_bytes, keys=keys
         )
 
     def _limits(self, queue: str) -> SecurityConfig:
@@ -118,6 +130,7 @@ def connect(target: str | None = None) -> Client:
     """Say where this process's jobs go: a URL or the path of a kqueue.yaml. Without either: as `where` finds it."""
     global _default
     client = _client_for(target) if target is not None else where()
+    client.keys()  # so that what is wrong with them is heard now
     with _lock:
         _default = client
     return client
@@ -127,7 +140,7 @@ def where() -> Client:
     """$KQUEUE_URL, else $KQUEUE_CONFIG, else ./kqueue.yaml. UsageError when there is none of them."""
     url = os.environ.get("KQUEUE_URL")
     if url:
-        return Client(open_store(resolve_url(url, None)), keys=_keys(None))
+        return Client(open_store(resolve_url(url, None)), key_file=_key_file())
     path = os.environ.get("KQUEUE_CONFIG") or (CONFIG_FILE if os.path.exists(CONFIG_FILE) else None)
     if path is None:
         raise UsageError(
@@ -140,24 +153,16 @@ def where() -> Client:
 def from_config(config: Config) -> Client:
     """A client for what `config` says, with its limits and its signing key, unless the environment names another."""
     security = SecurityConfig.from_config(config.limits, config.security)
-    keys = _keys(security.signing_key_file)
-    return Client(open_store(config.queue.url), security, keys=keys)
+    return Client(open_store(config.queue.url), security, key_file=_key_file() or security.signing_key_file)
 
 
-def _keys(configured: str | None) -> Keys | None:
-    """What signs here. Raises ConfigError for a file that cannot be used: it must not mean that nothing is signed."""
-    path = os.environ.get(ENVIRONMENT) or configured
-    keys = load_keys(path) if path else None
-    if keys is not None and keys.warning:
-        import logging
-
-        logging.getLogger("kqueue").warning("%s", keys.warning)
-    return keys
+def _key_file() -> str | None:
+    return os.environ.get(ENVIRONMENT) or None
 
 
 def _client_for(target: str) -> Client:
     if "://" in target:
-        return Client(open_store(resolve_url(target, os.getcwd())), keys=_keys(None))
+        return Client(open_store(resolve_url(target, os.getcwd())), key_file=_key_file())
     return from_config(load_config(target))
 
 
