@@ -65,22 +65,21 @@ class Verdict(NamedTuple):
 
 def judge(lease: Lease, options: JobOptions, outcome: Outcome, strategy: str, now: float | None = None) -> Verdict:
     """What `outcome` of this attempt means for the job. `now`: seconds since 1970; None: by the clock."""
-    now = time.time() if now is None else now
-    decided = _Decided("done", lease.counters) if outcome.ok else _decide(lease, options, outcome, now)
-    certificate = None
+    if now is None:
+        now = time.time()
+    counters, verb, delay_s, certificate = lease.counters, "ack", 0.0, None
+    then, why = "done", ""
+    if not outcome.ok:
+        then, counters, delay_s, why = _decide(lease, options, outcome, now)
+        verb = "bury" if then == "dead" else "release"
     if not outcome.ok or options.keep_result:
-        certificate = to_json(
-            outcome.certificate(
-                attempt=lease.counters.runs + 1, strategy=strategy, ended_at=now, then=decided.then, why=decided.why
-            )
-        )
-    settlement = Settlement(lease.token, lease.queue, _VERBS[decided.then], decided.counters, certificate=certificate)
-    if outcome.ok:
-        settlement = settlement._replace(result=outcome.result, keep_s=options.keep_result, follow_ups=outcome.follow_ups)
-    return Verdict(decided.then, settlement._replace(delay_s=decided.delay_s))
-
-
-_VERBS: Final = {"done": "ack", "retry": "release", "released": "release", "dead": "bury"}
+        attempt = lease.counters.runs + 1
+        certificate = to_json(outcome.certificate(attempt=attempt, strategy=strategy, ended_at=now, then=then, why=why))
+    settlement = Settlement(
+        lease.token, lease.queue, verb, counters, delay_s, None, certificate, outcome.result if outcome.ok else None,
+        options.keep_result if outcome.ok else 0.0, outcome.follow_ups if outcome.ok else (),
+    )  # fmt: skip
+    return Verdict(then, settlement)
 
 
 class _Decided(NamedTuple):
