@@ -125,6 +125,7 @@ class RedisBroker:
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         answers = [""] * len(batch)
+        yield from self._list_queues({job.queue for item in batch for job in item.follow_ups})
         turn = yield from self._take_turn("settle")
         try:
             for parts in _rounds(batch):

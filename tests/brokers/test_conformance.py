@@ -496,3 +496,22 @@ def test_a_client_serves_threads(rig: Any) -> None:
     for thread in threads:
         thread.join()
     assert len(reserve(rig, broker, inline=500)) == 200
+
+
+def test_follow_ups_come_with_the_ack_that_settles_and_with_no_other(rig: Any) -> None:
+    """Into the job's own queue and into another, at once or later; a stale ack, and one that is repeated, adds none."""
+    broker = rig.broker(queues=("q", "r"))
+    rig.do(broker.enqueue([new_job("1"), new_job("2")]))
+    first, second = rig.do(broker.reserve("q", {"inline": 2})).leases
+    follow_ups = (new_job("3"), new_job("4", queue="r", priority=7), new_job("5", delay_s=60.0), new_job("2"))
+    acks = [
+        Settlement(first.token, "q", "ack", follow_ups=follow_ups),
+        Settlement(second.token._replace(number=9), "q", "ack", follow_ups=(new_job("6"),)),
+    ]
+    assert rig.do(broker.settle(acks)) == [SETTLED, STALE]
+    assert rig.do(broker.settle(acks)) == [STALE, STALE]
+    kept = Settlement(second.token, "q", "ack", result=b"1", keep_s=60.0, follow_ups=(new_job("7"),))
+    assert rig.do(broker.settle([kept])) == [SETTLED]
+    assert [lease.token.id for lease in rig.do(broker.reserve("q", {"inline": 9})).leases] == ["3", "7"]
+    assert [lease.token.id for lease in rig.do(broker.reserve("r", {"inline": 9})).leases] == ["4"]
+    assert rig.do(broker.stats())["q"].delayed == 1

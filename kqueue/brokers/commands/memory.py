@@ -227,6 +227,7 @@ class MemoryStore:
         if item.certificate is not None:
             job.certificates = [*job.certificates, item.certificate][-MAX_CERTIFICATES:]
         if item.verb == "ack":
+            self.enqueue(item.follow_ups)
             if item.keep_s > 0:
                 job.state, job.result, job.expires_at = "done", item.result, self.clock() + item.keep_s
                 heapq.heappush(self._done, (job.expires_at, job.id))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from hiredis import pack_command
 
+from ...codec import to_json
 from ...errors import BrokerRefused, QueueFull, UsageError, nearest
 from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Row, Settlement, Token
 from .redis_lua import LANES, MAX_BATCH_BYTES, ROW_FIELDS
@@ -348,16 +350,27 @@ def settle(sender: str, request: int, epoch: str, batch: Sequence[Settlement]) -
     later: list[int] = []
     for position, item in enumerate(batch):
         id = _bytes(item.token.id)
-        if item.verb == "ack" and item.keep_s <= 0:
+        if item.verb == "ack" and item.keep_s <= 0 and not item.follow_ups:
             order.append(position)
             plain += (id, item.token.number)
         else:
             later.append(position)
             others += (
-                id, item.token.number, item.verb, *item.counters[:4], item.delay_s, item.lane or "", item.certificate or b"",
-                item.result or b"", item.keep_s,
+                id, item.token.number, item.verb, *item.counters, item.delay_s, item.lane or "", item.certificate or b"",
+                item.result or b"", item.keep_s, _follow_ups(item.follow_ups),
             )  # fmt: skip
     return Call("settle", [1, prefix(batch[0].queue), epoch, sender, request, len(order), *plain, *others]), order + later
+
+
+def _follow_ups(jobs: Sequence[NewJob]) -> bytes:
+    """Follow-ups as the script reads them. A delay is below 1e8 (`options.LONGEST_DELAY_S` is above; a moment of it is one)."""
+    if not jobs:
+        return b""
+    rows = []
+    for job in jobs:
+        when = job.at if job.at is not None else job.delay_s if job.delay_s < 1e8 else time.time() + job.delay_s
+        rows.append([prefix(job.queue), job.id, job.lane, str(job.priority), repr(when), job.envelope.decode()])
+    return to_json(rows)
 
 
 def open_epoch(owner: Owner, lease_s: float, queue: str) -> Call:
@@ -400,8 +413,8 @@ def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[
     for lane, flat in zip(LANES, lanes, strict=True):
         rest = iter(flat)
         for id, number, fields in zip(rest, rest, rest, strict=True):
-            envelope, a, c, r, d, at, *_ = fields or (None,) * 6
-            counters = _NONE if not (a or c or r or d) else Counters(_count(a), _count(c), _count(r), _count(d))
+            envelope, a, c, r, d, at, _, _, m = fields or (None,) * 9
+            counters = _NONE if not (a or c or r or d) else Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
             token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
             leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
     return leases

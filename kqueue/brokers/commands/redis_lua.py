@@ -2,7 +2,7 @@
 
 Everything of a queue lives under one hash tag, `kq:{QUEUE}:`, so that a script touches one slot of a cluster:
 
-    job:<id>        hash    envelope, lane, priority, available_at, attempts, crashes, recoveries, deferrals, result,
+    job:<id>        hash    envelope, lane, priority, available_at, attempts, crashes, recoveries, deferrals, memory, result,
                             n (number of the last reservation that has ended), epoch (Rule 4); absent: 0, or none
     ready:<lane>    zset    id -> place; ids of one place go by id
     delayed         zset    id -> available_at
@@ -39,7 +39,7 @@ LANES: Final = ("inline", "isolated")
 MAX_BATCH_BYTES: Final = 8 << 20  # of envelopes in one command or reply
 MEMORY_S: Final = 86400  # that answers to daemons are kept (Rule 5), so how long an outage may last
 ROW_FIELDS: Final = (
-    "envelope", "lane", "priority", "available_at", "attempts", "crashes", "recoveries", "deferrals", "result",
+    "envelope", "lane", "priority", "available_at", "attempts", "crashes", "recoveries", "deferrals", "memory", "result",
 )  # fmt: skip
 
 _CONSTANTS = f"""

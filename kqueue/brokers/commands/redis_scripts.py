@@ -61,7 +61,8 @@ local lanes, names = {{}, {}}, {'inline', 'isolated'}
 
 local function read(id)
   local job = redis.pcall('HMGET', job_key(id),
-    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'available_at', 'n', 'epoch')
+    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'available_at', 'n', 'epoch',
+    'memory')
   return job.err and {} or job
 end
 
@@ -130,8 +131,9 @@ if how == 'short' then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
 return answer(how)
 """
 
-# ARGV: the tokens' epoch, sender, request, number of plain acks; two for each of those: id, n; then twelve for each other one:
-#       id, n, verb, attempts, crashes, recoveries, deferrals, delay, "" or lane, "" or certificate, "" or result, keep_s
+# ARGV: the tokens' epoch, sender, request, number of plain acks; two for each of those: id, n; then fourteen for each other one:
+#       id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay, "" or lane, "" or certificate, "" or result, keep_s,
+#       "" or follow-ups: JSON, for each six texts: what the keys of its queue begin with, id, lane, priority, when, envelope
 # ->    a digit for each in that order (1: settled)
 _SETTLE = """
 local epoch, others = ARGV[1], 5 + 2 * ARGV[4]
@@ -141,7 +143,7 @@ if request == ARGV[3] then return answers end
 
 local at, ids = {}, {}
 for i = 5, others - 1, 2 do at[#at + 1] = i end
-for i = others, #ARGV, 12 do at[#at + 1] = i end
+for i = others, #ARGV, 14 do at[#at + 1] = i end
 for i, position in ipairs(at) do ids[i] = ARGV[position] end
 local settled, digits, ended, strays, seen = {}, {}, {}, {}, {}
 for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
@@ -174,23 +176,45 @@ local function keep(id, ...)
   redis.call('HDEL', key, 'epoch')
   redis.call('HSET', key, ...)
 end
+local function follow(next_jobs)
+  if next_jobs == '' then return end
+  local home, home_places = prefix, placed
+  for _, job in ipairs(cjson.decode(next_jobs)) do
+    prefix, placed = job[1], {}
+    local key, at = job_key(job[2]), tonumber(job[5])
+    if at < 1e8 then at = now + at end
+    if redis.call('EXISTS', key) == 0 then
+      redis.call('HSET', key, 'envelope', job[6], 'lane', lane_of(job[3]), 'priority', job[4], 'available_at', moment(at))
+      place(job[2], lane_of(job[3]), tonumber(job[4]), at)
+      write_places()
+      ring()
+    end
+  end
+  prefix, placed = home, home_places
+end
 for i, id in ipairs(ids) do
   if settled[i] and at[i] < others then
     gone[#gone + 1] = job_key(id)
     gone[#gone + 1] = prefix .. 'certs:' .. id
   elseif settled[i] then
-    local n, verb, attempts, crashes, recoveries, deferrals, delay, lane, certificate, result, seconds =
-      unpack(ARGV, at[i] + 1, at[i] + 11)
+    local n, verb, attempts, crashes, recoveries, deferrals, memory_deaths, delay, lane, certificate, result, seconds, next_jobs =
+      unpack(ARGV, at[i] + 1, at[i] + 13)
     if certificate ~= '' then certify(id, certificate) end
     if verb == 'ack' then
-      keep(id, 'n', n, 'result', result)
-      redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
+      if seconds + 0 > 0 then
+        keep(id, 'n', n, 'result', result)
+        redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
+      else
+        gone[#gone + 1] = job_key(id)
+        gone[#gone + 1] = prefix .. 'certs:' .. id
+      end
+      follow(next_jobs)
     else
       local job = redis.pcall('HMGET', job_key(id), 'lane', 'priority', 'available_at')
       lane = lane_of(lane ~= '' and lane or job[1])
       local due = delay + 0 > 0 and now + delay or number(job[3], now)
       keep(id, 'n', n, 'lane', lane, 'available_at', moment(due),
-        'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals)
+        'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals, 'memory', memory_deaths)
       if verb == 'release' then
         place(id, lane, number(job[2], 0), due)
       else

@@ -41,7 +41,7 @@ from ..base import (
     place,
 )
 
-VERSION: Final = 1  # of the schema; stands in kq_meta, since user_version belongs to the application that shares the file
+VERSION: Final = 2  # of the schema; stands in kq_meta, since user_version belongs to the application that shares the file
 
 # What a row needs to be found by the verb that moves it on; NULL (a comparison with one) is no better than 0.
 _ODD: Final = """CASE state
@@ -68,6 +68,7 @@ SCHEMA: Final = (
   crashes INTEGER DEFAULT 0,
   recoveries INTEGER DEFAULT 0,
   deferrals INTEGER DEFAULT 0,
+  memory INTEGER DEFAULT 0,      -- of the attempts, those that ran out of memory
   number INTEGER DEFAULT 0,      -- of the last reservation; a settlement raises it too, so that a token settles once
   epoch TEXT DEFAULT '',         -- that holds it, or held it last
   expires_at REAL,               -- done: when the result goes
@@ -86,9 +87,14 @@ SCHEMA: Final = (
     f"INSERT INTO kq_meta (key, value) VALUES ('schema', {VERSION})",
 )
 
+FROM_VERSION_1: Final = (
+    "ALTER TABLE kq_job ADD COLUMN memory INTEGER DEFAULT 0",
+    "UPDATE kq_meta SET value = 2 WHERE key = 'schema'",
+)
+
 _STANDS: Final = "CASE WHEN available_at > ? THEN 'delayed' ELSE 'ready' END"  # parameter: now
 _FENCE: Final = "id = ? AND number = ? AND epoch = ? AND coalesce(state, '') NOT IN ('done', 'dead')"  # parameters: _token
-_COUNTERS: Final = "attempts = ?, crashes = ?, recoveries = ?, deferrals = ?"
+_COUNTERS: Final = "attempts = ?, crashes = ?, recoveries = ?, deferrals = ?, memory = ?"
 
 _ENQUEUE: Final = (
     "INSERT INTO kq_job (id, queue, lane, state, priority, place, available_at, envelope) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
@@ -107,8 +113,8 @@ _MOVE_DUE: Final = (
     f"AND available_at BETWEEN -1e12 AND ? ORDER BY available_at LIMIT {MAX_BATCH})"
 )
 _BEST: Final = (
-    "SELECT rowid, id, number, CAST(envelope AS BLOB), available_at, attempts, crashes, recoveries, deferrals FROM kq_job "
-    "WHERE state = 'ready' AND queue = ? AND lane = ? ORDER BY place, id LIMIT ?"
+    "SELECT rowid, id, number, CAST(envelope AS BLOB), available_at, attempts, crashes, recoveries, deferrals, memory "
+    "FROM kq_job WHERE state = 'ready' AND queue = ? AND lane = ? ORDER BY place, id LIMIT ?"
 )
 _LEASE: Final = "UPDATE kq_job SET state = 'leased', epoch = ?, number = ? WHERE rowid = ?"
 _OWN: Final = "INSERT INTO kq_epoch (epoch, identity, expires_at) VALUES (?, ?, ?) ON CONFLICT (epoch) "
@@ -144,8 +150,8 @@ _FIND_ODD: Final = (
     f"SELECT rowid, id, state, lane, attempts FROM kq_job INDEXED BY kq_job_odd WHERE {_ODD} ORDER BY id LIMIT {MAX_BATCH}"
 )
 _ROW: Final = (
-    "SELECT id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, CAST(envelope AS BLOB), "
-    "CAST(result AS BLOB) FROM kq_job "
+    "SELECT id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, memory, "
+    "CAST(envelope AS BLOB), CAST(result AS BLOB) FROM kq_job "
 )
 _DOCUMENTS: Final = "SELECT key, CAST(value AS BLOB) FROM kq_document WHERE key >= ? AND key < ?"
 
@@ -307,19 +313,21 @@ def _settle(tx: Transaction, item: Settlement) -> bool:
         if not tx.db.execute(_ACK, token).rowcount:
             return False
         tx.db.execute(_FORGET, (item.token.id,))
+        enqueue(tx, item.follow_ups)
         return True
     if item.verb == "ack":
         done = tx.db.execute(_KEEP, (item.result, tx.now + item.keep_s, *token))
     elif item.verb == "bury":
-        done = tx.db.execute(_BURY, (*item.counters[:4], *token))
+        done = tx.db.execute(_BURY, (*item.counters, *token))
     elif item.delay_s > 0:
         due = tx.now + item.delay_s
-        done = tx.db.execute(_DELAY, (due, due, item.lane or None, *item.counters[:4], *token))
+        done = tx.db.execute(_DELAY, (due, due, item.lane or None, *item.counters, *token))
     else:
-        done = tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters[:4], *token))
+        done = tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters, *token))
     if not done.rowcount:
         return False
     tx.rings |= item.verb == "release"
+    enqueue(tx, item.follow_ups)
     if item.certificate is not None:
         _certify(tx, item.token.id, item.certificate)
     return True
@@ -370,8 +378,8 @@ def _distinct(tx: Transaction, column: str, state: str) -> list[str]:
 
 
 def _row(found: Sequence[Any]) -> Row:
-    id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, envelope, result = found
-    counters = Counters(*map(_count, (attempts, crashes, recoveries, deferrals)))
+    id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, memory, envelope, result = found
+    counters = Counters(*map(_count, (attempts, crashes, recoveries, deferrals, memory)))
     at = available_at if isinstance(available_at, float) else 0.0
     rank = priority if isinstance(priority, int) else 0
     return Row(id, _text(queue), _text(state), _text(lane), rank, at, counters, envelope, result)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from ...errors import BrokerRefused, BrokerUnavailable
-from .sqlite import SCHEMA, VERSION, Transaction
+from .sqlite import FROM_VERSION_1, SCHEMA, VERSION, Transaction
 
 T = TypeVar("T")
 
@@ -164,7 +164,13 @@ class SQLiteFile:
         except sqlite3.OperationalError as error:
             if not is_locked(error):
                 raise
-        found = db.execute("SELECT value FROM kq_meta WHERE key = 'schema'").fetchone()
+        found = db.execute(_SCHEMA_VERSION).fetchone()
+        if found == (1,):
+            with _between(db, "BEGIN IMMEDIATE"):
+                if db.execute(_SCHEMA_VERSION).fetchone() == (1,):  # somebody else may have been quicker
+                    for statement in FROM_VERSION_1:
+                        db.execute(statement)
+            found = db.execute(_SCHEMA_VERSION).fetchone()
         if found is None or not isinstance(found[0], int):
             raise BrokerRefused(f"{self.path} has a table kq_meta that is not KQueue's: use another path")
         if found[0] > VERSION:
@@ -193,6 +199,9 @@ class SQLiteFile:
         else:
             why = f"{said}; if nobody changed its tables, its disk is to be looked at"
         return BrokerRefused(f"cannot use the database {path}: {why}")
+
+
+_SCHEMA_VERSION: Final = "SELECT value FROM kq_meta WHERE key = 'schema'"
 
 
 def ring(bells: str, but: str = "") -> None:
