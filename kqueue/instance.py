@@ -8,6 +8,7 @@ equal identity is dead, and what it held is ready again at once. A copied disk, 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import signal
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import Final
 
 from .errors import AlreadyRunning, ConfigError
 
+MARK_SIZE: Final = 64  # the longest id
 PATIENCE_S: Final = 5.0  # the old daemon of a restart may still be on its way out
 
 
@@ -47,7 +49,32 @@ class Instance:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         status = os.fstat(self._fd)
+        self.slice_page = SlicePage(os.path.join(state_dir, f"{instance}.slice"))
         self.identity = f"{_boot_id()}:{status.st_dev}:{status.st_ino}:{instance}"
+
+
+class SlicePage:
+    """A page in a file that says which inline job's code runs just now, and, at a start, whose ran when the last process died.
+
+    The kernel of the host keeps it however the process dies. Raises ConfigError when the file cannot be had.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, mmap.PAGESIZE)  # or a full disk would end us by SIGBUS, later
+                self.page = mmap.mmap(fd, mmap.PAGESIZE)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be used: {error.strerror}; free space there, or choose another state_dir") from None
+        self.culprit = self.page[:MARK_SIZE].partition(b"\0")[0].decode("ascii", "replace")  # id of a job; "": none ran
+
+    def clear(self) -> None:
+        """Forget the culprit, who has been dealt with."""
+        self.page[:MARK_SIZE] = bytes(MARK_SIZE)
+        self.culprit = ""
 
 
 def _lock(fd: int, patience_s: float) -> None:

@@ -34,6 +34,7 @@ from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .ids import new_id
+from .instance import SlicePage
 from .intake import Intake
 from .job import BoundJob
 from .kernel import Abandoned, Clock, Kernel, Park, Task, join, sleep
@@ -46,7 +47,7 @@ from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
 from .signing import unsigned
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import Verdict, defer, judge, move, postpone
+from .verdict import Verdict, defer, exhausted, judge, move, postpone
 
 Steps = Generator[Any, Any, Any]
 
@@ -91,6 +92,7 @@ class KQueueRuntime:
         self, broker: Broker | str = "memory://", *, queues: Sequence[QueueSpec | str] = ("default",),
         strict_order: bool = False, security: SecurityConfig | None = None, events: Events | None = None,
         clock: Clock | None = None, template: Mapping[str, Any] | None = None, identity: str = "",
+        slice_page: SlicePage | None = None,
         lease_s: float = LEASE_S, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
@@ -115,6 +117,7 @@ class KQueueRuntime:
         self._slots = {"inline": max_inline, "isolated": max_isolated}
         self._intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
+        self._slice_page = slice_page
         self._lease_s = lease_s
         self._bury_unknown = bury_unknown
         self._grace_s = grace_s
@@ -158,6 +161,8 @@ class KQueueRuntime:
             outcome = _refused(reason)
             return _Ended(held, outcome, judge(lease, held.options, outcome, "none"))
 
+        if (spent := exhausted(lease)) is not None:
+            return _Ended(held, *spent)
         strategy = self._choose(registration)
         if strategy.name != lease.lane:
             return _Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
@@ -275,6 +280,8 @@ class KQueueRuntime:
         self.held.add(held)
         held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
         held.task.on_end = partial(self._ended, held)
+        if lease.lane == "inline" and self.kernel.page is not None:
+            held.task.mark = lease.token.id.encode()
         self._intake.started(lease.queue, lease.lane)
 
     def _is_finished(self) -> bool:
@@ -442,7 +449,7 @@ class KQueueRuntime:
     def _start(self) -> Steps:
         """Broker and template at once, since both take their time; then the loops."""
         self.isolated.link.configure(self.template())
-        opening = self.kernel.spawn(self.broker.open(self._owner, self.queues, self._lease_s), name="open")
+        opening = self.kernel.spawn(self._open(), name="open")
         starting = self.kernel.current
         opening.on_end = lambda task: self._opened(task, starting)
         try:
@@ -464,6 +471,16 @@ class KQueueRuntime:
         self.state = "running"
         took_s = self.kernel.clock.monotonic() - self._began
         self.events.emit(facts.DaemonReady(self.broker.address, self._intake.queues, took_s))
+
+    def _open(self) -> Steps:
+        """Open the broker. Whose code ran when an earlier life of ours died pays for it; then the page is ours."""
+        page = self._slice_page
+        culprit = page.culprit if page is not None else ""
+        opened = yield from self.broker.open(self._owner, self.queues, self._lease_s, culprit=culprit)
+        if page is not None:
+            page.clear()
+            self.kernel.page = page.page
+        return opened
 
     def _finish(self) -> Steps:
         """Wait for what runs; end what will not; settle; let go."""

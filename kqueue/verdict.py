@@ -189,6 +189,20 @@ def _enqueued_at(lease: Lease) -> float:
     return decode(unsigned(lease.envelope), len(lease.envelope)).enqueued_at if lease.envelope is not None else 0.0
 
 
+def exhausted(lease: Lease) -> tuple[Outcome, Verdict] | None:
+    """What becomes of a job that has taken too many supervisors with it, or was lost with too many; None: it may run."""
+    counters = lease.counters
+    if counters.crashes >= MAX_CRASHES:
+        why = f"its process died {counters.crashes} times while this job's own code ran"
+    elif counters.recoveries >= MAX_RECOVERIES:
+        why = f"it was lost {counters.recoveries} times, with the supervisor that had it"
+    else:
+        return None
+    outcome = Outcome("lost", "supervisor", error={"class": "SupervisorLost", "message": why})
+    certificate = outcome.certificate(attempt=counters.runs, strategy="none", ended_at=time.time(), then="dead", why=why)
+    return outcome, Verdict("dead", Settlement(lease.token, lease.queue, "bury", counters, certificate=to_json(certificate)))
+
+
 def defer(lease: Lease, reason: Outcome, *, bury: bool = False) -> Verdict:
     """For a job that nobody here can run yet: again in 30 s, dead after ten minutes (or at once)."""
     counters = lease.counters._replace(deferrals=lease.counters.deferrals + 1)

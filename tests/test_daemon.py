@@ -369,6 +369,22 @@ def test_a_killed_supervisor_leaves_no_process_and_its_jobs_come_back(daemon: Da
     assert daemon.stop() == 0
 
 
+def test_a_job_that_kills_its_supervisor_is_dead_after_three_times_and_its_neighbours_are_done(daemon: Daemon) -> None:
+    poison, *neighbours = daemon.dispatch(inline.poison.job(), *[inline.nap.job(0.3) for _ in range(20)])
+    for _ in range(3):
+        daemon.start()
+        daemon.wait()
+        assert poison.state() is JobState.LEASED
+    daemon.start()
+    assert [each.result(30) for each in neighbours] == [""] * 20
+    assert poison.wait(30)
+    row = daemon.client.store.show(poison.id)
+    assert row is not None
+    assert (row.state, row.counters.crashes, row.counters.recoveries) == ("dead", 3, 0)
+    assert "died 3 times while this job's own code ran" in row.certificates[-1].decode()
+    assert daemon.stop() == 0
+
+
 def test_a_second_daemon_of_one_identity_ends_with_3(daemon: Daemon) -> None:
     daemon.start()
     command = [sys.executable, "-m", "kqueue.cli.kqueued", "-c", str(daemon.config)]

@@ -757,7 +757,7 @@ def test_stopping_twice_is_stopping_once(house: House) -> None:
 def test_stopping_before_it_has_started(house: House) -> None:
     runtime = house.runtime()
 
-    def open_and_wait(*args: Any) -> Any:
+    def open_and_wait(*args: Any, **options: Any) -> Any:
         yield sleep(1e6)
 
     runtime.broker.open = open_and_wait  # type: ignore[method-assign]
@@ -870,7 +870,7 @@ def test_the_same_job_reserved_again_while_it_still_runs_costs_nobody_his_daemon
 def test_a_broker_that_refuses_at_the_start_ends_it_with_its_own_error(house: House) -> None:
     runtime = house.runtime()
 
-    def refuse(*args: Any) -> Any:
+    def refuse(*args: Any, **options: Any) -> Any:
         yield sleep(1)
         raise BrokerRefused("wrong password")
 
@@ -886,7 +886,7 @@ def test_a_bug_of_kqueue_s_own_ends_the_daemon_with_70_and_its_trace(house: Hous
     works = getattr(runtime.broker, verb)
     calls = []
 
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **options: Any) -> Any:
         calls.append(args)
         if len(calls) > 1 or verb == "settle":
             raise ZeroDivisionError("a bug")
@@ -1140,7 +1140,7 @@ def test_start_opens_everything_and_run_goes_on_from_there() -> None:
 
 def test_a_start_that_is_refused_says_why() -> None:
     class Refusing(MemoryBroker):
-        def open(self, *args: Any) -> Any:
+        def open(self, *args: Any, **options: Any) -> Any:
             yield from ()
             raise BrokerRefused("no")
 

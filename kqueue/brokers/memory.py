@@ -59,7 +59,7 @@ class MemoryBroker:
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.store.bells.append(self._ring)
         answers = self.store.settle(unsettled)
-        return Opened(self.store.open(owner, lease_s), answers)
+        return Opened(self.store.open(owner, lease_s, culprit), answers)
 
     @at_once
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:

@@ -88,7 +88,8 @@ class RedisBroker:
         try:
             yield from self._list_queues(queues)
             answers = (yield from self.settle(unsettled)) if unsettled else []
-            recovered = yield from self._repeat_while_more([commands.open_epoch(owner, lease_s, queue) for queue in queues])
+            calls = [commands.open_epoch(owner, lease_s, queue, culprit) for queue in queues]
+            recovered = yield from self._repeat_while_more(calls)
         except KQueueError:
             self._transport.stop()
             raise

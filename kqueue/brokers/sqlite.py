@@ -80,7 +80,7 @@ class SQLiteBroker:
         answers = (yield from self.settle(unsettled)) if unsettled else []
         self._owner, self._lease_s = owner, lease_s
         recovered: dict[str, int] = {}
-        while batch := (yield self._ask(commands.open_epoch, owner, lease_s)):
+        while batch := (yield self._ask(commands.open_epoch, owner, lease_s, culprit)):
             _add(recovered, batch)
         if self._bell is None:
             self._bell = _Bell(self._file, owner.epoch)

@@ -126,6 +126,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             security=security,
             template=template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security),
             identity=instance.identity,
+            slice_page=instance.slice_page,
             lease_s=config.queue.lease_s,
             max_inline=config.inline.max_concurrent,
             max_isolated=config.isolated.max_concurrent,

@@ -18,6 +18,8 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
+from mmap import mmap
+from struct import pack_into
 from typing import Any, Final
 
 from .clock import Clock
@@ -26,6 +28,7 @@ from .timers import ANY_WAIT, Timer, Timers
 from .traps import PARKED, Trap
 
 MAX_IMMEDIATE: Final = 64
+MARK_SIZE: Final = 64
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
 
 Steps = Generator[Any, Any, Any] | Coroutine[Any, Any, Any]
@@ -39,7 +42,7 @@ class Task:
     """One generator or coroutine that the kernel drives."""
 
     __slots__ = (
-        "_joiners", "context", "ended", "error", "generator", "grace_s", "name", "on_end", "parked", "undo", "value",
+        "_joiners", "context", "ended", "error", "generator", "grace_s", "mark", "name", "on_end", "parked", "undo", "value",
         "wait_number",
     )  # fmt: skip
 
@@ -49,6 +52,7 @@ class Task:
         self.context = context  # every step runs in it, so context variables never leak into another task
         self.value: Any = None  # what the next step sends; once ended, what it returned
         self.error: BaseException | None = None  # what the next step throws; once ended, what it raised
+        self.mark = b""  # what `Kernel.page` says while it runs; at most MARK_SIZE bytes. Empty: nothing
         self.parked = False  # False: in the ready queue, being stepped, or ended
         self.ended = False
         self.wait_number = 0  # rises with every wake, so that timers of earlier waits are stale
@@ -97,6 +101,7 @@ class Kernel:
         self.on_slow: Callable[[Task, float], None] = lambda task, seconds: None
         self.on_crash: Callable[[Task], None] = _print_crash
         self.turns = 0
+        self.page: mmap | None = None  # says which task runs, for whoever looks when this process has died; None: nobody will
         self._ready: deque[Task] = deque()
         self._turn_s: deque[float] = deque(maxlen=LAG_SAMPLES)
 
@@ -231,6 +236,9 @@ class Kernel:
         self.current = task
         began = self.clock.monotonic() if self.max_slice_s else 0.0
         ended, value, error = True, None, None
+        page = self.page if task.mark else None
+        if page is not None:
+            pack_into("64s", page, 0, task.mark)
         try:
             self._advance(task)
             ended = False
@@ -238,6 +246,8 @@ class Kernel:
             value = end.value
         except BaseException as failure:
             error = failure
+        if page is not None:
+            page[0] = 0
         self.current = None
         if self.max_slice_s and (took := self.clock.monotonic() - began) > self.max_slice_s:
             self.on_slow(task, took)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from typing import Any
@@ -29,6 +30,12 @@ def nap(seconds: float, word: str = "") -> Any:
     yield sleep(seconds)
     mark("end", word, time.monotonic())
     return word
+
+
+@job
+def poison() -> Any:
+    yield
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @job(keep_result=60)

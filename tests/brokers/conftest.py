@@ -44,12 +44,13 @@ class Rig:
         return self.kernel.run(verb)
 
     def broker(
-        self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",)
+        self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",),
+        culprit: str = "",
     ) -> Any:
         """A broker, opened as a new epoch. `broker.recovered` is what `open` recovered."""
         broker = self.make_broker()
         owner = Owner(epoch or new_id(), identity)
-        broker.recovered = self.do(broker.open(owner, list(queues), lease_s)).recovered  # type: ignore[attr-defined]
+        broker.recovered = self.do(broker.open(owner, list(queues), lease_s, culprit=culprit)).recovered  # type: ignore[attr-defined]
         self.opened.append(broker)
         return broker
 

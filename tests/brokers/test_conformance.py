@@ -515,3 +515,14 @@ def test_follow_ups_come_with_the_ack_that_settles_and_with_no_other(rig: Any) -
     assert [lease.token.id for lease in rig.do(broker.reserve("q", {"inline": 9})).leases] == ["3", "7"]
     assert [lease.token.id for lease in rig.do(broker.reserve("r", {"inline": 9})).leases] == ["4"]
     assert rig.do(broker.stats())["q"].delayed == 1
+
+
+def test_whose_code_ran_when_its_supervisor_died_pays_with_a_crash_and_its_neighbours_with_a_recovery(rig: Any) -> None:
+    first = rig.broker(identity="host:main")
+    rig.do(first.enqueue([new_job("poison"), new_job("neighbour")]))
+    assert len(reserve(rig, first)) == 2
+    second = rig.broker(identity="host:main", culprit="poison")
+    assert second.recovered == {"q": 2}
+    assert {lease.token.id: lease.counters for lease in reserve(rig, second)} == {
+        "poison": Counters(crashes=1), "neighbour": Counters(recoveries=1),
+    }  # fmt: skip

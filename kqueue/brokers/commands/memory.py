@@ -79,11 +79,11 @@ class MemoryStore:
 
     # -- the daemon's verbs -----------------------------------------------------------------------------------------
 
-    def open(self, owner: Owner, lease_s: float) -> dict[str, int]:
+    def open(self, owner: Owner, lease_s: float, culprit: str = "") -> dict[str, int]:
         with self._lock:
             dead = [epoch for epoch, (_, identity) in self._epochs.items() if identity and identity == owner.identity]
             self._epochs[owner.epoch] = (self.clock() + lease_s, owner.identity)
-            return self._recover(dead)
+            return self._recover(dead, culprit)
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
         with self._lock:
@@ -244,13 +244,14 @@ class MemoryStore:
             self._ring()
         return SETTLED
 
-    def _recover(self, epochs: Sequence[str]) -> dict[str, int]:
+    def _recover(self, epochs: Sequence[str], culprit: str = "") -> dict[str, int]:
         recovered: dict[str, int] = {}
         for epoch in epochs:
             held = self._leased.get(epoch, set())
             while held and sum(recovered.values()) < MAX_BATCH:
                 job = self._jobs[held.pop()]
-                job.counters = job.counters._replace(recoveries=job.counters.recoveries + 1)
+                counter = "crashes" if job.id == culprit else "recoveries"
+                job.counters = job.counters._replace(**{counter: getattr(job.counters, counter) + 1})
                 recovered[job.queue] = recovered.get(job.queue, 0) + 1
                 self._stand(job)
             if not held:

@@ -373,8 +373,8 @@ def _follow_ups(jobs: Sequence[NewJob]) -> bytes:
     return to_json(rows)
 
 
-def open_epoch(owner: Owner, lease_s: float, queue: str) -> Call:
-    return Call("open", [1, prefix(queue), owner.epoch, owner.identity, lease_s])
+def open_epoch(owner: Owner, lease_s: float, queue: str, culprit: str = "") -> Call:
+    return Call("open", [1, prefix(queue), owner.epoch, owner.identity, lease_s, _bytes(culprit)])
 
 
 def renew(owner: Owner, lease_s: float, queue: str) -> Call:

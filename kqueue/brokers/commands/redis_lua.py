@@ -153,18 +153,20 @@ end
 """
 
 RECOVER: Final = """
-local function recover(epoch, limit)
+local function recover(epoch, limit, culprit)
   local leased = prefix .. 'leased:' .. epoch
   local held, jobs = redis.call('HRANDFIELD', leased, limit, 'WITHVALUES'), {}
   if #held > 0 then check_sets() end
   for i = 1, #held, 2 do
-    jobs[i] = redis.pcall('HMGET', job_key(held[i]), 'lane', 'priority', 'available_at', 'recoveries')
+    jobs[i] = redis.pcall('HMGET', job_key(held[i]), 'lane', 'priority', 'available_at', 'recoveries', 'crashes')
   end
   for i = 1, #held, 2 do
     local id, job, key = held[i], jobs[i], job_key(held[i])
     redis.call('HDEL', leased, id)
     if job.err then redis.call('DEL', key) end
-    redis.call('HSET', key, 'recoveries', number(job[4], 0) + 1, 'epoch', epoch, 'n', held[i + 1])
+    local counter, count = 'recoveries', job[4]
+    if id == culprit then counter, count = 'crashes', job[5] end
+    redis.call('HSET', key, counter, number(count, 0) + 1, 'epoch', epoch, 'n', held[i + 1])
     place(id, lane_of(job[1]), number(job[2], 0), number(job[3], now))
   end
   write_places()

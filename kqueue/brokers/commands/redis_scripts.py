@@ -230,7 +230,7 @@ if any then ring() end
 return answers
 """
 
-# ARGV: epoch, identity, lease in seconds  ->  recovered jobs; 1 when there are more (call again)
+# ARGV: epoch, identity, lease in seconds, "" or the culprit's id  ->  recovered jobs; 1 when there are more (call again)
 _OPEN = """
 local epoch, identity, recovered = ARGV[1], ARGV[2], 0
 beat(ARGV[3])
@@ -239,7 +239,7 @@ local owners = identity ~= '' and redis.call('HGETALL', prefix .. 'owners') or {
 for i = 1, #owners, 2 do redis.call('HLEN', prefix .. 'leased:' .. owners[i]) end
 for i = 1, #owners, 2 do
   if owners[i + 1] == identity and owners[i] ~= epoch and recovered < MAX_BATCH then
-    recovered = recovered + recover(owners[i], MAX_BATCH - recovered)
+    recovered = recovered + recover(owners[i], MAX_BATCH - recovered, ARGV[4])
   end
 end
 if recovered > 0 then ring() end

@@ -139,9 +139,9 @@ _ONLY_THE_LAST: Final = (
     f"AND n <= (SELECT max(n) - {MAX_CERTIFICATES} FROM kq_certificate WHERE job_id = :id)"
 )
 _FORGET: Final = "DELETE FROM kq_certificate WHERE job_id = ?"  # of a job that is gone
-_HELD: Final = "SELECT rowid, queue FROM kq_job WHERE state = 'leased' AND epoch = ? LIMIT ?"
+_HELD: Final = "SELECT rowid, queue, id FROM kq_job WHERE state = 'leased' AND epoch = ? LIMIT ?"
 _RECOVER: Final = (
-    f"UPDATE kq_job SET state = {_STANDS}, recoveries = CASE typeof(recoveries) WHEN 'integer' THEN recoveries + 1 ELSE 1 END "
+    f"UPDATE kq_job SET state = {_STANDS}, %(counter)s = CASE typeof(%(counter)s) WHEN 'integer' THEN %(counter)s + 1 ELSE 1 END "
     "WHERE rowid = ?"
 )
 _LIVING: Final = "SELECT epoch FROM kq_epoch WHERE typeof(expires_at) IN ('real', 'integer') AND expires_at > ?"
@@ -170,12 +170,12 @@ class Transaction:
 # -- the daemon's verbs -----------------------------------------------------------------------------------------------
 
 
-def open_epoch(tx: Transaction, owner: Owner, lease_s: float) -> dict[str, int]:
+def open_epoch(tx: Transaction, owner: Owner, lease_s: float, culprit: str = "") -> dict[str, int]:
     """Register `owner` and recover up to MAX_BATCH jobs of its own dead epochs; call it until it recovers none."""
     same = "SELECT epoch FROM kq_epoch WHERE identity = ? AND identity <> '' AND epoch <> ?"
     dead = [epoch for (epoch,) in tx.db.execute(same, (owner.identity, owner.epoch)).fetchall()]
     renew(tx, owner, lease_s)
-    return _recover(tx, dead)
+    return _recover(tx, dead, culprit)
 
 
 def enqueue(tx: Transaction, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
@@ -338,13 +338,15 @@ def _certify(tx: Transaction, id: str, certificate: bytes) -> None:
     tx.db.execute(_ONLY_THE_LAST, {"id": id})
 
 
-def _recover(tx: Transaction, epochs: Iterable[str]) -> dict[str, int]:
+def _recover(tx: Transaction, epochs: Iterable[str], culprit: str = "") -> dict[str, int]:
     recovered: dict[str, int] = {}
     room = MAX_BATCH
     for epoch in epochs:
         held = tx.db.execute(_HELD, (epoch, room)).fetchall()
-        tx.db.executemany(_RECOVER, [(tx.now, rowid) for rowid, _ in held])
-        for _, queue in held:
+        for counter in ("recoveries", "crashes"):
+            rows = [(tx.now, rowid) for rowid, _, id in held if (counter == "crashes") == (id == culprit)]
+            tx.db.executemany(_RECOVER % {"counter": counter}, rows)
+        for _, queue, _ in held:
             recovered[_text(queue)] = recovered.get(_text(queue), 0) + 1
         room -= len(held)
         if room <= 0:
