@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -120,8 +120,8 @@ class Arena:
 
     def environment(self, name: str) -> Mapping[str, str]:
         clock = self.clocks.get(name)
-        path = os.pathsep.join([str(HERE.parent)])
-        return {book.PATH_VARIABLE: str(self.book_path), "PYTHONPATH": path, **(clock.environment if clock else {})}
+        own = {book.PATH_VARIABLE: str(self.book_path), "PYTHONPATH": str(HERE.parent)}
+        return {**own, **(clock.environment if clock else {})}
 
     def _url(self, name: str, data: Path) -> str:
         """The broker as `name` sees it."""
@@ -195,12 +195,7 @@ class Arena:
             self.disk.free()
             self.disk_is_full = False
         for service in self.services:
-            if service.pid:
-                from signal import SIGCONT
-
-                for pid in (service.pid,):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, SIGCONT)
+            service.send(signal.SIGCONT)
             if service.wanted or service is self.redis:
                 service.start()
 
@@ -228,10 +223,9 @@ class Arena:
         for dispatcher in self.dispatchers:
             dispatcher.stop()
         self.loop.run_until(lambda: False, 0.2)  # accusations
-        left = survivors(self.book_path) if self.redis is None else [
-            each for each in survivors(self.book_path) if not each.startswith(f"pid {self.redis.pid}:")
-        ]  # fmt: skip
-        return [mishap for service in self.services for mishap in service.mishaps] + [f"it outlived its daemon: {each}" for each in left]
+        mishaps = [mishap for service in self.services for mishap in service.mishaps]
+        outlived = survivors(self.book_path, but=self.redis.pid if self.redis is not None else 0)
+        return [*mishaps, *(f"it outlived its daemon: {each}" for each in outlived)]
 
     def judge(self, left: Mapping[str, str]) -> Verdict:
         self.read_book()

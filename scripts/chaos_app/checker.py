@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from .book import (
@@ -254,7 +255,7 @@ class _Court:
         """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""
         found: list[Again] = []
         unused: list[Run] = []
-        for before, run in zip(runs, runs[1:], strict=False):
+        for before, run in pairwise(runs):
             unused.append(before)
             for candidate in reversed(unused):
                 reason, fault = self._excuse(candidate, run)

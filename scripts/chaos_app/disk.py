@@ -23,9 +23,8 @@ class SmallDisk:
     def __enter__(self) -> SmallDisk:
         self.directory.mkdir()
         options = f"size={self._size_mib}m,mode=0700"
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "kqueue-chaos", str(self.directory)], capture_output=True, text=True, check=False
-        )
+        command = ["mount", "-t", "tmpfs", "-o", options, "kqueue-chaos", str(self.directory)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             self.why_not = f"no tmpfs can be mounted here ({done.stderr.strip() or 'mount failed'}); it takes root"
         return self

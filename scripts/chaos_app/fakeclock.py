@@ -1,8 +1,8 @@
 """A wall clock that jumps, for some processes only: a library of thirty lines (fakeclock.c) that they preload, told by a file.
 
-libfaketime will not do: preloaded into a Redis with jemalloc it makes the server end at its start (libfaketime issue #130, Debian
-12), and in Python 3.11 it makes every time.sleep() raise. The machine's clock is never touched, and the monotonic clocks stay true:
-they do not jump when a wall clock does. It takes a C compiler; without one the nemesis is left out, and that is said.
+libfaketime will not do: preloaded into a Redis with jemalloc it makes the server end at its start (libfaketime issue #130, seen
+with Debian 12), and in Python 3.11 it makes every time.sleep() raise. The machine's clock is never touched, and the monotonic
+clocks stay true: they do not jump when a wall clock does. It takes a C compiler; without one the nemesis is left out, as is said.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is done to the system: each nemesis is a generator, and the schedule is drawn from the seed.
 
-A nemesis reports what it did to the arena as a fault, so that the checker knows what to hold against the system and what not. Those
-that only trouble (a cut, a full disk, a clock that jumps) excuse no second run at all.
+A nemesis reports what it did to the arena as a fault, so that the checker knows what to hold against the system and what not.
+Those that only trouble (a cut, a full disk, a clock that jumps) excuse no second run at all.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def available(broker: str) -> list[str]:
 
 
 def schedule(seed: int, names: Iterable[str], seconds: float, lease_s: float, pause_s: float) -> list[Strike]:
-    """Strikes for `seconds`, all over by then. Each of `names` comes once before any comes twice; `pause_s`: on average between."""
+    """Strikes for `seconds`. Each of `names` comes once before any comes twice; `pause_s`: between two of them, on average."""
     random = Random(f"{seed} nemeses")
     strikes: list[Strike] = []
     at_s, bag = 0.5, list[str]()

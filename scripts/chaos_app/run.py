@@ -59,8 +59,9 @@ def main(
     lease: float | None, every: float, bound: float | None, inline_poison: bool, stride: int, keep: bool,
     json_file: Path | None, markdown: bool, verbose: bool,
 ) -> None:  # fmt: skip
-    """Jobs under fire: starts a broker, daemons and dispatchers of its own, kills, stops and cuts what it can, and counts what was
-    lost, or ran twice without a reason.
+    """Jobs under fire: starts a broker, daemons and dispatchers of its own, kills, stops and cuts what it can.
+
+    It counts what was lost, and what ran twice without a reason.
 
     Exits with 1 on any of that, with 2 when it could not be tried, and with 0 otherwise. The seed replays jobs and strikes.
 

@@ -24,6 +24,7 @@ from .world import Steps, Trouble
 CUT_EVERY_BYTE: Final = "cut-every-byte"
 SLOW: Final = 0.25  # seconds that a job takes at most on average, with all that goes with it
 PROGRESS_S: Final = 0.5
+TRICKLE: Final = 60  # jobs a second for cut-every-byte
 MUST_BE_CUT: Final = (
     "HELLO", "SCRIPT LOAD", "SUBSCRIBE", "open", "reserve", "reserve, with jobs", "settle", "renew", "sweep", "enqueue",
 )  # fmt: skip
@@ -50,9 +51,8 @@ class Wishes(NamedTuple):
 
 def chaos(wishes: Wishes) -> Result:
     names = list(wishes.nemeses)
-    setting = Setting(
-        wishes.broker, wishes.seed, wishes.lease_s, clock="jump" in names, disk_mib=_disk_mib(wishes) if "full-disk" in names else 0
-    )
+    disk_mib = _disk_mib(wishes) if "full-disk" in names else 0
+    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, clock="jump" in names, disk_mib=disk_mib)
     with Arena(setting, wishes.keep, wishes.say) as arena:
         strikes = nemeses.schedule(
             wishes.seed, [name for name in names if name not in arena.lacking], wishes.seconds, wishes.lease_s, wishes.pause_s
@@ -109,7 +109,7 @@ def survivor(wishes: Wishes) -> Result:
 
 
 def cut_every_byte(wishes: Wishes) -> Result:
-    """Jobs flow in while every kind of reply is cut after 0, 1, 2 … bytes, over several daemons so that it does not take all day."""
+    """Jobs flow in while every kind of reply is cut after 0, 1, 2 … bytes; over several daemons, to be done some day."""
     if wishes.broker != "redis":
         raise Trouble("cut-every-byte is about replies over a network: use --broker redis")
     setting = Setting("redis", wishes.seed, wishes.lease_s, daemons=6, dispatchers=1, isolated=0, disk_mib=0)
@@ -134,7 +134,7 @@ def cut_every_byte(wishes: Wishes) -> Result:
         standing = _end(arena, bound_s)
         cuts = Counter(each.kind for proxy in arena.proxies.values() for each in proxy.cuts)
         more = {
-            "replies cut, by kind": f"{sum(cuts.values())} ({', '.join(f'{kind} {count}' for kind, count in cuts.most_common())})",
+            "replies cut, by kind": ", ".join(f"{kind} {count}" for kind, count in cuts.most_common()),
             "longest reply, by kind": ", ".join(f"{kind} {length}" for kind, length in walk.longest.items()),
             "offsets not reached": "none" if over else f"{walk.left()}, {[k for k in MUST_BE_CUT if k not in walk.longest]}",
         }
@@ -142,7 +142,9 @@ def cut_every_byte(wishes: Wishes) -> Result:
             arena, wishes, CUT_EVERY_BYTE, standing, Counter({"cut": sum(cuts.values())}), time.monotonic() - began, bound_s,
             max(0.0, _last_end(arena) - healed_at), more,
         )  # fmt: skip
-        return result if over else result._replace(mishaps=[*result.mishaps, f"not every byte was reached in {wishes.seconds:g} s"])
+        if not over:
+            result = result._replace(mishaps=[*result.mishaps, f"not every byte was reached in {wishes.seconds:g} s"])
+        return result
 
 
 SCENARIOS: Final[Mapping[str, Callable[[Wishes], Result]]] = {
@@ -237,10 +239,10 @@ def _disk_mib(wishes: Wishes) -> int:
 
 def _trickle(wishes: Wishes) -> list[workload.Order]:
     """Jobs one after the other, so that replies carry one or a few of them."""
-    rate = 60
+    jobs = workload.uniform(int(wishes.seconds * TRICKLE), 0.01)
     return [
-        workload.Order(number / rate, f"j{number:06}", "jobs", "nap", [0.01], workload.QUEUES[number % 2], {}, workload.DONE, True)
-        for number in range(int(wishes.seconds * rate))
+        job._replace(at_s=number / TRICKLE, queue=workload.QUEUES[number % len(workload.QUEUES)])
+        for number, job in enumerate(jobs)
     ]
 
 

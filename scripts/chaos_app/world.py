@@ -285,12 +285,12 @@ def parent_of(pid: int) -> int:
     return 0
 
 
-def survivors(book_path: Path) -> list[str]:
-    """Processes of the run that are still there, though whatever started them is gone: those with its book in the environment."""
+def survivors(book_path: Path, but: int) -> list[str]:
+    """Processes of the run that are still there (those with its book in the environment), `but` for one."""
     found = []
     wanted = f"{book.PATH_VARIABLE}={book_path}".encode()
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and int(entry.name) != but:
             with suppress(OSError):
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(f"pid {entry.name}: {(entry / 'cmdline').read_bytes().replace(bytes(1), b' ').decode()}")
