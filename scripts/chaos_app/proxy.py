@@ -13,16 +13,18 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Final, NamedTuple
 
 from . import resp
+from .book import now
 
 READ_SIZE: Final = 1 << 16
 RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST instead of FIN
 
+RARE: Final = 0.05  # of the replies of a kind: a length that fewer have is not walked through
 EMPTY_RESERVE: Final = 64  # bytes; a reply that is longer has jobs in it
 
 Choose = Callable[[str, int], "int | None"]  # (kind of reply, its length) -> after how many bytes to cut; None: not
@@ -55,7 +57,7 @@ class Proxy:
         self.choose: Choose | None = None  # asked about every complete reply, in the thread
         self.choose_request: Choose | None = None  # the same for every complete request
         self.cuts: list[Cut] = []
-        self.passed: dict[str, int] = {}  # replies that came through whole, by kind
+        self.renewed_at: list[float] = []  # when renewals went to the server, CLOCK_MONOTONIC
         self._names = names
         self._held = False
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -226,6 +228,8 @@ class _Link:
                 self._cut(self._server, self._to_server, request[:offset], f"request {kind}", offset, end)
                 return
             self._asked.append(kind)
+            if kind == "renew":
+                self._proxy.renewed_at.append(now())
             self._to_server += request
         self._flush()
 
@@ -255,7 +259,6 @@ class _Link:
         self.muted = self.muted or proxy.mute
         if self.muted:
             return
-        proxy.passed[kind] = proxy.passed.get(kind, 0) + 1
         if proxy.delay_s or self._later:
             self._later.append((time.monotonic() + proxy.delay_s, reply))
         else:
@@ -265,7 +268,7 @@ class _Link:
         """Let `part` through, and close: in a reply by FIN, so that the part arrives; in a request by RST, and whatever does."""
         with suppress(OSError):
             to.send(bytes(waiting) + part)
-        self._proxy.cuts.append(Cut(kind, offset, length, time.clock_gettime(time.CLOCK_MONOTONIC)))
+        self._proxy.cuts.append(Cut(kind, offset, length, now()))
         self.close(reset=to is self._server)
 
     def _receive(self, source: socket.socket, events: int) -> bytes | None:
@@ -303,44 +306,70 @@ class _Link:
 
 
 class Walk:
-    """Cuts at every byte: each kind of reply after 0, 1, 2 … bytes, up to the longest seen of it (and `limit`).
+    """Cuts at every byte: each of `kinds` of replies after 0, 1, 2 … bytes, up to `limit` or the longest that is not rare.
 
-    Between two cuts of a connection it must have come to life again: a reservation or a dispatch has passed whole. `stride`: only
-    every so many bytes, from `first` on.
+    `stride`: only every so many bytes, from `first` on.
     """
 
-    def __init__(self, limit: int, stride: int = 1, first: int = 0) -> None:
+    def __init__(self, kinds: Collection[str], limit: int, stride: int = 1, first: int = 0) -> None:
+        self.kinds = kinds
         self.limit = limit
         self.stride = stride
         self.first = first % stride
         self.lock = threading.Lock()
-        self.next: dict[str, int] = {}  # the offset that comes next, by kind
-        self.longest: dict[str, int] = {}  # length of the longest reply seen, by kind
+        self.next = dict.fromkeys(kinds, self.first)  # the offset that comes next
+        self.lengths: dict[str, Counter[int]] = {kind: Counter() for kind in kinds}  # how many replies had them
+
+    def length(self, kind: str) -> int | None:
+        """The longest that is not rare: RARE of the replies are longer at most. None: none came."""
+        lengths = self.lengths[kind]
+        longer, rare = 0, int(RARE * lengths.total())
+        for length in sorted(lengths, reverse=True):
+            longer += lengths[length]
+            if longer > rare:
+                return length
+        return None
 
     def left(self) -> dict[str, int]:
-        """How many offsets are still to come, by kind, of those kinds that were seen."""
+        """How many offsets are still to come, by kind; of one that was not seen yet, 1."""
+        left = {}
         with self.lock:
-            ends = {kind: min(longest, self.limit) for kind, longest in self.longest.items()}
-            left = {kind: len(range(self.next[kind], end + 1, self.stride)) for kind, end in ends.items()}
+            for kind in self.kinds:
+                length = self.length(kind)
+                left[kind] = 1 if length is None else len(range(self.next[kind], min(length, self.limit) + 1, self.stride))
         return {kind: count for kind, count in left.items() if count}
 
 
 class Walker:
-    """A walk's part in one proxy, as its `choose`."""
+    """A walk's part in one proxy, as its `choose`.
 
-    def __init__(self, walk: Walk) -> None:
+    Between two cuts the connection must have come to life: a reservation or a dispatch has passed whole, and on that of a daemon,
+    whose lease is to last, a renewal in the last `fresh_s` seconds. `kinds`: those to cut here.
+    """
+
+    def __init__(self, walk: Walk, proxy: Proxy, kinds: Collection[str], fresh_s: float | None) -> None:
         self._walk = walk
-        self.alive = False  # the connection has been of use since it was last cut
+        self._proxy = proxy
+        self.fresh_s = fresh_s
+        self._used = False
+        self.kinds = kinds
+
+    @property
+    def alive(self) -> bool:
+        renewed_at = self._proxy.renewed_at
+        fresh = self.fresh_s is None or (bool(renewed_at) and now() - renewed_at[-1] < self.fresh_s)
+        return self._used and fresh
 
     def __call__(self, kind: str, length: int) -> int | None:
         walk = self._walk
         label = "reserve, with jobs" if kind == "reserve" and length > EMPTY_RESERVE else kind
-        with walk.lock:
-            offset = walk.next.setdefault(label, walk.first)
-            walk.longest[label] = max(walk.longest.get(label, 0), length)
-            if self.alive and offset <= min(length, walk.limit):
-                walk.next[label] = offset + walk.stride
-                self.alive = False
-                return offset
-        self.alive = self.alive or kind in ("reserve", "enqueue")
+        if label in walk.kinds:
+            with walk.lock:
+                walk.lengths[label][length] += 1
+                offset = walk.next[label]
+                if label in self.kinds and self.alive and offset <= min(length, walk.limit):
+                    walk.next[label] = offset + walk.stride
+                    self._used = False
+                    return offset
+        self._used = self._used or kind in ("reserve", "enqueue")
         return None

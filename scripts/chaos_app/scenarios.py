@@ -11,11 +11,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from . import book, nemeses, workload
 from .arena import CLIENTS, Arena, Setting
+from .checker import GONE
 from .nemeses import Strike
 from .proxy import Walk, Walker
 from .report import Result
@@ -25,9 +27,13 @@ CUT_EVERY_BYTE: Final = "cut-every-byte"
 SLOW: Final = 0.25  # seconds that a job takes at most on average, with all that goes with it
 PROGRESS_S: Final = 0.5
 TRICKLE: Final = 60  # jobs a second for cut-every-byte
-MUST_BE_CUT: Final = (
-    "HELLO", "SCRIPT LOAD", "SUBSCRIBE", "open", "reserve", "reserve, with jobs", "settle", "renew", "sweep", "enqueue",
-)  # fmt: skip
+HANDFUL: Final = 8  # of them at once
+WALK_LIMIT: Final = 400  # bytes: a reservation of one job, and well into a second one
+
+# The replies to walk through, by when they come.
+AT_WORK: Final = frozenset(["reserve", "reserve, with jobs", "settle", "renew", "sweep", "enqueue", "SADD", "push"])
+AT_CONNECT: Final = frozenset(["HELLO", "SCRIPT LOAD", "SUBSCRIBE"])
+AT_START: Final = frozenset(["open", "HSET"])
 
 
 class Wishes(NamedTuple):
@@ -109,42 +115,44 @@ def survivor(wishes: Wishes) -> Result:
 
 
 def cut_every_byte(wishes: Wishes) -> Result:
-    """Jobs flow in while every kind of reply is cut after 0, 1, 2 … bytes; over several daemons, to be done some day."""
+    """Jobs flow in while every kind of reply is cut after 0, 1, 2 … bytes; by several daemons, half of them for the handshake."""
     if wishes.broker != "redis":
         raise Trouble("cut-every-byte is about replies over a network: use --broker redis")
     setting = Setting("redis", wishes.seed, wishes.lease_s, daemons=6, dispatchers=1, isolated=0, disk_mib=0)
-    walk = Walk(limit=700, stride=wishes.stride, first=wishes.seed)
+    walk = Walk({*AT_WORK, *AT_CONNECT, *AT_START}, WALK_LIMIT, wishes.stride, wishes.seed)
     with Arena(setting, wishes.keep, wishes.say) as arena:
-        walkers = {name: Walker(walk) for name in arena.proxies}
-        for name, proxy in arena.proxies.items():
-            proxy.choose = walkers[name]
+        walkers = {}
+        for number, (name, proxy) in enumerate(arena.proxies.items()):
+            kinds = AT_CONNECT if number % 2 and name != CLIENTS else AT_WORK
+            walkers[name] = proxy.choose = Walker(walk, proxy, kinds, None if name == CLIENTS else wishes.lease_s * 0.4)
         arena.start()
         began = time.monotonic()
         arena.dispatch(_trickle(wishes))
         arena.loop.spawn(_provoke(arena, walk, walkers))
-        over = _until(arena, lambda: _walked(walk), wishes.seconds, must=False)
+        arena.loop.spawn(_progress(arena, lambda: walk.left().values(), int(wishes.seconds * TRICKLE), wishes))
+        over = _until(arena, lambda: not walk.left(), wishes.seconds, must=False)
         for proxy in arena.proxies.values():
             proxy.heal()
         healed_at = book.now()
-        arena.inflict("trouble", CUT_EVERY_BYTE, arena.began_at)
-        bound_s = 60.0
         for dispatcher in arena.dispatchers:  # what it has not dispatched by now is not needed
             dispatcher.stop()
             dispatcher.over = True
+        bound_s = wishes.bound_s or 60.0
+        _hold_against_renewals(arena)
         standing = _end(arena, bound_s)
         cuts = Counter(each.kind for proxy in arena.proxies.values() for each in proxy.cuts)
+        if not over:
+            standing[1].append(f"not every byte was reached in {wishes.seconds:g} s: {walk.left()} are left")
+        if wishes.keep:
+            _save_cuts(arena)
         more = {
             "replies cut, by kind": ", ".join(f"{kind} {count}" for kind, count in cuts.most_common()),
-            "longest reply, by kind": ", ".join(f"{kind} {length}" for kind, length in walk.longest.items()),
-            "offsets not reached": "none" if over else f"{walk.left()}, {[k for k in MUST_BE_CUT if k not in walk.longest]}",
+            "up to byte": ", ".join(f"{kind} {min(walk.length(kind) or 0, WALK_LIMIT)}" for kind in sorted(walk.kinds)),
         }
-        result = _result(
+        return _result(
             arena, wishes, CUT_EVERY_BYTE, standing, Counter({"cut": sum(cuts.values())}), time.monotonic() - began, bound_s,
             max(0.0, _last_end(arena) - healed_at), more,
         )  # fmt: skip
-        if not over:
-            result = result._replace(mishaps=[*result.mishaps, f"not every byte was reached in {wishes.seconds:g} s"])
-        return result
 
 
 SCENARIOS: Final[Mapping[str, Callable[[Wishes], Result]]] = {
@@ -162,7 +170,7 @@ def _run(arena: Arena, wishes: Wishes, name: str, orders: Sequence[workload.Orde
     pending = {"strikes": len(strikes)}
     for strike in strikes:
         arena.loop.spawn(_strike(arena, strike, pending, wishes.verbose), strike.at_s)
-    arena.loop.spawn(_progress(arena, pending, len(orders), wishes))
+    arena.loop.spawn(_progress(arena, pending.values, len(orders), wishes))
     if not arena.loop.run_until(lambda: pending["strikes"] == 0, wishes.seconds + 60):
         raise Trouble("a nemesis does not end")
     arena.heal()
@@ -215,14 +223,14 @@ def _until(arena: Arena, over: Callable[[], bool], timeout_s: float, must: bool 
     return reached
 
 
-def _progress(arena: Arena, pending: Mapping[str, int], orders: int, wishes: Wishes) -> Steps:
+def _progress(arena: Arena, pending: Callable[[], Iterable[int]], orders: int, wishes: Wishes) -> Steps:
     """A line that is written over, on a terminal."""
     while sys.stderr.isatty():
         history = arena.history
         deaths = sum(service.deaths for service in arena.services)
         text = (
             f"{wishes.broker}: {book.now() - arena.began_at:5.0f} s  {len(history.returned)}/{orders} dispatched  "
-            f"{history.started} runs  {len(history.finished)} finished  {deaths} deaths  {pending['strikes']} strikes to come"
+            f"{history.started} runs  {len(history.finished)} finished  {deaths} deaths  {sum(pending())} to come"
         )
         sys.stderr.write(f"\r\x1b[K{text:.120}")
         sys.stderr.flush()
@@ -238,26 +246,44 @@ def _disk_mib(wishes: Wishes) -> int:
 
 
 def _trickle(wishes: Wishes) -> list[workload.Order]:
-    """Jobs one after the other, so that replies carry one or a few of them."""
+    """Jobs by the handful, so that replies carry one or a few of them."""
     jobs = workload.uniform(int(wishes.seconds * TRICKLE), 0.01)
     return [
-        job._replace(at_s=number / TRICKLE, queue=workload.QUEUES[number % len(workload.QUEUES)])
+        job._replace(at_s=number // HANDFUL * HANDFUL / TRICKLE, queue=workload.QUEUES[number % len(workload.QUEUES)])
         for number, job in enumerate(jobs)
     ]
 
 
-def _walked(walk: Walk) -> bool:
-    return not walk.left() and all(kind in walk.longest for kind in MUST_BE_CUT)
-
-
 def _provoke(arena: Arena, walk: Walk, walkers: Mapping[str, Walker]) -> Steps:
-    """When only replies are left that come once a connection, or once a daemon, make new ones."""
-    while not _walked(walk):
-        left = walk.left()
-        if not left.keys() & {"reserve", "reserve, with jobs", "settle", "enqueue"}:
-            for name, proxy in arena.proxies.items():
-                if walkers[name].alive and left.keys() & {"HELLO", "SCRIPT LOAD", "SUBSCRIBE", "CLIENT"}:
-                    proxy.cut_all()
-                elif walkers[name].alive and name != CLIENTS and left.keys() & {"open", "HSET", "SADD", "HMGET"}:
-                    nemeses.kill(arena, arena.daemons[name], "kill-daemon")
+    """Make new connections for what is said once in each, and in the end new daemons for what is said once in their lives."""
+    while left := walk.left():
+        if not left.keys() & AT_CONNECT:
+            for walker in walkers.values():
+                walker.kinds = AT_WORK | AT_START
+        for name, walker in walkers.items():
+            if name == CLIENTS or not walker.alive:
+                continue
+            if left.keys() & AT_CONNECT & set(walker.kinds):
+                arena.proxies[name].cut_all()
+            elif left.keys() <= AT_START:
+                walker.fresh_s = None  # it has a new lease by then
+                nemeses.kill(arena, arena.daemons[name], "kill-daemon")
         yield 0.05
+
+
+def _hold_against_renewals(arena: Arena) -> None:
+    """Two renewals that went to Redis further apart than a lease are an absence, by however many cuts: the proxies saw them."""
+    for name, daemon in arena.daemons.items():
+        for last, next_one in pairwise(arena.proxies[name].renewed_at):
+            if next_one - last > arena.setting.lease_s - 0.1:
+                for label in daemon.started_at:
+                    arena.inflict(GONE, "no renewal for a lease", last, next_one, daemon=label)
+
+
+def _save_cuts(arena: Arena) -> None:
+    """Into the directory that is kept: each cut, and each renewal."""
+    lines = []
+    for name, proxy in arena.proxies.items():
+        lines += [f"{cut.at:.3f} {name} {cut.kind} {cut.offset} of {cut.length}\n" for cut in proxy.cuts]
+        lines += [f"{at:.3f} {name} renews\n" for at in proxy.renewed_at]
+    (arena.directory / "cuts").write_text("".join(sorted(lines)))
