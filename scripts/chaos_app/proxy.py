@@ -350,15 +350,20 @@ class Walker:
     def __init__(self, walk: Walk, proxy: Proxy, kinds: Collection[str], fresh_s: float | None) -> None:
         self._walk = walk
         self._proxy = proxy
-        self.fresh_s = fresh_s
+        self._fresh_s = fresh_s
         self._used = False
+        self._spare = False  # one cut may be made before it is used again
         self.kinds = kinds
 
     @property
     def alive(self) -> bool:
         renewed_at = self._proxy.renewed_at
-        fresh = self.fresh_s is None or (bool(renewed_at) and now() - renewed_at[-1] < self.fresh_s)
+        fresh = self._fresh_s is None or (bool(renewed_at) and now() - renewed_at[-1] < self._fresh_s)
         return self._used and fresh
+
+    def renew(self) -> None:
+        """Its daemon is about to be replaced: the new one's first words may be cut."""
+        self._used, self._spare = False, True
 
     def __call__(self, kind: str, length: int) -> int | None:
         walk = self._walk
@@ -367,9 +372,9 @@ class Walker:
             with walk.lock:
                 walk.lengths[label][length] += 1
                 offset = walk.next[label]
-                if label in self.kinds and self.alive and offset <= min(length, walk.limit):
+                if label in self.kinds and (self.alive or self._spare) and offset <= min(length, walk.limit):
                     walk.next[label] = offset + walk.stride
-                    self._used = False
+                    self._used = self._spare = False
                     return offset
         self._used = self._used or kind in ("reserve", "enqueue")
         return None

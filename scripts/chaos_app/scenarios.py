@@ -266,7 +266,7 @@ def _provoke(arena: Arena, walk: Walk, walkers: Mapping[str, Walker]) -> Steps:
             if left.keys() & AT_CONNECT & set(walker.kinds):
                 arena.proxies[name].cut_all()
             elif left.keys() <= AT_START:
-                walker.fresh_s = None  # it has a new lease by then
+                walker.renew()
                 nemeses.kill(arena, arena.daemons[name], "kill-daemon")
         yield 0.05
 
