@@ -1,0 +1,342 @@
+"""The checker: from what was done (marks) and what was inflicted (faults) to a verdict. Pure; tests feed it forged histories.
+
+What a job is owed: whose dispatch returned is run to its end ("done"), or, when it was made to fail, stands among the dead
+("dead"); never nowhere. It may run again only for a reason. The reasons, and nothing else:
+
+    asked       the run failed as it was told to, or was a poison that killed its own process
+    killed      the run's process, template or daemon was killed before the run's end was settled
+    poisoned    the same, by an inline job that killed the daemon of all of them
+    ended       the daemon was told to stop, and the run was cut off
+    gone        the run's daemon was stopped, or alone without its broker, for longer than its lease allows
+    redispatch  a dispatcher that had got an error dispatched it again, when it had already run
+
+A run that was over cannot be excused by what came later: its end counts as settled SETTLE_S after it, or after the end of a
+trouble in which nothing could be settled. Each run excuses one run after it at most.
+
+    lost          dispatched, never finished, and not in the broker
+    late          still in the broker when it had to be empty
+    buried        among the dead though it was owed to run, and not killed so often that this is right
+    undead        owed to end among the dead, and does not stand there
+    unexpected    run, though nobody tried to dispatch it; a follow-up of a run that failed, or a second one of a job
+    duplicated    run again after a run that had finished
+    unexplained   run again for none of the reasons above
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from .book import (
+    ATTEMPTED,
+    CANCELLED,
+    DYING,
+    FAILED,
+    FINISHED,
+    PROMISED,
+    RETURNED,
+    STARTED,
+    UNKNOWN,
+    Mark,
+)
+
+SETTLE_S: Final = 1.0  # from a job's last mark until its end is settled, on a machine that is busy
+ALONE: Final = 2 / 3  # of a lease without a renewal may be its end
+CRASHES: Final = 3  # that a job may have before it is dead
+
+KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
+
+
+class Fault(NamedTuple):
+    """Something inflicted on `daemon` ("a.3"; "": on every one), or on its process `pid` alone."""
+
+    how: str  # KILL, STOP (told to stop), GONE (paused or split off), TROUBLE (nothing can be settled; it excuses no second run)
+    nemesis: str
+    began: float
+    ended: float
+    daemon: str = ""
+    pid: int = 0
+
+
+class Run(NamedTuple):
+    """One run of a job. `ended` and `how` None: its process told no more."""
+
+    job: str
+    id: str
+    daemon: str
+    pid: int
+    parent: int
+    started: float
+    ended: float | None
+    how: str | None  # FINISHED, FAILED, CANCELLED, DYING
+
+
+class Again(NamedTuple):
+    """A run that came after another one of the same job, and why."""
+
+    run: Run
+    before: Run
+    reason: str  # "" when there is none
+    fault: Fault | None
+
+
+class Verdict(NamedTuple):
+    dispatched: int
+    unknown: int  # dispatches that raised and never returned
+    unknown_ran: int  # of these, jobs that were run all the same
+    runs: int
+    done: int
+    dead: int  # that were to be
+    lost: Sequence[str]
+    late: Sequence[str]
+    buried: Sequence[str]
+    undead: Sequence[str]
+    unexpected: Sequence[str]
+    asked: int  # runs again because the job asked for it
+    duplicated: Mapping[str, int]  # by cause
+    recovered: Mapping[str, int]  # runs cut off that were followed by another, by cause
+    unexplained: Sequence[Again]
+    at_once: int  # runs that began before an earlier one of the same job had ended
+    settle_lag_s: float  # the longest from a finish to a kill that undid it
+    since_fault_s: Sequence[float]  # from a kill to the next start of the job, sorted
+    since_restart_s: Sequence[float]  # from the restart of what was killed, sorted
+
+    @property
+    def guilty(self) -> bool:
+        return any((self.lost, self.late, self.buried, self.undead, self.unexpected, self.unexplained))
+
+
+class History:
+    """Marks as they come, so that a run in progress can be watched."""
+
+    def __init__(self) -> None:
+        self.owed: dict[str, str] = {}  # of all that were attempted
+        self.attempts: dict[str, list[float]] = defaultdict(list)
+        self.returned: set[str] = set()
+        self.unknown: set[str] = set()
+        self.finished: set[str] = set()
+        self.failures: Counter[str] = Counter()
+        self.deaths: Counter[str] = Counter()
+        self.promises: dict[str, tuple[str, str]] = {}  # id of a follow-up -> job and run that promised it
+        self.killed_by_jobs: dict[str, float] = {}  # daemon -> when an inline job began to kill it
+        self.started = 0
+        self._starts: dict[tuple[str, str], Mark] = {}
+        self._ends: dict[tuple[str, str], Mark] = {}
+
+    def add(self, marks: Iterable[Mark]) -> None:
+        for mark in marks:
+            key = (mark.job, mark.run)
+            if mark.kind == ATTEMPTED:
+                self.owed[mark.job] = mark.word
+                self.attempts[mark.job].append(mark.at)
+            elif mark.kind == RETURNED:
+                self.returned.add(mark.job)
+            elif mark.kind == UNKNOWN:
+                self.unknown.add(mark.job)
+            elif mark.kind == STARTED:
+                self.started += 1
+                self._starts[key] = mark
+            elif mark.kind == PROMISED:
+                self.promises[mark.word] = key
+            else:
+                self._ends[key] = mark
+                if mark.kind == FINISHED:
+                    self.finished.add(mark.job)
+                elif mark.kind == FAILED:
+                    self.failures[mark.job] += 1
+                elif mark.kind == DYING:
+                    self.deaths[mark.job] += 1
+                    if mark.word == "daemon":
+                        self.killed_by_jobs[mark.daemon] = mark.at
+
+    def waiting(self) -> int:
+        """Jobs whose dispatch returned and that have not ended, as far as marks tell."""
+        return sum(
+            1 for job in self.returned
+            if job not in self.finished and not (self.owed[job] == "dead" and self.failures[job] + self.deaths[job] >= 2)
+        )  # fmt: skip
+
+    def runs(self) -> dict[str, list[Run]]:
+        """By job, in the order of their starts."""
+        found: dict[str, list[Run]] = defaultdict(list)
+        for key, start in self._starts.items():
+            end = self._ends.get(key)
+            ended, how = (None, None) if end is None else (end.at, end.kind)
+            found[start.job].append(Run(*key, start.daemon, start.pid, start.parent, start.at, ended, how))
+        for runs in found.values():
+            runs.sort(key=lambda run: run.started)
+        return found
+
+
+def absences(faults: Sequence[Fault], lease_s: float) -> list[Fault]:
+    """Where several troubles in a row, of which one at least is a daemon's own, add up to an absence as long as its lease.
+
+    A lease is renewed every third of it, so two thirds without a renewal may be its end. What hits every daemon is no reason to
+    expire anything (sweepers know that the broker was away), so such troubles alone add up to nothing.
+    """
+    found = []
+    for daemon in {fault.daemon for fault in faults if fault.daemon and fault.how == TROUBLE}:
+        row: list[Fault] = []
+        mine = [fault for fault in faults if fault.how in (TROUBLE, GONE) and fault.daemon in ("", daemon)]
+        for fault in [*sorted(mine, key=lambda fault: fault.began), None]:
+            if row and (fault is None or fault.began > max(each.ended for each in row) + lease_s / 3):
+                began, ended = row[0].began, max(each.ended for each in row)
+                if ended - began + lease_s / 3 >= lease_s * ALONE and any(each.daemon for each in row):
+                    found.append(Fault(GONE, "+".join(dict.fromkeys(each.nemesis for each in row)), began, ended, daemon))
+                row = []
+            if fault is not None:
+                row.append(fault)
+    return found
+
+
+def judge(
+    history: History, faults: Sequence[Fault], left: Mapping[str, str], restarts: Mapping[str, float], settle_s: float = SETTLE_S
+) -> Verdict:
+    """The verdict. `left`: what stands in the broker at the end, id -> state. `restarts`: "a.3" -> when that process began."""
+    court = _Court(history, faults, restarts, settle_s)
+    runs = history.runs()
+    again = [each for job in runs for each in court.again(runs[job])]
+    dead = {id for id, state in left.items() if state == "dead"}
+    unexpected = [job for job in runs if job not in history.owed and job not in history.promises]
+    unexpected += court.false_follow_ups(runs)
+    lost, buried = [], []
+    follow_ups = court.missing_follow_ups(runs, left)
+    for job in history.returned:
+        if job not in history.finished and job not in left:
+            lost.append(job)
+    for job in dead:
+        if history.owed.get(job, "done") == "done" and not court.was_killed_often(runs.get(job, [])):
+            buried.append(job)
+    undead = [job for job in history.returned if history.owed[job] == "dead" and job in left and job not in dead]
+    undead += [job for job in history.returned if history.owed[job] == "dead" and job in history.finished]
+    never = history.unknown - history.returned
+    duplicates = [each for each in again if each.before.how == FINISHED]
+    cut = [each for each in again if each.before.how in (None, CANCELLED) and each.fault is not None]
+    kills = [each for each in again if each.fault is not None and each.fault.how == KILL]
+    return Verdict(
+        dispatched=len(history.returned),
+        unknown=len(never),
+        unknown_ran=len(never & runs.keys()),
+        runs=sum(map(len, runs.values())),
+        done=len(history.finished),
+        dead=sum(1 for job in dead if history.owed.get(job) == "dead"),
+        lost=sorted(lost) + follow_ups,
+        late=sorted(id for id, state in left.items() if state != "dead"),
+        buried=sorted(buried),
+        undead=sorted(set(undead)),
+        unexpected=sorted(unexpected),
+        asked=sum(1 for each in again if each.reason == "asked"),
+        duplicated=Counter(each.reason or "unexplained" for each in duplicates),
+        recovered=Counter(each.reason for each in cut),
+        unexplained=[each for each in again if not each.reason],
+        at_once=sum(1 for each in again if each.before.ended is not None and each.before.ended > each.run.started),
+        settle_lag_s=max((_lag(each) for each in duplicates if each.fault in {k.fault for k in kills}), default=0.0),
+        since_fault_s=sorted(each.run.started - each.fault.ended for each in kills if each.fault is not None),
+        since_restart_s=sorted(court.since_restart(kills)),
+    )
+
+
+class _Court:
+    def __init__(self, history: History, faults: Sequence[Fault], restarts: Mapping[str, float], settle_s: float) -> None:
+        self._history = history
+        self._settle_s = settle_s
+        self._restarts = restarts
+        poisons = [
+            Fault(KILL, "poison", at, at + settle_s, daemon) for daemon, at in history.killed_by_jobs.items()
+        ]
+        self._excuses = sorted(
+            (fault for fault in [*faults, *poisons] if fault.how != TROUBLE), key=lambda fault: fault.began
+        )
+        self._troubles = [fault for fault in faults if fault.how in (TROUBLE, GONE)]
+
+    def again(self, runs: Sequence[Run]) -> list[Again]:
+        """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""
+        found: list[Again] = []
+        unused: list[Run] = []
+        for before, run in pairwise(runs):
+            unused.append(before)
+            for candidate in reversed(unused):
+                reason, fault = self._excuse(candidate, run)
+                if reason:
+                    unused.remove(candidate)
+                    found.append(Again(run, candidate, reason, fault))
+                    break
+            else:
+                found.append(Again(run, before, "", None))
+        return found
+
+    def _excuse(self, before: Run, run: Run) -> tuple[str, Fault | None]:
+        if before.how in (FAILED, DYING):
+            return "asked", None
+        for fault in self._excuses:
+            if fault.began <= run.started and self._hits(fault, before):
+                if fault.nemesis == "poison":
+                    return "poisoned", fault
+                return {KILL: f"killed: {fault.nemesis}", STOP: f"ended: {fault.nemesis}", GONE: f"gone: {fault.nemesis}"}[
+                    fault.how
+                ], fault
+        if any(before.started < at < run.started for at in self._history.attempts.get(before.job, [])[1:]):
+            return "redispatch", None
+        return "", None
+
+    def _hits(self, fault: Fault, run: Run) -> bool:
+        """Whether `run` was going on, or not settled yet, when `fault` came."""
+        if fault.daemon and fault.daemon != run.daemon:
+            return False
+        if fault.pid and fault.pid not in (run.pid, run.parent):
+            return False
+        return run.started <= fault.ended and fault.began <= self._settled_by(run)
+
+    def _settled_by(self, run: Run) -> float:
+        """When the end of `run` must have been settled at the latest."""
+        if run.ended is None:
+            return float("inf")
+        by = run.ended + self._settle_s
+        for trouble in sorted(self._troubles, key=lambda trouble: trouble.began):
+            if trouble.began <= by and trouble.ended > by - self._settle_s and trouble.daemon in ("", run.daemon):
+                by = trouble.ended + self._settle_s
+        return by
+
+    def was_killed_often(self, runs: Sequence[Run]) -> bool:
+        """Whether so much was done to a job that it may be dead."""
+        cut = [run for run in runs if run.how != FINISHED and any(self._hits(fault, run) for fault in self._excuses)]
+        return len(cut) >= CRASHES
+
+    def false_follow_ups(self, runs: Mapping[str, Sequence[Run]]) -> list[str]:
+        """Follow-ups of runs that did not finish, and all but one of those of each job."""
+        by_job: dict[str, list[str]] = defaultdict(list)
+        for id, (job, run_id) in self._history.promises.items():
+            if id in runs:
+                maker = next((run for run in runs.get(job, []) if run.id == run_id), None)
+                if maker is None or maker.how != FINISHED:
+                    by_job[job] += [id, id]
+                by_job[job].append(id)
+        return [id for ids in by_job.values() for id in dict.fromkeys(ids[1:])]
+
+    def missing_follow_ups(self, runs: Mapping[str, Sequence[Run]], left: Mapping[str, str]) -> list[str]:
+        """Jobs that finished after promising a follow-up, and none was run."""
+        kept = {job for id, (job, _) in self._history.promises.items() if id in self._history.finished or id in left}
+        finished = {
+            job for job, run_id in self._history.promises.values()
+            if job in self._history.finished and job not in left
+        }  # fmt: skip
+        return sorted(f"{job}'s follow-up" for job in finished - kept)
+
+    def since_restart(self, kills: Iterable[Again]) -> list[float]:
+        """Seconds from the start of the process that took the place of the one killed, or from the kill if there was none."""
+        waits = []
+        for each in kills:
+            assert each.fault is not None
+            name, _, number = each.before.daemon.partition(".")
+            began = self._restarts.get(f"{name}.{int(number) + 1}") if number.isdigit() and not each.fault.pid else None
+            since = each.fault.ended if began is None or began > each.run.started else began
+            waits.append(max(0.0, each.run.started - since))
+        return waits
+
+
+def _lag(each: Again) -> float:
+    if each.fault is None or each.before.ended is None:
+        return 0.0
+    return max(0.0, each.fault.began - each.before.ended)
