@@ -113,7 +113,7 @@ def test_a_job_with_one_id_in_two_queues_is_two_jobs(daemon: Daemon) -> None:
 
 
 def test_a_signal_while_it_ends_by_itself_is_the_first_one(daemon: Daemon) -> None:
-    daemon.start("--max-time", "200ms")
+    daemon.start("--max-time", "500ms")
     (nap,) = daemon.dispatch(inline.nap.job(1.0, "calm"))
     daemon.wait_log("stopping")
     daemon.signal(signal.SIGTERM)
