@@ -22,6 +22,7 @@ from .redis_mend import Arg, mend, suspects, told
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
 DOCUMENTS_KEY: Final = "kq:documents"  # a hash: what daemons published
+CALL_MEMORY_S: Final = 120  # that a client's call about dead letters is recognised when it is repeated
 OLDEST: Final = (6, 2)  # version of Redis that is enough
 
 # -- where it is ------------------------------------------------------------------------------------------------------
@@ -393,6 +394,21 @@ def cancel(queue: str, id: str, certificate: bytes) -> Call:
     return Call("cancel", [1, prefix(queue), _bytes(id), certificate])
 
 
+def retry(queue: str, ids: Sequence[str]) -> Call:
+    """Make dead jobs ready, as if they had never run but for their certificates; at most MAX_BATCH. Read it by `read_digits`."""
+    return _of_dead("retry", queue, ids)
+
+
+def forget(queue: str, ids: Sequence[str]) -> Call:
+    """Delete dead jobs; at most MAX_BATCH. Read it by `read_digits`."""
+    return _of_dead("forget", queue, ids)
+
+
+def _of_dead(script: str, queue: str, ids: Sequence[str]) -> Call:
+    """A call that has a name of its own, so that a repeated one is answered as the first."""
+    return Call(script, [1, prefix(queue), os.urandom(9).hex(), CALL_MEMORY_S, *map(_bytes, ids)])
+
+
 def show(queue: str, id: str) -> Call:
     return Call("show", [1, prefix(queue), _bytes(id), *ROW_FIELDS])
 
@@ -418,6 +434,11 @@ def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[
             token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
             leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
     return leases
+
+
+def read_digits(digits: bytes) -> list[bool]:
+    """For each job whether the call did what it says."""
+    return [digit == YES for digit in digits]
 
 
 def read_settled(digits: bytes) -> list[str]:

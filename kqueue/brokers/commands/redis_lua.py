@@ -63,6 +63,15 @@ end
 local function job_key(id) return prefix .. 'job:' .. id end
 local function lane_of(text) return text == 'isolated' and 'isolated' or 'inline' end
 local function moment(at) return string.format('%.6f', at) end
+
+local function delete_jobs(ids)
+  local keys = {}
+  for _, id in ipairs(ids) do
+    keys[#keys + 1] = job_key(id)
+    keys[#keys + 1] = prefix .. 'certs:' .. id
+  end
+  redis.call('DEL', unpack(keys))
+end
 """
 )
 
@@ -108,6 +117,27 @@ local function certify(id, certificate)
   end
   redis.call('LTRIM', key, -MAX_CERTIFICATES, -1)
 end
+"""
+
+# For requests about dead letters: ARGV[1] names the request, ARGV[2] says for how many seconds it is remembered, ids follow.
+DEAD: Final = """
+local memory = prefix .. 'client:' .. ARGV[1]
+
+local function dead_ones()
+  local answered = redis.call('GET', memory)
+  if answered then return false, answered end
+  local ids, digits, seen = {}, {}, {}
+  for i = 3, #ARGV do
+    local id = ARGV[i]
+    local dead = not seen[id] and redis.call('ZSCORE', prefix .. 'dead', id)
+    seen[id] = true
+    digits[#digits + 1] = dead and '1' or '0'
+    if dead then ids[#ids + 1] = id end
+  end
+  return #ids > 0 and ids, table.concat(digits)
+end
+
+local function remember(digits) redis.call('SET', memory, digits, 'EX', ARGV[2]) end
 """
 
 DUE: Final = """

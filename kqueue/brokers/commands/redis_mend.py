@@ -31,6 +31,8 @@ _OWN: Final[Mapping[str, Sequence[tuple[str, int, str]]]] = {
     "enqueue": (("client:", 2, "string"),),
     "reserve": (("leased:", 2, "hash"), ("last:", 2, "string")),
     "settle": (("leased:", 2, "hash"), ("settled:", 3, "string")),
+    "retry": (("client:", 2, "string"),),
+    "forget": (("client:", 2, "string"),),
 }
 
 # KEYS: what the keys begin with. ARGV: what the new names begin with, what they end with, grace; then names and types, in pairs

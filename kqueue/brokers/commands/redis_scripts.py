@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .redis_lua import BASE, BELL, CERTIFY, DUE, EPOCHS, PLACE, RECOVER
+from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, PLACE, RECOVER
 
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
@@ -194,8 +194,7 @@ local function follow(next_jobs)
 end
 for i, id in ipairs(ids) do
   if settled[i] and at[i] < others then
-    gone[#gone + 1] = job_key(id)
-    gone[#gone + 1] = prefix .. 'certs:' .. id
+    gone[#gone + 1] = id
   elseif settled[i] then
     local n, verb, attempts, crashes, recoveries, deferrals, memory_deaths, delay, lane, certificate, result, seconds, next_jobs =
       unpack(ARGV, at[i] + 1, at[i] + 13)
@@ -223,7 +222,7 @@ for i, id in ipairs(ids) do
     end
   end
 end
-if #gone > 0 then redis.call('DEL', unpack(gone)) end
+if #gone > 0 then delete_jobs(gone) end
 local any = write_places()
 redis.call('SET', memory, ARGV[3] .. ' ' .. answers, 'EX', MEMORY)
 if any then ring() end
@@ -265,13 +264,8 @@ end
 local moved = move_due()
 local done = redis.call('ZRANGEBYSCORE', prefix .. 'done', '-inf', now, 'LIMIT', 0, MAX_BATCH)
 if #done > 0 then
-  local keys = {}
-  for _, id in ipairs(done) do
-    keys[#keys + 1] = job_key(id)
-    keys[#keys + 1] = prefix .. 'certs:' .. id
-  end
   redis.call('ZREM', prefix .. 'done', unpack(done))
-  redis.call('DEL', unpack(keys))
+  delete_jobs(done)
 end
 local recovered, bound = 0, beat(ARGV[1]) and 0 or now
 for _, epoch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'epochs', '-inf', bound, 'LIMIT', 0, MAX_BATCH)) do
@@ -318,6 +312,37 @@ local certificates = redis.pcall('LRANGE', prefix .. 'certs:' .. id, 0, -1)
 return {state or 'leased', row.err and {} or row, certificates.err and {} or certificates}
 """
 
+# ARGV: name of this request, seconds to remember it, ids  ->  a digit for each (1: it was dead, and is ready now)
+_RETRY = """
+check_sets()
+local ids, digits = dead_ones()
+if not ids then return digits end
+redis.call('ZREM', prefix .. 'dead', unpack(ids))
+for _, id in ipairs(ids) do
+  local key = job_key(id)
+  local job = redis.pcall('HMGET', key, 'lane', 'priority')
+  if job.err then redis.call('DEL', key) end
+  redis.call('HDEL', key, 'epoch', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory')
+  redis.call('HSET', key, 'available_at', moment(now))
+  place(id, lane_of(job[1]), number(job[2], 0), now)
+end
+write_places()
+remember(digits)
+ring()
+return digits
+"""
+
+# ARGV: name of this request, seconds to remember it, ids  ->  a digit for each (1: it was dead, and is gone now)
+_FORGET = """
+redis.call('ZCARD', prefix .. 'dead')
+local ids, digits = dead_ones()
+if not ids then return digits end
+redis.call('ZREM', prefix .. 'dead', unpack(ids))
+delete_jobs(ids)
+remember(digits)
+return digits
+"""
+
 SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": BASE + BELL + PLACE + _ENQUEUE,
     "reserve": BASE + PLACE + DUE + EPOCHS + _RESERVE,
@@ -333,4 +358,6 @@ CLIENT_SCRIPTS: Final[Mapping[str, str]] = {
     "stats": SCRIPTS["stats"],
     "cancel": BASE + PLACE + CERTIFY + _CANCEL,
     "show": BASE + _SHOW,
+    "retry": BASE + BELL + PLACE + DEAD + _RETRY,
+    "forget": BASE + DEAD + _FORGET,
 }
