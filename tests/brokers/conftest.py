@@ -45,12 +45,12 @@ class Rig:
 
     def broker(
         self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",),
-        culprit: str = "",
+        **how: Any,
     ) -> Any:
-        """A broker, opened as a new epoch. `broker.recovered` is what `open` recovered."""
-        broker = self.make_broker()
+        """A broker, opened as a new epoch. `broker.recovered` and `broker.answers` are what `open` returned."""
+        broker: Any = self.make_broker()
         owner = Owner(epoch or new_id(), identity)
-        broker.recovered = self.do(broker.open(owner, list(queues), lease_s, culprit=culprit)).recovered  # type: ignore[attr-defined]
+        broker.recovered, broker.answers = self.do(broker.open(owner, list(queues), lease_s, **how))
         self.opened.append(broker)
         return broker
 

@@ -33,7 +33,11 @@ def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
 
 @pytest.fixture
 def proxy(rig: RedisRig) -> Iterator[Proxy]:
-    """The rig's brokers and clients go through it."""
+    yield from between(rig)
+
+
+def between(rig: RedisRig) -> Iterator[Proxy]:
+    """A proxy that the rig's brokers and clients go through."""
     proxy = Proxy(rig.server.port)
     rig.url = proxy.url
     yield proxy
