@@ -1,4 +1,4 @@
-"""No verb's cost grows with what stands in a queue: it runs the same commands, and they take as long (./scripts/bench has figures)."""
+"""No verb's cost grows with what stands in a queue: it runs the same commands, and they take as long (figures: scripts/bench)."""
 
 from __future__ import annotations
 
