@@ -73,11 +73,12 @@ def test_follow_ups_stand_where_they_asked_to_stand(rig: RedisRig) -> None:
 def test_only_an_ack_that_settles_adds_what_follows(rig: RedisRig, how: dict[str, Any]) -> None:
     broker = rig.broker(queues=("q", "r"))
     good = ack(rig, broker, new_job("same"), new_job("other", queue="r"), **how)
-    bad = good._replace(token=good.token._replace(number=9))
+    strangers = (new_job("stale"), new_job("stale", queue="r"))
+    bad = good._replace(token=good.token._replace(number=9), follow_ups=strangers)
     assert rig.do(broker.settle([bad])) == [STALE]
     assert rig.do(broker.settle([good._replace(verb="hold")])) == [SETTLED]
     assert stats(rig, broker) == (0, 0, 1, 0)
-    assert rig.do(broker.settle([good, good])) == [SETTLED, STALE]
+    assert rig.do(broker.settle([bad, good, good, bad])) == [STALE, SETTLED, STALE, STALE]
     assert rig.do(broker.settle([good])) == [STALE]
     assert run_all(rig, broker, "q") == ["same"]
     assert run_all(rig, broker) == ["other"]
