@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BrokerUnavailable, KQueueError
@@ -145,12 +146,7 @@ class RedisBroker:
                         answers[position] = answer
         finally:
             turn.give()
-        leaving = {item.queue for item in batch if any(job.queue != item.queue for job in item.follow_ups)}
-        try:
-            for queue in leaving:
-                yield from self._hand_over(queue, hurried=True)
-        except BrokerUnavailable:
-            pass  # they stand in the outbox, and sweeps see to it
+        yield from self._hand_over({item.queue for item in batch if any(job.queue != item.queue for job in item.follow_ups)})
         return answers
 
     def renew(self) -> Verb[bool]:
@@ -175,8 +171,7 @@ class RedisBroker:
         left = self._queues
         while left and kernel.clock.monotonic() < until:
             left = yield from self._sweep(kernel, left, swept)
-        for queue in self._queues:
-            yield from self._hand_over(queue)
+        yield from self._hand_over(self._queues)
         return swept
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
@@ -253,39 +248,49 @@ class RedisBroker:
                 left.append(queue)
         return left
 
-    def _hand_over(self, queue: str, *, hurried: bool = False) -> Verb[None]:
-        """Bring follow-ups from the outbox of `queue` to where they belong. What is not taken now stays, for the next sweep."""
-        more = True
-        while more:
-            (reply,) = yield from self._ask([commands.outbox(queue)], once=True, hurried=hurried)
-            if reply is None:
-                return
-            read_at, found, more = commands.read_outbox(queue, reply)
-            if not found:
-                return
-            by_queue: dict[str, list[commands.FollowUp]] = {}
-            for job in found:
-                by_queue.setdefault(job.queue, []).append(job)
-            refusals: list[str] = []
-            listing = ("SADD", commands.QUEUES_KEY, *by_queue)
-            calls = [commands.hand_over(to, read_at, jobs) for to, jobs in by_queue.items()]
-            _, *replies = yield from self._ask([listing, *calls], once=True, hurried=hurried, refusals=refusals)
-            taken = []
-            for (to, jobs), reply in zip(by_queue.items(), replies, strict=True):
-                if reply:
-                    taken += jobs
-                    self._stuck.discard(to)
-                elif reply is None and to not in self._stuck:
-                    self._stuck.add(to)
-                    self._transport.warn(
-                        f"queue {to!r} does not take the jobs that follow those of {queue!r}, so they wait in the outbox of "
-                        f"{queue!r}, and every sweep tries again: {refusals[-1]}"
-                    )
-            if not taken:
-                return
-            (gone,) = yield from self._ask([commands.handed_over(queue, taken)], once=True, hurried=hurried)
+    def _hand_over(self, queues: Iterable[str]) -> Verb[None]:
+        """Bring follow-ups from the outboxes of `queues` to where they belong. Waits for nobody: sweeps see to what stays."""
+        for queue in queues:
+            with suppress(BrokerUnavailable):
+                more = True
+                while more:
+                    more = yield from self._empty(queue)
+
+    def _empty(self, queue: str) -> Verb[bool]:
+        """Hand over some of an outbox; whether it is worth going on. Each queue is asked by itself, since one may not answer."""
+        (reply,) = yield from self._try([commands.outbox(queue)])
+        if reply is None:
+            return False
+        read_at, found, more = commands.read_outbox(queue, reply)
+        by_queue: dict[str, list[commands.FollowUp]] = {}
+        for job in found:
+            by_queue.setdefault(job.queue, []).append(job)
+        taken: list[commands.FollowUp] = []
+        for to, jobs in by_queue.items():
+            if (yield from self._take_over(queue, to, commands.hand_over(to, read_at, jobs))):
+                taken += jobs
+        if taken:
+            (gone,) = yield from self._try([commands.handed_over(queue, taken)])
             if gone is not None:
-                yield from self._ask(commands.unmark(taken), once=True, hurried=hurried)
+                yield from self._try(commands.unmark(taken))
+        return more and bool(taken)
+
+    def _take_over(self, queue: str, to: str, call: commands.Call) -> Verb[bool]:
+        """Whether `to` has taken what follows jobs of `queue`. That it does not is told once."""
+        refusals: list[str] = []
+        try:
+            _, reply = yield from self._try([("SADD", commands.QUEUES_KEY, to), call], refusals)
+        except BrokerUnavailable as error:
+            reply, refusals = None, [str(error)]
+        if reply is not None:
+            self._stuck.discard(to)
+        elif to not in self._stuck:
+            self._stuck.add(to)
+            self._transport.warn(
+                f"queue {to!r} does not take the jobs that follow those of {queue!r}, so they wait in the outbox of {queue!r}, "
+                f"and every sweep tries again: {refusals[-1]}"
+            )
+        return bool(reply)
 
     def _release_surplus(self) -> Verb[None]:
         surplus, self._surplus = self._surplus, []
@@ -329,6 +334,10 @@ class RedisBroker:
             asked, SCRIPTS, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once, refusals=refusals
         )
         return (yield from self._see_through(asking, hurried or self._closing))
+
+    def _try(self, asked: Sequence[commands.Call | commands.Command], refusals: list[str] | None = None) -> Verb[list[Any]]:
+        """The replies; None for what is refused. BrokerUnavailable: there are none now."""
+        return (yield from self._ask(asked, once=True, hurried=True, refusals=refusals))
 
     def _see_through(self, asking: commands.Asking, hurried: bool) -> Verb[list[Any]]:
         tries = 0

@@ -25,7 +25,8 @@ Rule 1. A script checks first and writes last. What it reads by redis.call raise
         a wrong type can be moved out of the way (to `corrupt:NAME:*`, see redis_mend) and the script be run again.
 Rule 2. What stands in one job's keys never raises: it is read by pcall, and a key of a wrong type is replaced.
 Rule 3. The first write is one that Redis allows when its memory is full (ZREM, HDEL, DEL): it then lets the script end, so a
-        full Redis takes no new jobs but still works off those it has. Where that cannot be (enqueue), nothing has been written.
+        full Redis takes no new jobs but still works off those it has, with what follows them. Where that cannot be (enqueue),
+        nothing has been written.
 Rule 4. `leased:<epoch>` proves a lease. A job that was recovered keeps the epoch and number it had, so that this token still
         settles (expiry makes eligible, no more); whatever happens to it next removes the field `epoch`.
 Rule 5. A request that comes again is answered as it was the first time, as long as its sender has made no other since. What a

@@ -328,7 +328,9 @@ if now - ARGV[1] > HAND_OVER_WITHIN then return 0 end
 check_sets()
 for i = 2, #ARGV, 6 do
   local name, id, lane, priority, due, envelope = unpack(ARGV, i, i + 5)
-  if redis.call('SET', prefix .. 'handed:' .. name, 1, 'NX', 'EX', MEMORY) then
+  local mark = prefix .. 'handed:' .. name
+  if redis.call('EXPIRE', mark, MEMORY) == 0 then
+    redis.call('SET', mark, 1, 'EX', MEMORY)
     add(id, lane, number(priority, 0), number(due, now), envelope)
   end
 end
