@@ -279,11 +279,15 @@ class RedisBroker:
         """Whether `to` has taken what follows jobs of `queue`. That it does not is told once."""
         refusals: list[str] = []
         try:
-            _, reply = yield from self._try([("SADD", commands.QUEUES_KEY, to), call], refusals)
+            (reply,) = yield from self._try([call], refusals)
         except BrokerUnavailable as error:
             reply, refusals = None, [str(error)]
         if reply is not None:
             self._stuck.discard(to)
+            if to not in self._listed:
+                with suppress(BrokerUnavailable):  # of the list, which may be elsewhere
+                    yield from self._try([("SADD", commands.QUEUES_KEY, to)])
+                    self._listed.add(to)
         elif to not in self._stuck:
             self._stuck.add(to)
             self._transport.warn(
