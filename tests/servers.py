@@ -85,6 +85,7 @@ class RedisServer:
             "",
             *ports,
             *tls,
+            *([] if "--appendonly" in self.options else ["--appendonly", "yes"]),  # else every daemon warns that it keeps nothing
         ]
         log = (self.directory / "redis.log").open("ab")
         with log:

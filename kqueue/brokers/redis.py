@@ -1,4 +1,4 @@
-"""Redis and Valkey behind the nine verbs: what to ask (commands.redis), whom (redis_transport), and when to ask it again.
+"""Redis and Valkey behind the nine verbs: what to ask (commands.redis), and what to make of the replies. redis_nodes knows whom.
 
 Rule 1. Every request carries a number, and the scripts remember each sender's last one. So a verb repeats a request whose reply
         was lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way:
@@ -15,14 +15,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import BrokerUnavailable, KQueueError
+from ..errors import KQueueError
 from ..kernel.slots import Slots
-from ..kernel.traps import Park, sleep, this_kernel
+from ..kernel.traps import Park, this_kernel
 from .base import LEASE_S, MAX_BATCH, Capabilities, Lease, NewJob, Owner, QueueStats, Reserved, Settlement, Verb
 from .commands import redis as commands
+from .commands.redis_asking import Asking, Call, Command
 from .commands.redis_lua import LANES, MEMORY_S
 from .commands.redis_scripts import SCRIPTS
-from .redis_transport import News, RedisTransport
+from .commands.redis_url import parse_url
+from .redis_nodes import RedisNodes
+from .redis_transport import News
 
 if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
@@ -39,9 +42,9 @@ class RedisBroker:
     capabilities = Capabilities(durable=True)
 
     def __init__(self, url: str, *, on_event: News = lambda kind, text, retry_in_s: None) -> None:
-        target = commands.parse_url(url)
+        self._target = target = parse_url(url)
         self.address = target.address
-        self._transport = RedisTransport(target, SCRIPTS, on_push=self._heard_bell, on_ready=self._connected, on_news=on_event)
+        self._nodes = RedisNodes(target, SCRIPTS, on_bell=self._heard_bell, on_ready=self._connected, on_news=on_event)
         self._kernel: Kernel | None = None
         self._owner = Owner("", "")
         self._queues: Sequence[str] = ()
@@ -66,14 +69,15 @@ class RedisBroker:
         self._kernel = kernel = yield this_kernel()
         self._owner, self._queues, self._lease_s = owner, list(queues), lease_s
         channels = [commands.bell(queue) for queue in queues]
-        self._transport.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
+        self._nodes.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
         try:
             yield from self._list_queues(queues)
             recovered = yield from self._repeat_while_more([commands.open_epoch(owner, lease_s, queue) for queue in queues])
         except KQueueError:
-            self._transport.stop()
+            self._nodes.stop()
             raise
         self._opened = True
+        self._nodes.opened()
         return recovered
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
@@ -125,19 +129,20 @@ class RedisBroker:
     def renew(self) -> Verb[None]:
         yield from self._release_surplus()
         # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
-        listing = [("SADD", commands.QUEUES_KEY, *self._queues)]
-        yield from self._see_through(commands.Asking(listing, SCRIPTS, self.address, on_mended=self._mended, once=True))
-        flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
+        yield from self._ask([("SADD", commands.QUEUES_KEY, *self._queues)], once=True)
+        renewals = [commands.renew(self._owner, self._lease_s, queue) for queue in self._queues]
+        flags = yield from self._ask(renewals, reachable=True)
         for queue, flag in zip(self._queues, flags, strict=True):
-            if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
+            if flag == 0 and queue in self._idle:  # somebody took it away, and the ring was lost
                 self._ring([queue])
 
     def sweep(self) -> Verb[dict[str, int]]:
-        return (yield from self._repeat_while_more([commands.sweep(self._lease_s, queue) for queue in self._queues]))
+        sweeps = [commands.sweep(self._lease_s, queue) for queue in self._queues]
+        return (yield from self._repeat_while_more(sweeps, reachable=True))
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         kernel = yield this_kernel()
-        polls = self._transport.bells_refused
+        polls = self._nodes.bells_refused
         if not self._rang:
             look_in_s = max(0.0, self._look_at - kernel.clock.monotonic()) if polls else None
             yield Park(self._listening, min((s for s in (timeout_s, look_in_s) if s is not None), default=None))
@@ -149,15 +154,14 @@ class RedisBroker:
 
     def stats(self) -> Verb[dict[str, QueueStats]]:
         """Other queues of this Redis are counted too where something stands, so that a mistyped one shows."""
-        names, *replies = yield from self._ask(
-            [("SMEMBERS", commands.QUEUES_KEY), *(commands.stats(queue) for queue in self._queues)]
-        )
-        counts = {queue: commands.read_stats(reply) for queue, reply in zip(self._queues, replies, strict=True)}
-        others = sorted({name.decode("utf-8", "replace") for name in names} - set(self._queues))
+        asked: list[Call | Command] = [("SMEMBERS", commands.QUEUES_KEY), *(commands.stats(queue) for queue in self._queues)]
+        names, *replies = yield from self._ask(asked, reachable=True)
+        found = zip(self._queues, replies, strict=True)
+        counts = {queue: commands.read_stats(reply) for queue, reply in found if reply is not None}
+        others = sorted({name.decode("utf-8", "replace") for name in names or ()} - set(self._queues))
         calls = [commands.stats(queue) for queue in others]
         # A user may lack the rights to the queues of others, and they may be on another node: that must not hide ours.
-        asking = commands.Asking(calls, SCRIPTS, self.address, on_mended=self._mended, once=True)
-        for queue, reply in zip(others, (yield from self._see_through(asking)), strict=True):
+        for queue, reply in zip(others, (yield from self._ask(calls, once=True)), strict=True):
             if reply is not None and any(reply):
                 counts[queue] = commands.read_stats(reply)
         return counts
@@ -168,7 +172,7 @@ class RedisBroker:
     def close(self) -> Verb[None]:
         """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""
         try:
-            if self._transport.state == "ready" and self._opened:
+            if self._nodes.ready and self._opened:
                 self._closing = True
                 for queue in list(self._unheard):
                     yield from self.reserve(queue, {})
@@ -177,7 +181,7 @@ class RedisBroker:
         except KQueueError:
             pass  # the epoch will expire
         finally:
-            self._transport.stop()
+            self._nodes.stop()
         yield  # lets the keeper end
 
     # -- their parts ------------------------------------------------------------------------------------------------
@@ -203,12 +207,13 @@ class RedisBroker:
             self._surplus += surplus
             raise
 
-    def _repeat_while_more(self, calls: Sequence[commands.Call]) -> Verb[dict[str, int]]:
+    def _repeat_while_more(self, calls: Sequence[Call], *, reachable: bool = False) -> Verb[dict[str, int]]:
         """Make each queue's call until it has nothing more to do; how many jobs they recovered."""
         recovered: dict[str, int] = {}
         left = list(zip(self._queues, calls, strict=True))
         while left:
-            replies = yield from self._ask([call for _, call in left])
+            found = yield from self._ask([call for _, call in left], reachable=reachable)
+            replies = [(0, 0) if reply is None else reply for reply in found]
             for (queue, _), (count, _) in zip(left, replies, strict=True):
                 recovered[queue] = recovered.get(queue, 0) + count
             left = [part for part, (_, more) in zip(left, replies, strict=True) if more]
@@ -223,36 +228,21 @@ class RedisBroker:
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, asked: Sequence[commands.Call | commands.Command]) -> Verb[list[Any]]:
-        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless."""
-        return (yield from self._see_through(
-            commands.Asking(asked, SCRIPTS, self.address, wait_for_rights=self._opened, on_mended=self._mended)
-        ))  # fmt: skip
+    def _ask(self, asked: Sequence[Call | Command], *, once: bool = False, reachable: bool = False) -> Verb[list[Any]]:
+        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless.
 
-    def _see_through(self, asking: commands.Asking) -> Verb[list[Any]]:
-        tries = 0
-        while asking.left:
-            try:
-                yield from self._transport.ready(patient=not self._closing)
-                trouble = asking.hear((yield from self._transport.call(asking.commands(self._transport.digests))))
-            except BrokerUnavailable:
-                if self._closing or self._transport.closed:
-                    raise
-                continue  # the transport reports it, and waits between its tries
-            if trouble:
-                if self._closing:
-                    raise BrokerUnavailable(f"{self.address}: {trouble}")
-                delay_s = self._transport.backoff_s(tries)
-                tries += 1
-                self._transport.report(trouble, delay_s)
-                yield sleep(delay_s)
-        if tries:
-            self._transport.report_well()
-        return asking.replies
+        `once`: what is refused is not asked again. `reachable`: nodes of a cluster that do not answer are done without. Both: the
+        reply is None then.
+        """
+        asking = Asking(
+            asked, SCRIPTS, self._nodes.routes, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once,
+            sync=0 if once else self._target.sync_replicas,
+        )  # fmt: skip
+        return (yield from self._nodes.see_through(asking, hurried=self._closing, reachable=reachable))
 
     def _mended(self, text: str) -> None:
         self._listed.clear()  # it may have been the list of queues
-        self._transport.warn(text)
+        self._nodes.warn(text)
 
     def _take_turn(self, name: str) -> Verb[Slots]:
         turn = self._turns.setdefault(name, Slots())
