@@ -60,6 +60,7 @@ class RedisServer:
         self.tls = tls
         self.port = port or free_port()
         self.socket_path = str(directory / "redis.sock")
+        self.password = ""  # of the default user
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -83,14 +84,19 @@ class RedisServer:
             str(self.directory),
             "--save",
             "",
+            "--repl-diskless-sync-delay",  # 5 s otherwise
+            "0",
             *ports,
             *tls,
             *([] if "--appendonly" in self.options else ["--appendonly", "yes"]),  # else every daemon warns that it keeps nothing
         ]
+        return self._run([program, *fixed, *self.options])
+
+    def _run(self, command: list[str]) -> RedisServer:
         log = (self.directory / "redis.log").open("ab")
         with log:
             self.process = subprocess.Popen(
-                [program, *fixed, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
             )
         self._await()
         return self
@@ -128,8 +134,65 @@ class RedisServer:
         """Several at once; an error reply raises."""
         import redis
 
-        with redis.Redis(unix_socket_path=self.socket_path, db=db) as client:
+        with redis.Redis(unix_socket_path=self.socket_path, db=db, password=self.password or None) as client:
             return [client.execute_command(*args) for args in many]  # type: ignore[no-untyped-call]
+
+
+    def info(self, field: str) -> str:
+        """One field of INFO."""
+        import redis
+
+        with redis.Redis(unix_socket_path=self.socket_path) as client:
+            return str(client.info("everything").get(field, ""))
+
+    def until(self, field: str, value: str) -> None:
+        """Wait until INFO says so."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.info(field) != value:
+            assert time.monotonic() < deadline, f"{field} stays {self.info(field)!r}, and never becomes {value!r}"
+            time.sleep(0.01)
+
+    def replicate(self, master: RedisServer) -> None:
+        """Become its replica, and wait until all it has is here."""
+        self.command("REPLICAOF", "127.0.0.1", master.port)
+        self.until("master_link_status", "up")
+        self.until("slave_repl_offset", master.info("master_repl_offset"))
+
+    def pause(self) -> None:
+        """SIGSTOP: it is there, and says nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+
+class Sentinel(RedisServer):
+    """A Sentinel that watches `master` as "main", alone: its own vote is enough."""
+
+    def __init__(self, directory: Path, master: RedisServer, password: str = "") -> None:
+        super().__init__(directory)
+        self.password = password
+        self.lines = (
+            f"port {self.port}", "bind 127.0.0.1", f"unixsocket {self.socket_path}", f"dir {directory}",
+            f"sentinel monitor main 127.0.0.1 {master.port} 1", "sentinel down-after-milliseconds main 1000",
+            "sentinel failover-timeout main 2000", *([f"requirepass {password}"] if password else []),
+        )  # fmt: skip
+
+    def start(self) -> Sentinel:
+        program = shutil.which("redis-server") or lack("redis-server")
+        file = self.directory / "sentinel.conf"
+        file.write_text("\n".join(self.lines) + "\n")
+        self._run([program, str(file), "--sentinel"])
+        return self
+
+    def until_it_knows(self, replicas: int) -> None:
+        """So many replicas, each of which it could promote."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while str(self.command("SENTINEL", "REPLICAS", "main")).count("b'master-link-status': b'ok'") != replicas:
+            assert time.monotonic() < deadline, "the Sentinel finds no replica"
+            time.sleep(0.01)
 
 
 class Certificates:

@@ -28,7 +28,7 @@ from .redis_transport import CONNECT_TIMEOUT_S, News, RedisTransport
 from .redis_wire import errand
 
 if TYPE_CHECKING:
-    from ..kernel.loop import Kernel
+    from ..kernel.loop import Kernel, Task
 
 LEARN_AGAIN_S: Final = 0.5  # between two looks at the map of a cluster
 MANY_HOPS: Final = 5  # from node to node, until it is taken for trouble
@@ -49,6 +49,7 @@ class RedisNodes:
         self._troubled: set[Address] = set()  # those whose last news was bad
         self._starting: tuple[str, Sequence[str], float] = ("", (), 0.0)  # what each is started with
         self._kernel: Kernel | None = None
+        self._watcher: Task | None = None  # listens to a Sentinel
         self._learned_at: float | None = None  # clock seconds
         self._asked = 0  # how often the map was asked for
         self._stubborn = False
@@ -64,6 +65,8 @@ class RedisNodes:
 
     def stop(self) -> None:
         self._stopped = True
+        if self._watcher is not None and self._kernel is not None:
+            self._kernel.cancel(self._watcher, GeneratorExit())
         for transport in self._transports.values():
             transport.stop()
 
@@ -178,17 +181,19 @@ class RedisNodes:
 
     def _begin(self, node: Address) -> RedisTransport:
         assert self._kernel is not None
-        locate = None
+        sentinels = None
         if self.target.service:
             from .redis_sentinel import Sentinels
 
-            locate = Sentinels(self.target, self._kernel.clock.monotonic).locate
+            sentinels = Sentinels(self.target, self._kernel.clock.monotonic)
         transport = RedisTransport(
             self._target_at(node), self._scripts, on_push=partial(self._pushed, node), on_ready=self._on_ready,
-            on_news=partial(self._heard, node), locate=locate,
+            on_news=partial(self._heard, node), locate=sentinels.locate if sentinels is not None else None,
         )  # fmt: skip
         if not self._stopped:
             transport.start(self._kernel, *self._starting, stubborn=self._stubborn)
+            if sentinels is not None:
+                self._watcher = self._kernel.spawn(sentinels.watch(transport.look_again), name="redis sentinel")
         return transport
 
     def _target_at(self, node: Address) -> Target:

@@ -105,17 +105,22 @@ def connect(at: Target, timeout_s: float, clock: Clock) -> Verb[Wire]:
     return Wire((yield from dial(at.host, at.port, at.path, context, timeout_s, clock)), at.tls is not None, clock)
 
 
+def login(at: Target) -> list[Command]:
+    """The command that authenticates us, if there is anything to say."""
+    if not (at.password or at.username):
+        return []
+    return [("AUTH", at.username, at.password) if at.username else ("AUTH", at.password)]
+
+
 def errand(at: Target, command: Command, timeout_s: float, clock: Clock) -> Verb[Any]:
     """Ask `at` one thing by a connection of its own. The reply, an error among them as a ReplyError; raises as `connect`."""
     deadline = clock() + timeout_s
     wire = yield from connect(at, timeout_s, clock)
     try:
-        login: list[Command] = []
-        if at.password or at.username:
-            login = [("AUTH", at.username, at.password) if at.username else ("AUTH", at.password)]
-        wire.put([*login, command])
+        first = login(at)
+        wire.put([*first, command])
         replies: list[Any] = []
-        while len(replies) <= len(login):
+        while len(replies) <= len(first):
             wire.flush()
             if not (yield from wire.wait(max(0.0, deadline - clock()))):
                 raise BrokerUnavailable(f"{at.host}:{at.port} did not answer in {timeout_s:.2g} s")

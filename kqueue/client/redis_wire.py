@@ -26,8 +26,10 @@ from ..errors import BrokerRefused, BrokerUnavailable
 REPLY_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
 FIRST_BACKOFF_S: Final = 0.05
+MASTER_KEPT_S: Final = 1.0  # until the Sentinels are asked again: an old master takes writes for 10 s after a planned fail-over
 MANY_HOPS: Final = 5  # from node to node, until it is taken for trouble
 
+_INFINITY: Final = float("inf")
 _DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
 # redis-py cuts these codes off its messages and says them by the class.
 _CODES: Final = {
@@ -54,8 +56,9 @@ class Wire:
         self._free: dict[Address, list[Any]] = {}  # of redis-py's connections, whose methods carry no types
         self._senders: list[Sender] = []
         self._greeted = False  # somebody has said whether it is a cluster
-        self._master: Address | None = None  # whom the Sentinels named; None: they are to be asked
-        self._turn = 0  # which Sentinel, or node, is asked next where they are
+        self._master: Address | None = None  # whom the Sentinels named last; None: nobody yet
+        self._named_at = -_INFINITY  # when they were asked; so long ago that they are to be asked again
+        self._turn = 0  # which Sentinel, or node, is asked first where they are
 
     def take_sender(self) -> Sender:
         self._look_whose()
@@ -125,6 +128,8 @@ class Wire:
     def _exchange(self, node: Address, sent: Sequence[Command]) -> list[Any]:
         """One round trip: a reply for each command, an error reply as an exception object. BrokerUnavailable: there is none."""
         self._look_whose()
+        if self._target.service:
+            self._follow(node)
         free = self._free.setdefault(node, [])
         try:
             connection = free.pop()
@@ -148,6 +153,8 @@ class Wire:
         except (RedisError, OSError) as error:
             connection.disconnect()
             verdict = judge(_words(error))
+            if verdict.code in RIGHTS:
+                raise BrokerRefused(f"{self.address}: {verdict.text}") from None
             raise _Lost(verdict.text if verdict.later else f"the connection broke: {_reason(error)}") from None
         except BaseException:
             connection.disconnect()  # a reply may still be on its way
@@ -156,10 +163,7 @@ class Wire:
 
     def _connect(self, node: Address) -> Any:
         """A new connection to `node`, or to the master where Sentinels know it."""
-        at = self._target_at(node)
-        if self._target.service:
-            self._master = self._master or self._find_master()
-            at = self._target.at(self._master)
+        at = self._target_at(node) if self._master is None else self._target.at(self._master)
         connection = self._opened(at)
         if self._target.service or not self._greeted:
             self._look_who(node, connection, at)
@@ -195,7 +199,7 @@ class Wire:
             raise BrokerRefused(f"{at.address}: it is a Sentinel, which holds no jobs; give the name of its service: {form}")
         if self._target.service and said.get(b"role", b"master") != b"master":
             connection.disconnect()
-            self._master = None
+            self._named_at = -_INFINITY
             raise BrokerUnavailable(f"{at.host}:{at.port} is no master, though a Sentinel named it")
 
     # -- which nodes ------------------------------------------------------------------------------------------------
@@ -203,13 +207,29 @@ class Wire:
     def _target_at(self, node: Address) -> Target:
         return self._target if self._target.path and node == self.routes.first else self._target.at(node)
 
+    def _follow(self, node: Address) -> None:
+        """Know the master; when it is another one, forget the connections to the old."""
+        now = time.monotonic()
+        if self._master is not None and now - self._named_at < MASTER_KEPT_S:
+            return
+        self._named_at = now
+        try:
+            master = self._find_master()
+        except (BrokerUnavailable, BrokerRefused):
+            if self._master is None:
+                raise
+            return  # it may be there all the same
+        if master != self._master:
+            self._drop(node)
+            self._master = master
+
     def _find_master(self) -> Address:
-        """Each time another Sentinel is asked first, since one that was cut off names an old master."""
+        """Ask the Sentinel that knew the last time, then the others."""
         hosts = self._target.hosts
-        self._turn += 1
         trouble, refused = [], True
-        for place in range(len(hosts)):
-            host, port = hosts[(self._turn + place) % len(hosts)]
+        for _ in hosts:
+            host, port = hosts[self._turn % len(hosts)]
+            self._turn += 1
             try:
                 connection = self._opened(self._target.sentinel((host, port)))
                 try:
@@ -221,10 +241,11 @@ class Wire:
                 refused = False
                 continue
             except BrokerRefused as error:
-                trouble.append(str(error))
+                trouble.append(f"{error}, by sentinel_username= and sentinel_password=")
                 continue
             found = read_master(reply, _words)
             if isinstance(found, tuple):
+                self._turn -= 1
                 return found
             trouble.append(f"{host}:{port}: {found}")
         words = f"no Sentinel names the master of {self._target.service!r}: {'; '.join(trouble)}"
@@ -233,9 +254,10 @@ class Wire:
         raise BrokerUnavailable(words)
 
     def _suspect(self, node: Address) -> None:
-        """Something is wrong at `node`: it may be no master any more, or gone."""
+        """Something is wrong at `node`: it may be no master any more, or gone. Who named it is not asked first again."""
         self._drop(node)
-        self._master = None
+        self._named_at = -_INFINITY
+        self._turn += 1
         if self.routes.clustered:
             self._learn()
 
@@ -286,6 +308,8 @@ def _connection(at: Target) -> Any:
 
 def _words(error: Exception) -> str:
     """The server's own words."""
+    if str(error).startswith("Authentication required"):
+        return f"NOAUTH {error}"
     code = _CODES.get(type(error).__name__)
     return f"{code} {error}" if code else str(error)
 
