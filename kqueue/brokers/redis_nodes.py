@@ -2,8 +2,8 @@
 
     RedisBroker  --calls-->  RedisNodes.see_through  --by key (Routes)-->  RedisTransport of that node
 
-Rule 1. There is one connection to begin with. A node that says MOVED makes this a cluster: its map is asked for, and further
-        connections are made as keys need them. Those to nodes that hold nothing any more are closed.
+Rule 1. There is one connection to begin with. A node that says that it is one of a cluster makes us ask for the map; further
+        connections are made as keys need them, and those that are not needed are closed each time that the map has come.
 Rule 2. All of them listen to our doorbells, which a cluster sends to every node; a ring counts only from the node that holds the
         queue, as long as we are connected to that. So each is heard once, and none is missed because some node is gone.
 Rule 3. A node that is gone holds up only what is on it: the others are asked first. Meanwhile the map is asked for again, since
@@ -220,10 +220,11 @@ class RedisNodes:
         return True
 
     def _close_others(self) -> None:
-        """Those that hold nothing, as the map says."""
-        for node in set(self._transports) - self.routes.masters():
-            self._transports.pop(node).stop()
-            self._troubled.discard(node)
+        """Those that hold none of the queues that we serve, as the map says, unless somebody waits for their answer."""
+        for node in set(self._transports) - {self.routes.of(channel) for channel in self._starting[1]}:
+            if self._transports[node].idle or node not in self.routes.masters():
+                self._transports.pop(node).stop()
+                self._well(node)
 
     # -- what they say ----------------------------------------------------------------------------------------------
 
@@ -242,6 +243,11 @@ class RedisNodes:
             where = f"{node[0]}:{node[1]}: " if self.routes.clustered else ""
             self._on_news(kind, where + text, retry_in_s)
         else:
+            self._well(node)
+
+    def _well(self, node: Address) -> None:
+        """`node` gives no trouble any more, so perhaps none does."""
+        if node in self._troubled:
             self._troubled.discard(node)
             if not self._troubled:
-                self._on_news(kind, text, retry_in_s)
+                self._on_news("back", "", 0.0)

@@ -128,6 +128,11 @@ class RedisTransport:
         """Nothing will come of waiting."""
         return self.state in ("idle", "stopped")
 
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for a reply."""
+        return not self._fifo
+
     # -- for verbs --------------------------------------------------------------------------------------------------
 
     def start(self, kernel: Kernel, name: str, channels: Sequence[str], cap_s: float, stubborn: bool = False) -> None:

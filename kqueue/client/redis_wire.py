@@ -111,7 +111,7 @@ class Wire:
 
     def each_node(self, commands: Sequence[Command]) -> dict[Address, list[Any]]:
         """What every server of ours that holds jobs replies to `commands`; errors stand there as exceptions."""
-        self._exchange(self.routes.first, [])  # which finds out whether it is a cluster
+        self.ask([("PING", "")])  # which finds out whether it is a cluster, and who is there
         return {node: self._exchange(node, commands) for node in sorted(self.routes.masters()) or [self.routes.first]}
 
     # -- one node ---------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class Wire:
         self._drop(node)
         self._named_at = -_INFINITY
         self._turn += 1
-        if self.routes.clustered:
+        if len(self.routes.known) > 1:
             self._learn()
 
     def _learn(self) -> None:
