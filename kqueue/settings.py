@@ -174,9 +174,9 @@ NAMES: Final = Kind("a mapping of queues to weights (or to weight, max_concurren
 
 # -- the URL of the queue ---------------------------------------------------------------------------------------------------
 
-SCHEMES: Final = ("sqlite", "redis", "rediss", "unix", "memory")
-_SCHEMES_NOT_YET: Final = ("redis+sentinel", "postgresql", "sqs")
-_REDIS: Final = ("redis", "rediss", "unix")
+SCHEMES: Final = ("sqlite", "redis", "rediss", "unix", "redis+sentinel", "memory")
+_SCHEMES_NOT_YET: Final = ("postgresql", "sqs")
+_REDIS: Final = ("redis", "rediss", "unix", "redis+sentinel")
 
 
 def resolve_url(url: str, directory: str | None) -> str:
@@ -217,7 +217,8 @@ def _check_redis(url: str) -> None:
 
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - a property that raises
+        for host in parts.netloc.rpartition("@")[2].split(","):
+            urlsplit(f"//{host}").port  # noqa: B018 - a property that raises
     except ValueError:
         raise UsageError(
             "its host and port cannot be read; percent-encode / ? # @ in a password, or put it into queue.password_file"
@@ -225,6 +226,10 @@ def _check_redis(url: str) -> None:
     if parts.scheme == "unix":
         if parts.hostname or parts.path in ("", "/"):
             raise UsageError("a Unix socket takes three slashes, and an absolute path: unix:///run/redis/redis.sock?db=0")
+    elif parts.scheme == "redis+sentinel":
+        if not re.fullmatch(r"/[^/]+(/[0-9]*)?", parts.path):
+            form = "redis+sentinel://host:26379,host:26379/SERVICE/0"
+            raise UsageError(f"after the Sentinels stand the name of their service and the number of the database: {form}")
     elif not re.fullmatch(r"/?[0-9]*", parts.path):
         raise UsageError("after the host stands the number of the database, as in redis://host:6379/0")
     if any(pair.startswith("db=") and not re.fullmatch("db=[0-9]+", pair) for pair in parts.query.split("&")):

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import hiredis
 import pytest
 
 START_TIMEOUT_S = 20.0
@@ -60,6 +61,7 @@ class RedisServer:
         self.tls = tls
         self.port = port or free_port()
         self.socket_path = str(directory / "redis.sock")
+        self.password = ""  # of the default user
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -83,13 +85,19 @@ class RedisServer:
             str(self.directory),
             "--save",
             "",
+            "--repl-diskless-sync-delay",  # 5 s otherwise
+            "0",
             *ports,
             *tls,
+            *([] if "--appendonly" in self.options else ["--appendonly", "yes"]),  # else every daemon warns that it keeps nothing
         ]
+        return self._run([program, *fixed, *self.options])
+
+    def _run(self, command: list[str]) -> RedisServer:
         log = (self.directory / "redis.log").open("ab")
         with log:
             self.process = subprocess.Popen(
-                [program, *fixed, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
             )
         self._await()
         return self
@@ -127,8 +135,173 @@ class RedisServer:
         """Several at once; an error reply raises."""
         import redis
 
-        with redis.Redis(unix_socket_path=self.socket_path, db=db) as client:
+        with redis.Redis(unix_socket_path=self.socket_path, db=db, password=self.password or None) as client:
             return [client.execute_command(*args) for args in many]  # type: ignore[no-untyped-call]
+
+
+    def info(self, field: str) -> str:
+        """One field of INFO."""
+        import redis
+
+        with redis.Redis(unix_socket_path=self.socket_path) as client:
+            return str(client.info("everything").get(field, ""))
+
+    def until(self, field: str, value: str) -> None:
+        """Wait until INFO says so."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.info(field) != value:
+            assert time.monotonic() < deadline, f"{field} stays {self.info(field)!r}, and never becomes {value!r}"
+            time.sleep(0.01)
+
+    def replicate(self, master: RedisServer) -> None:
+        """Become its replica, and wait until all it has is here."""
+        self.command("REPLICAOF", "127.0.0.1", master.port)
+        self.until("master_link_status", "up")
+        self.until("slave_repl_offset", master.info("master_repl_offset"))
+
+    def pause(self) -> None:
+        """SIGSTOP: it is there, and says nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+
+class Sentinel(RedisServer):
+    """A Sentinel that watches `master` as "main", alone: its own vote is enough."""
+
+    def __init__(self, directory: Path, master: RedisServer, password: str = "") -> None:
+        super().__init__(directory)
+        self.password = password
+        self.lines = (
+            f"port {self.port}", "bind 127.0.0.1", f"unixsocket {self.socket_path}", f"dir {directory}",
+            f"sentinel monitor main 127.0.0.1 {master.port} 1", "sentinel down-after-milliseconds main 1000",
+            "sentinel failover-timeout main 2000", *([f"requirepass {password}"] if password else []),
+        )  # fmt: skip
+
+    def start(self) -> Sentinel:
+        program = shutil.which("redis-server") or lack("redis-server")
+        file = self.directory / "sentinel.conf"
+        file.write_text("\n".join(self.lines) + "\n")
+        self._run([program, str(file), "--sentinel"])
+        return self
+
+    def until_it_knows(self, replicas: int) -> None:
+        """So many replicas, each of which it could promote."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while str(self.command("SENTINEL", "REPLICAS", "main")).count("b'master-link-status': b'ok'") != replicas:
+            assert time.monotonic() < deadline, "the Sentinel finds no replica"
+            time.sleep(0.01)
+
+
+class Cluster:
+    """Nodes of a Redis Cluster, `directory`/0 and so on: `masters` that share the slots, then `replicas` of the first of them."""
+
+    def __init__(self, directory: Path, *options: str, masters: int = 3, replicas: int = 0) -> None:
+        fixed = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no")
+        self.nodes = []
+        self.masters = masters
+        for number in range(masters + replicas):
+            (directory / str(number)).mkdir()
+            self.nodes.append(RedisServer(directory / str(number), *fixed, *options, port=_port_with_a_bus()))
+
+    @property
+    def url(self) -> str:
+        return self.nodes[0].url
+
+    def start(self) -> Cluster:
+        """Start all of them, and have them be one cluster."""
+        share = 16384 // self.masters
+        for number, node in enumerate(self.nodes):
+            node.start()
+            node.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            if number < self.masters:
+                last = 16384 if number == self.masters - 1 else (number + 1) * share
+                node.command("CLUSTER", "ADDSLOTS", *range(number * share, last))
+            node.command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+        self.until(lambda node: len(self._table(node)) == len(self.nodes))
+        for node in self.nodes[self.masters :]:
+            node.command("CLUSTER", "REPLICATE", self.id_of(self.nodes[0]))
+            node.until("master_link_status", "up")
+        self.until(lambda node: "cluster_state:ok" in str(node.command("CLUSTER", "INFO")))
+        self.until(lambda node: sum("slave " in line for line in self._table(node)) == len(self.nodes) - self.masters)
+        return self
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()
+
+    def until(self, holds: Callable[[RedisServer], bool]) -> None:
+        """Wait until `holds` of every node that runs."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not all(holds(node) for node in self.nodes if node.process is not None):
+            assert time.monotonic() < deadline, "the nodes do not agree"
+            time.sleep(0.01)
+
+    def id_of(self, node: RedisServer) -> str:
+        return next(line.split()[0] for line in self._table(node) if "myself" in line)
+
+    def _table(self, node: RedisServer) -> list[str]:
+        found = node.command("CLUSTER", "NODES")
+        text = found.decode() if isinstance(found, bytes) else str(found)
+        return text.strip().splitlines()
+
+    def home(self, key: str) -> RedisServer:
+        """The node that holds `key`, as the cluster itself says."""
+        slot = self.slot(key)
+        for first, last, holder, *_ in self._slots():
+            if first <= slot <= last:
+                return next(node for node in self.nodes if node.port == holder[1])
+        raise LookupError(key)
+
+    def slot(self, key: str) -> int:
+        found = self.nodes[0].command("CLUSTER", "KEYSLOT", key)
+        assert isinstance(found, int)
+        return found
+
+    def _slots(self) -> list[tuple[int, int, list[Any]]]:
+        with socket.socket(socket.AF_UNIX) as raw:  # redis-py would turn the answer into a dict
+            raw.connect(next(node for node in self.nodes if node.process is not None).socket_path)
+            raw.sendall(b"CLUSTER SLOTS\r\n")
+            reader = hiredis.Reader()
+            while (answer := reader.gets()) is False:
+                reader.feed(raw.recv(1 << 16))
+        return answer  # type: ignore[no-any-return]
+
+    def queue_at(self, node: RedisServer) -> str:
+        """The name of a queue that `node` holds."""
+        return next(name for n in range(1000) if self.home(f"kq:{{{(name := f'q{n}')}}}:") is node)
+
+    def begin_move(self, key: str, to: RedisServer) -> RedisServer:
+        """Announce that the slot of `key` moves to `to`; the node that has it until then."""
+        source, slot = self.home(key), self.slot(key)
+        to.command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.id_of(source))
+        source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", self.id_of(to))
+        return source
+
+    def move_keys(self, key: str, source: RedisServer, to: RedisServer, count: int = 1000) -> int:
+        """Move at most `count` keys of the slot of `key`; how many there were."""
+        keys = source.command("CLUSTER", "GETKEYSINSLOT", self.slot(key), count)
+        assert isinstance(keys, list)
+        if keys:
+            source.command("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *keys)
+        return len(keys)
+
+    def end_move(self, key: str, to: RedisServer) -> None:
+        for node in (to, *(node for node in self.nodes[: self.masters] if node is not to)):
+            node.command("CLUSTER", "SETSLOT", self.slot(key), "NODE", self.id_of(to))
+
+
+def _port_with_a_bus() -> int:
+    """A free port whose neighbour 10000 further, which nodes talk by, is free as well."""
+    while True:
+        port = free_port()
+        if port < 55536:
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port + 10000))
+                return port
 
 
 class Certificates:

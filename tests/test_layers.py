@@ -44,7 +44,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 THIRD_PARTY = {
     "yaml": ["config_file"],
     "redis": ["client"],
-    "hiredis": ["brokers.redis_transport", "brokers.commands.redis"],
+    "hiredis": ["brokers.redis_wire", "brokers.redis_transport", "brokers.commands.redis_asking"],
     "click": ["cli"],
     "setproctitle": ["observe.titles", "execution.child", "execution.template"],
     "psutil": ["cli"],

@@ -24,7 +24,7 @@ def open_broker(url: str, on_event: News) -> Broker:
         from .sqlite import SQLiteBroker
 
         return SQLiteBroker(rest.removeprefix("/"), on_event=on_event)
-    if scheme in ("redis", "rediss", "unix"):
+    if scheme in ("redis", "rediss", "unix", "redis+sentinel"):
         from .redis import RedisBroker
 
         return RedisBroker(url, on_event=on_event)

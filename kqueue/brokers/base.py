@@ -36,8 +36,8 @@ from ..outcome import Outcome
 
 __all__ = [
     "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "NO_RETENTION", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker",
-    "Capabilities", "Counters", "Lease", "NewJob", "Opened", "Owner", "QueueStats", "Reserved", "Retention", "Row",
-    "Settlement", "Store", "Swept", "Token", "Verb", "listed", "lost", "numbered", "place",
+    "Capabilities", "Counters", "Finding", "Lease", "NewJob", "Opened", "Owner", "QueueStats", "Reserved", "Retention",
+    "Row", "Settlement", "Store", "Swept", "Token", "Verb", "listed", "lost", "numbered", "place",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -259,6 +259,13 @@ class Row(NamedTuple):
     certificates: tuple[bytes, ...] = ()
 
 
+class Finding(NamedTuple):
+    """Something about a store that people should know: what can be lost, when, and what to do."""
+
+    serious: bool  # what KQueue promises does not hold there; else a remark
+    text: str  # without the store's address
+
+
 class Store(Protocol):
     """The blocking protocol, for clients and operators. Implementations live in kqueue.client. Thread- and fork-safe."""
 
@@ -284,5 +291,8 @@ class Store(Protocol):
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         """What daemons published under keys that begin with `prefix`, by key."""
+
+    def health(self) -> Sequence[Finding]:
+        """What should be known of the store's own settings; empty when all is well, or nothing can be known."""
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Redis and Valkey behind the nine verbs: what to ask (commands.redis), whom (redis_transport), and when to ask it again.
+"""Redis and Valkey behind the nine verbs: what to ask (commands.redis), and what to make of the replies. redis_nodes knows whom.
 
 Rule 1. Every request carries a number, and the scripts remember each sender's last one. So a verb repeats a request whose reply
         was lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way:
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BrokerUnavailable, KQueueError
 from ..kernel.slots import Slots
-from ..kernel.traps import Park, sleep, this_kernel
+from ..kernel.traps import Park, this_kernel
 from .base import (
     LEASE_S,
     MAX_BATCH,
@@ -36,9 +36,12 @@ from .base import (
     Verb,
 )
 from .commands import redis as commands
+from .commands.redis_asking import Asking, Call, Command
 from .commands.redis_lua import LANES, MEMORY_S
 from .commands.redis_scripts import SCRIPTS
-from .redis_transport import News, RedisTransport
+from .commands.redis_url import parse_url
+from .redis_nodes import RedisNodes
+from .redis_transport import News
 
 if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
@@ -55,9 +58,9 @@ class RedisBroker:
     capabilities = Capabilities(durable=True)
 
     def __init__(self, url: str, *, on_event: News = lambda kind, text, retry_in_s: None) -> None:
-        target = commands.parse_url(url)
+        self._target = target = parse_url(url)
         self.address = target.address
-        self._transport = RedisTransport(target, SCRIPTS, on_push=self._heard_bell, on_ready=self._connected, on_news=on_event)
+        self._nodes = RedisNodes(target, SCRIPTS, on_bell=self._heard_bell, on_ready=self._connected, on_news=on_event)
         self._kernel: Kernel | None = None
         self._owner = Owner("", "")
         self._queues: Sequence[str] = ()
@@ -77,7 +80,7 @@ class RedisBroker:
         self._senders: list[commands.Sender] = []  # that are free
         self._retention = NO_RETENTION
         self._lapses: dict[str, bytes] = {}  # queue -> when our epoch was last found expired, as far as we have heard
-        self._sweeps: Sequence[commands.Call] = ()  # under way
+        self._sweeps: list[Call] = []  # under way
         self._stuck: set[str] = set()  # queues that take no follow-ups; told once
 
     # -- the nine verbs ---------------------------------------------------------------------------------------------
@@ -89,16 +92,17 @@ class RedisBroker:
         self._kernel = kernel = yield this_kernel()
         self._owner, self._queues, self._lease_s, self._retention = owner, list(queues), lease_s, retention
         channels = [commands.bell(queue) for queue in queues]
-        self._transport.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
+        self._nodes.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
         try:
             yield from self._list_queues(queues)
             answers = (yield from self.settle(unsettled)) if unsettled else []
             calls = [commands.open_epoch(owner, lease_s, queue, culprit) for queue in queues]
             recovered = yield from self._repeat_while_more(calls)
         except KQueueError:
-            self._transport.stop()
+            self._nodes.stop()
             raise
         self._opened = True
+        self._nodes.opened()
         return Opened(recovered, answers)
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
@@ -152,15 +156,17 @@ class RedisBroker:
     def renew(self) -> Verb[bool]:
         yield from self._release_surplus()
         # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
-        listing = [("SADD", commands.QUEUES_KEY, *self._queues)]
-        yield from self._ask(listing, once=True)
-        replies = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
+        yield from self._ask([("SADD", commands.QUEUES_KEY, *self._queues)], once=True)
+        renewals = [commands.renew(self._owner, self._lease_s, queue) for queue in self._queues]
+        replies = yield from self._ask(renewals, reachable=True)
         lapses = {}
-        for queue, (flag, lapsed) in zip(self._queues, replies, strict=True):
-            lapses[queue] = lapsed
+        for queue, reply in zip(self._queues, replies, strict=True):
+            if reply is None:
+                continue  # its node is away; that our epoch has lapsed there is heard of when it is back
+            flag, lapses[queue] = reply
             if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
                 self._ring([queue])
-        before, self._lapses = self._lapses, lapses
+        before, self._lapses = self._lapses, {**self._lapses, **lapses}
         return all(lapsed in (b"", before.get(queue)) for queue, lapsed in lapses.items())
 
     def sweep(self) -> Verb[Swept]:
@@ -176,7 +182,7 @@ class RedisBroker:
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         kernel = yield this_kernel()
-        polls = self._transport.bells_refused
+        polls = self._nodes.bells_refused
         if not self._rang:
             look_in_s = max(0.0, self._look_at - kernel.clock.monotonic()) if polls else None
             yield Park(self._listening, min((s for s in (timeout_s, look_in_s) if s is not None), default=None))
@@ -188,11 +194,11 @@ class RedisBroker:
 
     def stats(self) -> Verb[dict[str, QueueStats]]:
         """Other queues of this Redis are counted too where something stands, so that a mistyped one shows."""
-        names, *replies = yield from self._ask(
-            [("SMEMBERS", commands.QUEUES_KEY), *(commands.stats(queue) for queue in self._queues)]
-        )
-        counts = {queue: commands.read_stats(reply) for queue, reply in zip(self._queues, replies, strict=True)}
-        others = sorted({name.decode("utf-8", "replace") for name in names} - set(self._queues))
+        asked: list[Call | Command] = [("SMEMBERS", commands.QUEUES_KEY), *(commands.stats(queue) for queue in self._queues)]
+        names, *replies = yield from self._ask(asked, reachable=True)
+        found = zip(self._queues, replies, strict=True)
+        counts = {queue: commands.read_stats(reply) for queue, reply in found if reply is not None}
+        others = sorted({name.decode("utf-8", "replace") for name in names or ()} - set(self._queues))
         calls = [commands.stats(queue) for queue in others]
         # A user may lack the rights to the queues of others, and they may be on another node: that must not hide ours.
         for queue, reply in zip(others, (yield from self._ask(calls, once=True)), strict=True):
@@ -206,7 +212,7 @@ class RedisBroker:
     def close(self) -> Verb[None]:
         """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""
         try:
-            if self._transport.state == "ready" and self._opened:
+            if self._nodes.ready and self._opened:
                 self._closing = True
                 for queue in list(self._unheard):
                     yield from self.reserve(queue, {})
@@ -215,7 +221,7 @@ class RedisBroker:
         except KQueueError:
             pass  # the epoch will expire
         finally:
-            self._transport.stop()
+            self._nodes.stop()
         yield  # lets the keeper end
 
     # -- their parts ------------------------------------------------------------------------------------------------
@@ -234,13 +240,15 @@ class RedisBroker:
 
     def _sweep(self, kernel: Kernel, queues: Sequence[str], swept: Swept) -> Verb[list[str]]:
         """One round. The queues in which there is more to do."""
-        # Until we have been connected for a whole lease, the others may not have come back yet.
-        ready_at = self._transport.ready_at
-        long_ready = ready_at is not None and kernel.clock.monotonic() - ready_at >= self._lease_s
-        self._sweeps = [commands.sweep(self._lease_s, queue, long_ready, self._retention) for queue in queues]
+        self._sweeps = []
+        for queue in queues:
+            # Until we have been connected for a whole lease, the others may not have come back yet.
+            ready_at = self._nodes.ready_at(commands.prefix(queue))
+            long_ready = ready_at is not None and kernel.clock.monotonic() - ready_at >= self._lease_s
+            self._sweeps.append(commands.sweep(self._lease_s, queue, long_ready, self._retention))
         left = []
-        for queue, reply in zip(queues, (yield from self._ask(self._sweeps)), strict=True):
-            recovered, forgotten, more = reply
+        for queue, reply in zip(queues, (yield from self._ask(self._sweeps, reachable=True)), strict=True):
+            recovered, forgotten, more = reply or (0, 0, 0)
             for counts, count in ((swept.recovered, recovered), (swept.forgotten, forgotten)):
                 if count:
                     counts[queue] = counts.get(queue, 0) + count
@@ -275,7 +283,7 @@ class RedisBroker:
                 yield from self._try(commands.unmark(taken))
         return more and bool(taken)
 
-    def _take_over(self, queue: str, to: str, call: commands.Call) -> Verb[bool]:
+    def _take_over(self, queue: str, to: str, call: Call) -> Verb[bool]:
         """Whether `to` has taken what follows jobs of `queue`. That it does not is told once."""
         refusals: list[str] = []
         try:
@@ -290,7 +298,7 @@ class RedisBroker:
                     self._listed.add(to)
         elif to not in self._stuck:
             self._stuck.add(to)
-            self._transport.warn(
+            self._nodes.warn(
                 f"queue {to!r} does not take the jobs that follow those of {queue!r}, so they wait in the outbox of {queue!r}, "
                 f"and every sweep tries again: {refusals[-1]}"
             )
@@ -305,12 +313,13 @@ class RedisBroker:
             self._surplus += surplus
             raise
 
-    def _repeat_while_more(self, calls: Sequence[commands.Call]) -> Verb[dict[str, int]]:
+    def _repeat_while_more(self, calls: Sequence[Call], *, reachable: bool = False) -> Verb[dict[str, int]]:
         """Make each queue's call until it has nothing more to do; how many jobs they recovered."""
         recovered: dict[str, int] = {}
         left = list(zip(self._queues, calls, strict=True))
         while left:
-            replies = yield from self._ask([call for _, call in left])
+            found = yield from self._ask([call for _, call in left], reachable=reachable)
+            replies = [(0, 0) if reply is None else reply for reply in found]
             for (queue, _), (count, _) in zip(left, replies, strict=True):
                 recovered[queue] = recovered.get(queue, 0) + count
             left = [part for part, (_, more) in zip(left, replies, strict=True) if more]
@@ -326,47 +335,27 @@ class RedisBroker:
     # -- asking -----------------------------------------------------------------------------------------------------
 
     def _ask(
-        self, asked: Sequence[commands.Call | commands.Command], *, once: bool = False, hurried: bool = False,
+        self, asked: Sequence[Call | Command], *, once: bool = False, reachable: bool = False, hurried: bool = False,
         refusals: list[str] | None = None,
     ) -> Verb[list[Any]]:  # fmt: skip
         """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless.
 
-        `once`: what is refused is not asked again; its reply is None, and the reason is added to `refusals`.
-        `hurried`: nothing is waited for; BrokerUnavailable.
+        `once`: what is refused is not asked again, and the reason is added to `refusals`. `reachable`: nodes of a cluster that do
+        not answer are done without. Both: the reply is None then. `hurried`: nothing is waited for; BrokerUnavailable.
         """
-        asking = commands.Asking(
-            asked, SCRIPTS, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once, refusals=refusals
-        )
-        return (yield from self._see_through(asking, hurried or self._closing))
+        asking = Asking(
+            asked, SCRIPTS, self._nodes.routes, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once,
+            refusals=refusals, sync=0 if once and not hurried else self._target.sync_replicas,
+        )  # fmt: skip
+        return (yield from self._nodes.see_through(asking, hurried=hurried or self._closing, reachable=reachable))
 
-    def _try(self, asked: Sequence[commands.Call | commands.Command], refusals: list[str] | None = None) -> Verb[list[Any]]:
-        """The replies; None for what is refused. BrokerUnavailable: there are none now."""
+    def _try(self, asked: Sequence[Call | Command], refusals: list[str] | None = None) -> Verb[list[Any]]:
+        """The replies; None for what is refused. BrokerUnavailable: there are none now, or replicas do not have it yet."""
         return (yield from self._ask(asked, once=True, hurried=True, refusals=refusals))
-
-    def _see_through(self, asking: commands.Asking, hurried: bool) -> Verb[list[Any]]:
-        tries = 0
-        while asking.left:
-            try:
-                yield from self._transport.ready(patient=not hurried)
-                trouble = asking.hear((yield from self._transport.call(asking.commands(self._transport.digests))))
-            except BrokerUnavailable:
-                if hurried or self._transport.closed:
-                    raise
-                continue  # the transport reports it, and waits between its tries
-            if trouble:
-                if hurried:
-                    raise BrokerUnavailable(f"{self.address}: {trouble}")
-                delay_s = self._transport.backoff_s(tries)
-                tries += 1
-                self._transport.report(trouble, delay_s)
-                yield sleep(delay_s)
-        if tries:
-            self._transport.report_well()
-        return asking.replies
 
     def _mended(self, text: str) -> None:
         self._listed.clear()  # it may have been the list of queues
-        self._transport.warn(text)
+        self._nodes.warn(text)
 
     def _take_turn(self, name: str) -> Verb[Slots]:
         turn = self._turns.setdefault(name, Slots())

@@ -10,27 +10,31 @@ Rule 2. When the connection is lost, everyone in the FIFO gets BrokerUnavailable
         Repeating is the caller's business, since only it knows how to do it without doing it twice.
 Rule 3. Silence of REPLY_TIMEOUT_S while somebody waits is a lost connection.
 Rule 4. Once it was ready it never gives up: what was a refusal at the start (a password) is reported then, and tried again.
+Rule 5. Whom to connect to is asked anew each time where there are Sentinels (`locate`), and who is no master is left again.
 
-RESP3, so that doorbells (pushes) and replies share the connection. hiredis packs and parses. Nothing here may import redis-py
-(20 MB, asyncio), hashlib (the server computes the digests of scripts), or ssl unless the URL says TLS.
+RESP3, so that doorbells (pushes) and replies share the connection. Nothing here may import redis-py, or hashlib (the server
+computes the digests of scripts). The bytes are redis_wire's, several nodes and asking again are redis_nodes'.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from hiredis import ProtocolError, PushNotification, Reader, ReplyError
+from hiredis import PushNotification, ReplyError
 
 from ..errors import BrokerRefused, BrokerUnavailable
-from ..kernel.traps import PARKED, READ, WRITE, Park, Trap, sleep, wait_io
+from ..kernel.slots import Slots
+from ..kernel.traps import PARKED, Park, Trap, sleep
 from .base import Verb
-from .commands.redis import OLDEST, Command, Target, judge, pack
+from .commands.redis import OLDEST
+from .commands.redis_asking import Command, judge, sync
+from .commands.redis_durability import QUESTIONS, durability
 from .commands.redis_mend import Arg
-from .dial import dial, tls_context
+from .commands.redis_url import Address, Target
+from .redis_wire import Wire, connect
 
 if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
@@ -38,12 +42,11 @@ if TYPE_CHECKING:
 REPLY_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 5.0  # for all of resolve, connect, tls and handshake
 FIRST_BACKOFF_S: Final = 0.1
-READ_SIZE: Final = 65536
 
 _LATE: Final = object()
-_NOTHING: Final = object()
 
 News = Callable[[str, str, float], None]  # kind ("lost", "back" or "warning"), text, seconds until the next try
+Locate = Callable[[float], Verb[Address]]  # where to connect to, within so many seconds
 
 
 class _Request(Trap):
@@ -80,20 +83,25 @@ class RedisTransport:
     """The connection. `start` spawns the task that keeps it, `call` is for everyone else, `stop` leaves nothing behind.
 
     `on_push(channel)` hears of doorbells, `on_ready()` of every new connection, `on_news` of trouble.
+    `locate`: asks Sentinels; None: it is always `target`.
     """
 
     def __init__(
         self, target: Target, scripts: Mapping[str, str], *, on_push: Callable[[bytes], None], on_ready: Callable[[], None],
-        on_news: News,
+        on_news: News, locate: Locate | None = None,
     ) -> None:  # fmt: skip
         self.target = target
+        self.at = target  # whom we are, or were last, connected to
         self.state = "idle"
+        self.ready_at: float | None = None  # clock seconds: since when it is ready; None: it is not
+        self.lives = 0  # connections that there were
         self.scripts = scripts
         self.digests: dict[str, bytes] = {}  # by name of the script, once ready
         self.bells_refused = False  # the user may not subscribe
         self.version = ""
-        self.ready_at: float | None = None  # clock seconds: since when it is ready; None: it is not
+        self.in_cluster = False  # it is a node of one
         self._on_push, self._on_ready, self._on_news = on_push, on_ready, on_news
+        self._locate = locate
         self._channels: Sequence[str] = ()
         self._name = ""
         self._cap_s = FIRST_BACKOFF_S
@@ -101,27 +109,40 @@ class RedisTransport:
         self._keeper: Task | None = None
         self._refusal: BrokerRefused | None = None
         self._was_ready = False
+        self._failed = False  # a connection was lost, or could not be made
         self._troubled = False  # the last news was bad
+        self._told: set[str] = set()  # warnings that were given
         self._waiting: deque[Task] = deque()  # for ready
-        self._socket: socket.socket | None = None
-        self._again: tuple[type[OSError], ...] = (BlockingIOError,)  # what a socket raises that has nothing to say now
-        self._reader: Any = None
-        self._out = bytearray()
+        self._wire: Wire | None = None
         self._fifo: deque[_Request] = deque()
+        self._heard_at = 0.0  # or when the first of the FIFO came into it
         self._pushed = 0  # confirmed subscriptions
         self._lost = ""  # why the keeper is to give this connection up; "": it is not
-        self._heard_at = 0.0
+        # Replicas: one WAIT at a time, for all that was written before it.
+        self._syncing = Slots()
+        self._written = 0  # counts those who asked for it
+        self._synced = 0  # of them, those whom the last WAIT was for
+        self._held_by: Any = None  # what it was answered
 
     @property
     def closed(self) -> bool:
         """Nothing will come of waiting."""
         return self.state in ("idle", "stopped")
 
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for a reply."""
+        return not self._fifo
+
     # -- for verbs --------------------------------------------------------------------------------------------------
 
-    def start(self, kernel: Kernel, name: str, channels: Sequence[str], cap_s: float) -> None:
-        """Begin to connect, as a client called `name`, listening to `channels`; wait at most `cap_s` seconds between tries."""
+    def start(self, kernel: Kernel, name: str, channels: Sequence[str], cap_s: float, stubborn: bool = False) -> None:
+        """Begin to connect, as a client called `name`, listening to `channels`; wait at most `cap_s` seconds between tries.
+
+        `stubborn`: as if it had been ready before (Rule 4).
+        """
         self._kernel, self._name, self._channels, self._cap_s = kernel, name, channels, cap_s
+        self._was_ready = stubborn
         self.state = "connect"
         self._keeper = kernel.spawn(self._keep(), name=f"redis {self.target.address}")
 
@@ -140,36 +161,77 @@ class RedisTransport:
         request = _Request(self, commands)
         replies: Any = yield request
         while replies is _LATE:
-            if self._now() - self._heard_at >= REPLY_TIMEOUT_S:
+            if self._now() - self._heard() >= REPLY_TIMEOUT_S:
                 self._give_up(f"no reply in {REPLY_TIMEOUT_S:g} s")
             replies = yield request
         return replies  # type: ignore[no-any-return]
 
-    def ready(self, patient: bool = True) -> Verb[None]:
-        """Wait for a connection. BrokerRefused: there will be none; BrokerUnavailable: it is closed, or lost and nobody waits."""
+    def ready(self, patient: bool = True, timeout_s: float | None = None) -> Verb[bool]:
+        """Wait for a connection, at most `timeout_s` seconds; whether there is one.
+
+        BrokerRefused: there will be none; BrokerUnavailable: it is closed, or lost and nobody waits. For the first one of all is
+        waited in any case.
+        """
         while self.state != "ready":
             if self._refusal is not None:
                 raise self._refusal
-            if self.closed or not patient:
+            if self.closed or (self._failed and not patient):
                 raise BrokerUnavailable(f"{self.target.address}: the connection is {'closed' if self.closed else 'lost'}")
-            yield Park(self._waiting)
+            yield Park(self._waiting, timeout_s)
+            if timeout_s is not None:
+                break
+        return self.state == "ready"
 
     def send(self, request: _Request) -> None:
         """Put the request's commands on the wire; what the socket does not take now, the keeper sends later."""
-        if self.state != "ready":
+        if self.state != "ready" or self._wire is None:
             raise BrokerUnavailable(f"{self.target.address}: {self._lost or 'the connection is closed'}")
         self._fifo.append(request)
         if len(self._fifo) == 1:
             self._heard_at = self._now()  # before, nobody expected to hear anything
-        flushed = not self._out
-        self._out += pack(request.commands)
+        flushed = not self._wire.sending
+        self._wire.put(request.commands)
         if flushed:
             try:
-                self._flush()
+                self._wire.flush()
             except BrokerUnavailable as error:
                 self._give_up(str(error))
-            if self._out:
+            if self._wire.sending:
                 self._poke()
+
+    def held_by(self, key: Arg, replicas: int, life: int) -> Verb[Any]:
+        """How many replicas have what connection number `life` wrote until now, or an error reply; waits a second for `replicas`.
+
+        WAIT holds up everything behind it, so those who ask while one is under way share the next one.
+        """
+        self._written += 1
+        mine = self._written
+        yield from self._syncing.take()
+        try:
+            if self._synced < mine:
+                until = self._written
+                self._same(life)
+                answers = yield from self.call(sync(key, replicas))
+                self._synced, self._held_by = until, next((a for a in answers if isinstance(a, ReplyError)), answers[-1])
+            self._same(life)
+            return self._held_by
+        finally:
+            self._syncing.give()
+
+    def _same(self, life: int) -> None:
+        if self.state != "ready" or life != self.lives:  # another server may not have it
+            raise BrokerUnavailable(f"{self.at.address}: the connection was lost before its replicas answered")
+
+    def look_again(self) -> Verb[None]:
+        """Where there are Sentinels, ask whether this is still the master; when it is not, give the connection up."""
+        if self._locate is None or self.state != "ready":
+            return
+        try:
+            host, port = yield from self._locate(CONNECT_TIMEOUT_S)
+        except (BrokerUnavailable, BrokerRefused):
+            return  # they may know more the next time
+        if self.state == "ready" and (host, port) != (self.at.host, self.at.port):
+            self._give_up(f"the master is {host}:{port} by now")
 
     def backoff_s(self, tries: int) -> float:
         """Full jitter over a time that doubles with each try: seconds."""
@@ -226,23 +288,19 @@ class RedisTransport:
         """From nothing to ready."""
         deadline = self._now() + CONNECT_TIMEOUT_S
         self.state = "connect"
-        at, context = self.target, None
-        if at.tls is not None:
-            import ssl
-
-            self._again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-            context = tls_context(*at.tls[:4], at.tls.checks_host)
+        if self._locate is not None:
+            self.at = self.target.at((yield from self._locate(CONNECT_TIMEOUT_S)))
         try:
-            self._socket = yield from dial(at.host, at.port, at.path, context, CONNECT_TIMEOUT_S, self._now)
+            self._wire = yield from connect(self.at, max(0.0, deadline - self._now()), self._now)
         except BrokerUnavailable as error:
-            raise BrokerUnavailable(f"{error}; start Redis there, or correct the URL") from None
+            step = "a Sentinel named it" if self._locate is not None else "start Redis there, or correct the URL"
+            raise BrokerUnavailable(f"{error}; {step}") from None
         self.state = "handshake"
-        self._reader = Reader(notEnoughData=_NOTHING)
         yield from self._greet(deadline)
         self.state = "ready"
-        self._was_ready = True
         self.ready_at = self._now()
-        self._heard_at = self._now()
+        self.lives += 1
+        self._was_ready = True
         self.report_well()
         self._on_ready()
         self._wake_waiting()
@@ -261,24 +319,43 @@ class RedisTransport:
                     if request.task is not None and self._kernel is not None:
                         self._kernel.wake(request.task, request.replies)
 
+    # -- the handshake ----------------------------------------------------------------------------------------------
+
     def _greet(self, deadline: float) -> Verb[None]:
         """HELLO, which also names and authenticates us; then the database, the scripts, the doorbells."""
-        target = self.target
-        auth: list[Arg] = ["AUTH", target.username or "default", target.password] if target.password or target.username else []
+        at = self.at
+        auth: list[Arg] = ["AUTH", at.username or "default", at.password] if at.password or at.username else []
         (hello,) = yield from self._exchange([("HELLO", 3, *auth, "SETNAME", self._name)], deadline)
         if isinstance(hello, ReplyError) and "unknown command" in str(hello).lower():
-            raise BrokerRefused(f"{target.address}: it is older than Redis 6 (it does not know HELLO); KQueue needs 6.2 or later")
+            raise BrokerRefused(f"{at.address}: it is older than Redis 6 (it does not know HELLO); KQueue needs 6.2 or later")
         self._check(hello)
-        self.version = hello.get(b"version", b"").decode() if isinstance(hello, dict) else "of an unknown kind"
-        if tuple(int(part) for part in self.version.split(".")[:2] if part.isdigit()) < OLDEST:
-            raise BrokerRefused(f"{target.address}: it is Redis {self.version}; KQueue needs 6.2 or later")
-        select: list[Command] = [("SELECT", target.db)] if target.db else []
-        replies = yield from self._exchange([*select, *(("SCRIPT", "LOAD", text) for text in self.scripts.values())], deadline)
-        for reply in replies:
+        self._look_who(hello if isinstance(hello, dict) else {})
+        select: list[Command] = [("SELECT", at.db)] if at.db else []
+        loads: list[Command] = [*select, *(("SCRIPT", "LOAD", text) for text in self.scripts.values())]
+        replies = yield from self._exchange([*loads, *QUESTIONS], deadline)
+        for reply in replies[: len(loads)]:
             self._check(reply)
-        self.digests = dict(zip(self.scripts, replies[len(select) :], strict=True))
+        self.digests = dict(zip(self.scripts, replies[len(select) : len(loads)], strict=True))
+        for finding in durability(replies[len(loads) :]):
+            if finding.serious and finding.text not in self._told:
+                self._told.add(finding.text)
+                self.warn(f"{at.address}: {finding.text}")
         if self._channels:
             yield from self._subscribe(deadline)
+
+    def _look_who(self, hello: Mapping[bytes, Any]) -> None:
+        """Version and role, as it says them."""
+        at = self.at
+        self.version = hello.get(b"version", b"").decode() if hello else "of an unknown kind"
+        if tuple(int(part) for part in self.version.split(".")[:2] if part.isdigit()) < OLDEST:
+            raise BrokerRefused(f"{at.address}: it is Redis {self.version}; KQueue needs 6.2 or later")
+        self.in_cluster = hello.get(b"mode") == b"cluster"
+        if hello.get(b"mode") == b"sentinel":
+            form = f"redis+sentinel://{at.host}:{at.port}/SERVICE"
+            raise BrokerRefused(f"{at.address}: it is a Sentinel, which holds no jobs; give the name of its service: {form}")
+        role = hello.get(b"role", b"master").decode()
+        if self._locate is not None and role != "master":
+            raise BrokerUnavailable(f"{at.address}: it is a {role}, though a Sentinel named it; the Sentinels are asked again")
 
     def _subscribe(self, deadline: float) -> Verb[None]:
         """SUBSCRIBE is answered by a push when it worked, by an error as a reply when it did not."""
@@ -292,8 +369,9 @@ class RedisTransport:
 
     def _exchange(self, commands: Sequence[Command], deadline: float, pushes: int = 0) -> Verb[list[Any]]:
         """Before ready: send, and wait for every reply (or for so many pushes instead)."""
-        self._out += pack(commands)
-        self._flush()
+        assert self._wire is not None
+        self._wire.put(commands)
+        self._wire.flush()
         replies: list[Any] = []
         self._pushed = 0
         while len(replies) < len(commands) and not (pushes and self._pushed >= pushes):
@@ -304,68 +382,41 @@ class RedisTransport:
     def _check(self, reply: Any) -> None:
         if isinstance(reply, ReplyError):
             verdict = judge(str(reply))
-            raise (BrokerUnavailable if verdict.later else BrokerRefused)(f"{self.target.address}: {verdict.text}")
+            raise (BrokerUnavailable if verdict.later else BrokerRefused)(f"{self.at.address}: {verdict.text}")
 
-    # -- the socket -------------------------------------------------------------------------------------------------
+    # -- the wire ---------------------------------------------------------------------------------------------------
 
     def _io(self, deadline: float | None) -> Verb[None]:
         """Wait until something came, or until more may be sent, and send it. Raises when the connection is to be given up."""
-        assert self._socket is not None
-        events = READ | WRITE if self._out else READ
+        assert self._wire is not None
         left_s = None if deadline is None else max(0.0, deadline - self._now())
         if not self._lost:
-            ready = yield wait_io(self._socket.fileno(), events, left_s)
+            ready = yield from self._wire.wait(left_s)
             if not ready and deadline is not None and self._now() >= deadline:
                 raise BrokerUnavailable(f"no answer to the handshake in {CONNECT_TIMEOUT_S:g} s")
         if self._lost:
             raise BrokerUnavailable(self._lost)
-        self._flush()
-
-    def _flush(self) -> None:
-        """Send what the socket takes of the buffer."""
-        try:
-            while self._out and self._socket is not None:
-                del self._out[: self._socket.send(self._out)]
-        except self._again:
-            return
-        except OSError as error:
-            raise BrokerUnavailable(f"the connection broke: {error.strerror or error}") from None
+        self._wire.flush()
 
     def _read(self) -> list[Any]:
         """The replies that came; pushes are passed on."""
-        assert self._socket is not None
+        assert self._wire is not None
         replies: list[Any] = []
-        while True:
-            try:
-                data = self._socket.recv(READ_SIZE)
-            except self._again:
-                return replies
-            except OSError as error:
-                raise BrokerUnavailable(f"the connection broke: {error.strerror or error}") from None
-            if not data:
-                if replies:
-                    return replies  # a last word, such as "max number of clients reached"; the end comes with the next read
-                raise BrokerUnavailable(
-                    "it closed the connection" + (" during the handshake" if self.state == "handshake" else "")
-                )
-            self._heard_at = self._now()
-            try:
-                self._reader.feed(data)
-                while (reply := self._reader.gets()) is not _NOTHING:
-                    if isinstance(reply, PushNotification):
-                        self._push(reply)
-                    else:
-                        replies.append(reply)
-            except ProtocolError as error:
-                raise BrokerUnavailable(f"what answers there does not speak Redis ({error})") from None
-            if len(data) < READ_SIZE and self.target.tls is None:
-                return replies
+        for reply in self._wire.read():
+            if isinstance(reply, PushNotification):
+                self._push(reply)
+            else:
+                replies.append(reply)
+        return replies
 
     def _push(self, push: Sequence[Any]) -> None:
         if push[0] == b"subscribe":
             self._pushed += 1
         elif push[0] == b"message":
             self._on_push(push[1])
+
+    def _heard(self) -> float:
+        return self._heard_at if self._wire is None else max(self._heard_at, self._wire.heard_at)
 
     def _give_up(self, reason: str) -> None:
         """Have the keeper end this connection."""
@@ -381,10 +432,10 @@ class RedisTransport:
         """Close the socket, and fail everyone in the FIFO."""
         self.state = state
         self.ready_at = None
-        if self._socket is not None:
-            self._socket.close()
-        self._socket = self._reader = None
-        self._out.clear()
+        self._failed = True
+        if self._wire is not None:
+            self._wire.close()
+        self._wire = None
         self._lost = ""
         fifo, self._fifo = self._fifo, deque()
         for request in fifo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..config import Config
@@ -85,6 +86,6 @@ def _print(config: Config, keys: Keys | None) -> None:
 
 def _without_secret(url: str) -> str:
     """`redis://user:***@host/0`."""
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, rest = re.sub("(sentinel_password=)[^&]*", r"\1***", url).partition("://")
     authority, at, host = rest.rpartition("@")
-    return url if not at else f"{scheme}{separator}{authority.partition(':')[0]}:***@{host}"
+    return f"{scheme}{separator}{rest}" if not at else f"{scheme}{separator}{authority.partition(':')[0]}:***@{host}"

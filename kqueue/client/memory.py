@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..brokers.base import NewJob, QueueStats, Row
+from ..brokers.base import Finding, NewJob, QueueStats, Row
 from ..brokers.commands.memory import MemoryStore
 
 
@@ -32,6 +32,9 @@ class MemoryClient:
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         return self._store.documents(prefix)
+
+    def health(self) -> Sequence[Finding]:
+        return []
 
     def close(self) -> None:
         """Nothing to close."""

@@ -1,41 +1,22 @@
-"""Redis for clients: the blocking protocol over redis-py's connections, with the very scripts that the daemon uses.
-
-redis-py connects, authenticates, speaks TLS and parses. Its command layer, pool and retries are not used: they cost as much
-as the round trip, and a retry could add a job again that has already run. Here a repeated request is one that the scripts know.
-
-Thread-safe without a lock: a connection, and a sender's name, belong to one call at a time, taken from lists whose pop and append
-are atomic. Fork-safe: a child that finds another process's lists starts new ones.
-"""
+"""Redis for clients: the blocking protocol, with the very scripts that the daemon uses. redis_wire has the connections."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import random
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
-from ..brokers.base import NewJob, QueueStats, Row, listed, place
+from ..brokers.base import Finding, NewJob, QueueStats, Row, listed, place
 from ..brokers.commands import redis as commands
+from ..brokers.commands.redis_asking import Command
+from ..brokers.commands.redis_durability import QUESTIONS, durability
 from ..brokers.commands.redis_lua import LANES
-from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
-from ..errors import BrokerRefused, BrokerUnavailable
+from ..brokers.commands.redis_url import parse_url
+from ..errors import BrokerUnavailable
+from .redis_wire import Wire
 
-REPLY_TIMEOUT_S: Final = 5.0
-CONNECT_TIMEOUT_S: Final = 3.0
-FIRST_BACKOFF_S: Final = 0.05
 SENDER_MEMORY_S: Final = 120  # longer than any call repeats itself
 LIST_AGAIN_S: Final = 60.0  # between two notes of a queue's name, which somebody may have flushed away
-
-_DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
-# redis-py cuts these codes off its messages and says them by the class.
-_CODES: Final = {
-    "AuthenticationError": "WRONGPASS", "AuthorizationError": "NOAUTH", "NoPermissionError": "NOPERM",
-    "BusyLoadingError": "LOADING", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "NoScriptError": "NOSCRIPT",
-    "MasterDownError": "MASTERDOWN", "ClusterDownError": "CLUSTERDOWN", "TryAgainError": "TRYAGAIN",
-    "MovedError": "MOVED", "AskError": "ASK",
-}  # fmt: skip
 
 
 class RedisClient:
@@ -45,19 +26,22 @@ class RedisClient:
     """
 
     def __init__(self, url: str, *, patience_s: float = 3.0) -> None:
-        self._wire = _Wire(commands.parse_url(url), patience_s)
+        self._wire = Wire(parse_url(url), patience_s)
         self.address = self._wire.address
         self._listed: dict[str, float] = {}  # queue -> when its name was last noted
 
     # -- the protocol -----------------------------------------------------------------------------------------------
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
-        """As Broker.enqueue. Jobs of several queues are added queue by queue, so one that fills meanwhile stops only the rest."""
+        """As Broker.enqueue. Jobs of several queues are added queue by queue, so one that fills meanwhile stops only the rest.
+
+        BrokerUnavailable: nothing was added, unless it says so; dispatched again with the same id, a job is there once.
+        """
         sender = self._wire.take_sender()
         adding = commands.Adding(jobs, max_depth, sender, SENDER_MEMORY_S)
         note = self._note({job.queue for job in jobs})
         for calls in adding.calls():
-            adding.replies = self._wire.ask([*note, *calls])[len(note) :]
+            adding.replies = self._wire.ask([*note, *calls], doubt=_doubt(jobs))[len(note) :]
             note = []
         self._wire.give_sender(sender)
         return adding.fresh
@@ -92,6 +76,12 @@ class RedisClient:
         (values,) = self._wire.ask([("HMGET", commands.DOCUMENTS_KEY, *wanted)])
         found = zip(wanted, values, strict=True)
         return {key.decode("utf-8", "replace"): value for key, value in found if value is not None}
+
+    def health(self) -> Sequence[Finding]:
+        """What each server would lose, and when. BrokerUnavailable, BrokerRefused."""
+        answers = self._wire.each_node(QUESTIONS)
+        found = [(f"{node[0]}:{node[1]}: " if len(answers) > 1 else "", durability(replies)) for node, replies in answers.items()]
+        return [finding._replace(text=where + finding.text) for where, findings in found for finding in findings]
 
     def close(self) -> None:
         self._wire.close()
@@ -133,7 +123,7 @@ class RedisClient:
             ids |= dict.fromkeys(pairs[::2])
         return [*ids][:limit]
 
-    def _note(self, queues: Iterable[str]) -> Sequence[commands.Command]:
+    def _note(self, queues: Iterable[str]) -> Sequence[Command]:
         """The command that lets others find those of `queues` for which it is time, if there are any."""
         now = time.monotonic()
         due = [queue for queue in queues if now - self._listed.get(queue, -LIST_AGAIN_S) >= LIST_AGAIN_S]
@@ -141,120 +131,9 @@ class RedisClient:
         return [("SADD", commands.QUEUES_KEY, *due)] if due else []
 
 
-class _Wire:
-    """Connections that are free, and the asking over one of them."""
-
-    def __init__(self, target: commands.Target, patience_s: float) -> None:
-        self._target = target
-        self.address = target.address
-        self._patience_s = patience_s
-        self._pid = os.getpid()
-        self._free: list[Any] = []  # of redis-py's connections, whose methods carry no types
-        self._senders: list[commands.Sender] = []
-
-    def take_sender(self) -> commands.Sender:
-        self._look_whose()
-        return self._senders.pop() if self._senders else commands.Sender()
-
-    def give_sender(self, sender: commands.Sender) -> None:
-        self._senders.append(sender)
-
-    def close(self) -> None:
-        self._look_whose()
-        while self._free:
-            self._free.pop().disconnect()
-
-    def ask(self, asked: Sequence[commands.Call | commands.Command], *, repeat: bool = True) -> list[Any]:
-        """The replies. What was lost, or refused for now, is asked again for `patience_s`, or (`repeat=False`) not at all.
-
-        Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless.
-        """
-        asking = commands.Asking(asked, CLIENT_SCRIPTS, self.address, words=_words, on_mended=_warn)
-        deadline = time.monotonic() + self._patience_s
-        tries = 0
-        while asking.left:
-            try:
-                trouble = asking.hear(self._exchange(asking.commands(_DIGESTS)))
-            except BrokerUnavailable as error:
-                trouble = str(error)
-            if trouble:
-                delay_s = random.random() * min(1.0, FIRST_BACKOFF_S * 2.0**tries)
-                tries += 1
-                if not repeat or time.monotonic() + delay_s > deadline:
-                    raise BrokerUnavailable(f"{self.address}: {trouble}")
-                time.sleep(delay_s)
-        return asking.replies
-
-    def _exchange(self, sent: Sequence[commands.Command]) -> list[Any]:
-        """One round trip: a reply for each command, an error reply as an exception object. BrokerUnavailable: it was lost."""
-        from redis.exceptions import RedisError, ResponseError
-
-        self._look_whose()
-        connection = self._take()
-        replies: list[Any] = []
-        failed = "cannot connect"
-        try:
-            connection.connect()  # which does nothing when it is
-            failed = "the connection broke"
-            connection.send_packed_command([commands.pack(sent)], check_health=False)
-            for _ in sent:
-                try:
-                    replies.append(connection.read_response(disable_decoding=True))
-                except ResponseError as error:
-                    replies.append(error)
-        except (RedisError, OSError) as error:
-            connection.disconnect()
-            verdict = commands.judge(_words(error))
-            if verdict.code in commands.RIGHTS or isinstance(error, ResponseError):
-                raise BrokerRefused(f"{self.address}: {verdict.text}") from None
-            raise BrokerUnavailable(
-                verdict.text if verdict.later else f"{failed}: {_reason(error)}; start Redis there, or correct the URL"
-            ) from None
-        except BaseException:
-            connection.disconnect()  # a reply may still be on its way
-            raise
-        self._free.append(connection)
-        return replies
-
-    def _take(self) -> Any:
-        if self._free:
-            return self._free.pop()
-        import redis  # 0.3 s, so not before it is used
-
-        untyped: Any = redis
-        at = self._target
-        common: dict[str, Any] = {
-            "db": at.db, "username": at.username or None, "password": at.password or None, "protocol": 2,
-            "socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        }  # fmt: skip
-        if at.path:
-            return untyped.UnixDomainSocketConnection(path=at.path, **common)
-        common |= {"host": at.host, "port": at.port, "socket_keepalive": True}
-        if at.tls is None:
-            return untyped.Connection(**common)
-        files = {f"ssl_{name}": value or None for name, value in at.tls._asdict().items()}
-        return untyped.SSLConnection(**{**common, **files, "ssl_check_hostname": at.tls.checks_host})
-
-    def _look_whose(self) -> None:
-        """In a forked child, forget the parent's connections (dropping them closes our copies only) and names."""
-        if self._pid != os.getpid():
-            self._free, self._senders, self._pid = [], [], os.getpid()
-
-
-def _words(error: Exception) -> str:
-    """The server's own words."""
-    code = _CODES.get(type(error).__name__)
-    return f"{code} {error}" if code else str(error)
-
-
-def _reason(error: Exception) -> str:
-    """Why there is no connection, without redis-py's own words around it."""
-    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
-    return (isinstance(cause, OSError) and cause.strerror) or str(error).rstrip(".")
-
-
-def _warn(text: str) -> None:
-    """Tell the application, in its log (or on stderr, where it has configured none)."""
-    import logging
-
-    logging.getLogger("kqueue").warning("%s", text)
+def _doubt(jobs: Sequence[NewJob]) -> str:
+    """What to say when nobody knows whether they were added."""
+    if len(jobs) == 1:
+        id = jobs[0].id
+        return f'job {id} may be there all the same: dispatch it again with .options(id="{id}"), which adds it once'
+    return f"some of the {len(jobs)} jobs ({jobs[0].id} …) may be there all the same: those dispatched again by id are added once"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from ..brokers.base import NewJob, QueueStats, Row
+from ..brokers.base import Finding, NewJob, QueueStats, Row
 from ..brokers.commands import sqlite as commands
 from ..brokers.commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, is_locked, is_passing, jittered, ring
 from ..errors import BrokerUnavailable
@@ -51,6 +51,9 @@ class SQLiteClient:
         if not os.path.exists(self._file.path):
             return {}  # nobody has published anything; the first dispatch asks, before it creates the file
         return self._read(lambda tx: commands.documents(tx, prefix))
+
+    def health(self) -> Sequence[Finding]:
+        return []
 
     def close(self) -> None:
         """Close the connection. A client that is used again opens another."""

@@ -21,7 +21,7 @@ from kqueue.client.sqlite import SQLiteClient
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, sleep
 
-from ..servers import RedisServer
+from ..servers import Cluster, RedisServer
 
 
 class Rig:
@@ -144,7 +144,8 @@ class RedisRig(Rig):
         """As of any Rig. Unless `fresh`, it has been connected for so long that its sweeps may expire others."""
         broker = super().broker(**how)
         if not fresh:
-            broker._transport.ready_at = -1e9
+            for transport in broker._nodes._transports.values():
+                transport.ready_at = -1e9
         return broker
 
     def make_client(self) -> Store:
@@ -174,7 +175,23 @@ class RedisRig(Rig):
             client.close()
 
 
-RIGS = [MemoryRig, SQLiteRig, RedisRig]
+class ClusterRig(RedisRig):
+    name = "redis-cluster"
+
+    def __init__(self, tmp_path: Any, request: pytest.FixtureRequest) -> None:
+        Rig.__init__(self)
+        self.cluster: Cluster = request.getfixturevalue("redis_cluster")
+        for node in self.cluster.nodes:
+            node.command("FLUSHALL")
+        self.url = self.cluster.url
+        self.news = []
+        self.clients = []
+
+    def corrupt(self, id: str, garbage: bytes) -> None:
+        self.cluster.home("kq:{q}:").command("HSET", f"kq:{{q}}:job:{id}", "envelope", garbage)
+
+
+RIGS = [MemoryRig, SQLiteRig, RedisRig, ClusterRig]
 
 
 @pytest.fixture(params=RIGS, ids=lambda rig: rig.name)

@@ -11,8 +11,9 @@ import pytest
 
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.brokers.commands import redis as commands
-from kqueue.brokers.commands.redis import judge, parse_url
+from kqueue.brokers.commands.redis_asking import judge
 from kqueue.brokers.commands.redis_mend import GRACE_S, STRUCTURES
+from kqueue.brokers.commands.redis_url import parse_url
 from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, QueueFull, UsageError
 from kqueue.kernel import sleep

@@ -280,7 +280,8 @@ def test_what_was_recovered_meanwhile_is_settled_too_as_long_as_nobody_reserved_
 
 
 def long_connected(rig: RedisRig, broker: Any) -> None:
-    broker._transport.ready_at = -1e9
+    for transport in broker._nodes._transports.values():
+        transport.ready_at = -1e9
 
 
 def test_who_has_just_connected_expires_nobody_but_recovers_what_was_given_up(rig: RedisRig) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from kqueue.brokers import dial, redis_transport
 from kqueue.brokers.base import SETTLED, Settlement
-from kqueue.brokers.commands import redis
+from kqueue.brokers.commands import redis_asking
 from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable
 
@@ -114,7 +114,7 @@ def test_it_waits_for_a_redis_that_starts_later(rig: RedisRig, server: RedisServ
 # -- who is let in ----------------------------------------------------------------------------------------------------
 
 
-RIGHTS = redis._NEXT_STEP["NOPERM"].partition(": ")[2].split()  # what our own message tells the operator to allow
+RIGHTS = redis_asking._NEXT_STEP["NOPERM"].partition(": ")[2].split()  # what our own message tells the operator to allow
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def test_silence_while_somebody_waits_is_a_lost_connection(rig: RedisRig, monkey
 
 
 def test_backoff_stays_under_a_third_of_the_lease(rig: RedisRig) -> None:
-    transport = open_at(rig, rig.url)._transport
+    transport = open_at(rig, rig.url)._nodes._transport(("127.0.0.1", rig.server.port))
     assert all(transport.backoff_s(tries) <= 0.1 * 2**tries for tries in range(4) for _ in range(50))
     many = [transport.backoff_s(1000) for _ in range(200)]
     assert max(many) <= 5.0
@@ -418,7 +418,7 @@ def test_closing_does_not_wait_for_a_redis_that_is_gone(rig: RedisRig, server: R
     broker = open_at(rig, server.start().url)
     server.kill()
     rig.do(rig.opened.pop().close())
-    assert broker._transport.closed
+    assert broker._nodes.closed
 
 
 @pytest.mark.parametrize("error", ["Name or service not known", ""])

@@ -1,246 +1,29 @@
-"""Redis: where it is (the URL), what is asked of it (calls of the scripts in redis_scripts), and what its answers mean. No I/O.
+"""Redis: what is asked of it (calls of the scripts in redis_scripts), and what it replies. No I/O.
 
 Shared by the daemon's transport, which must stay small, and by the client. So nothing here may import redis-py, ssl or urllib.
+Where a Redis is says redis_url, which node of a cluster redis_cluster, and what an error means redis_asking.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from hiredis import pack_command
-
-from ...errors import BrokerRefused, QueueFull, UsageError, nearest
+from ...errors import QueueFull
 from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Retention, Row, Settlement, Token, lost
+from .redis_asking import Call, Command
 from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, ROW_FIELDS
-from .redis_mend import Arg, mend, suspects, told
+from .redis_mend import Arg
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
 DOCUMENTS_KEY: Final = "kq:documents"  # a hash: what daemons published
 CALL_MEMORY_S: Final = 120  # that a client's call about dead letters is recognised when it is repeated
 OLDEST: Final = (6, 2)  # version of Redis that is enough
 
-# -- where it is ------------------------------------------------------------------------------------------------------
-
-_TLS_OPTIONS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
-_URL: Final = re.compile(
-    r"(?P<scheme>[a-z+]+)://(?:(?P<user>[^@/]*)@)?(?P<host>\[[^]]*\]|[^/:?]*)(?::(?P<port>\d+))?(?P<path>/[^?]*)?(?:\?(?P<query>.*))?"
-)
-
-
-class Tls(NamedTuple):
-    """The ssl_* options of a URL, named as redis-py names them. "" for a file: none, or the system's."""
-
-    ca_certs: str = ""
-    certfile: str = ""
-    keyfile: str = ""
-    cert_reqs: str = "required"  # or "optional", "none"
-    check_hostname: str = "true"  # whether the certificate has to be the host's
-
-    @property
-    def checks_host(self) -> bool:
-        return self.cert_reqs == "required" and self.check_hostname.lower() not in ("false", "no", "0")
-
-
-class Target(NamedTuple):
-    """A parsed URL. `path` is of a Unix socket, "" when it is TCP; `tls` None: no TLS."""
-
-    host: str
-    port: int
-    path: str
-    db: int
-    username: str
-    password: str
-    tls: Tls | None
-
-    @property
-    def address(self) -> str:
-        """The URL without secrets."""
-        if self.path:
-            return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"redis{'s' if self.tls is not None else ''}://{host}:{self.port}/{self.db}"
-
-
-def parse_url(url: str) -> Target:
-    """redis://[[user]:password@]host[:port][/db], rediss:// (TLS), unix:///path[?db=N]. UsageError, which names no secret."""
-    match = _URL.fullmatch(url)
-    scheme = url.partition(":")[0]
-    if match is None or scheme not in ("redis", "rediss", "unix"):
-        forms = "redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/redis.sock?db=0"
-        raise UsageError(f"cannot read the queue's URL ({scheme}://…); write it as {forms}, with user:password@ before the host")
-    user, _, password = (match["user"] or "").partition(":")
-    path = _decode(match["path"] or "")
-    options = {}
-    for pair in filter(None, (match["query"] or "").split("&")):
-        name, _, value = pair.partition("=")
-        if name not in (*_TLS_OPTIONS, "db"):
-            raise UsageError(f"unknown option {name!r} in the queue's URL ({scheme}://…){nearest(name, ('db', *_TLS_OPTIONS))}")
-        options[name] = _decode(value)
-    local = scheme == "unix"
-    db = options.pop("db", "") or ("" if local else path.strip("/")) or "0"
-    if not db.isdigit():
-        raise UsageError(f"{db!r} in the queue's URL ({scheme}://…) is no database number; write a number, 0 being the first")
-    tls = Tls(**{name.removeprefix("ssl_"): value for name, value in options.items()})
-    if tls.cert_reqs not in ("required", "optional", "none"):
-        raise UsageError(f"ssl_cert_reqs={tls.cert_reqs} in the queue's URL is none of required, optional, none")
-    host = _decode(match["host"]).strip("[]") or "localhost"
-    return Target(
-        host,
-        int(match["port"] or 6379),
-        path if local else "",
-        int(db),
-        _decode(user),
-        _decode(password),
-        tls if scheme == "rediss" else None,
-    )
-
-
-def _decode(text: str) -> str:
-    return re.sub("(?:%[0-9A-Fa-f]{2})+", lambda hex: bytes.fromhex(hex[0].replace("%", "")).decode("utf-8", "replace"), text)
-
-
-# -- asking, and what an error means ----------------------------------------------------------------------------------
-
-RIGHTS: Final = ("NOAUTH", "WRONGPASS", "NOPERM")  # somebody may give them back
-_LATER: Final = {"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "OOM", "MISCONF", "NOREPLICAS"}
-_NEXT_STEP: Final = {
-    "NOAUTH": "put user and password into the queue's URL",
-    "WRONGPASS": "check user and password in the queue's URL",
-    "NOPERM": "allow the user what KQueue needs: ~kq:* &kq:* +@read +@write +@scripting +@connection +@pubsub +time",
-    "WRONGTYPE": "a key of KQueue was overwritten by something else; look at the keys kq:* and rename or delete that one",
-    "MOVED": "this is a Redis Cluster, and another node holds the queue; give that node's address",
-    "ASK": "this is a Redis Cluster that is moving the queue's slot; try again when it is done",
-    "NOPROTO": "KQueue needs Redis or Valkey 6.2 or later",
-}
-# Before Redis 7 an error inside of a script came as "ERR Error running script (…): @user_script:12: WRONGTYPE Operation …".
-_IN_SCRIPT: Final = re.compile(r"ERR Error running script.*?: -?([A-Z]{3,}) ")
-
-
-class Verdict(NamedTuple):
-    """What an error reply means. `later`: the same request may succeed later; else it never will."""
-
-    code: str
-    later: bool
-    text: str  # the server's words, and the next step
-
-
-def judge(message: str) -> Verdict:
-    """Read an error reply."""
-    message = message.split("\n", 1)[0][:300]
-    inside = _IN_SCRIPT.match(message)
-    code = inside[1] if inside else message.partition(" ")[0]
-    step = _NEXT_STEP.get(code)
-    later = code in _LATER or message.startswith("ERR max number of clients")
-    return Verdict(code, later, f"{message.rstrip('.')}; {step}" if step else message)
-
-
-Command = Sequence[Arg]
-
-
-class Call(NamedTuple):
-    """One run of a script: EVALSHA, its digest, then `args`."""
-
-    script: str
-    args: list[Arg]
-
-
-class Asking:
-    """Requests on their way to their replies: what to send next, and what to make of what came. The I/O is its owner's.
-
-    `address` is for messages; `words(error)` is what the server said.
-    `wait_for_rights`: missing rights are trouble that may pass.
-    `on_mended(text)` hears of keys of a wrong type that were moved out of the way (see redis_mend).
-    `once`: what is refused, now or for good, is not asked again; its reply is None, and the reason is added to `refusals`.
-    """
-
-    def __init__(
-        self, asked: Sequence[Call | Command], scripts: Mapping[str, str], address: str, *, wait_for_rights: bool = False,
-        words: Callable[[Exception], str] = str, on_mended: Callable[[str], None] = lambda text: None, once: bool = False,
-        refusals: list[str] | None = None,
-    ) -> None:  # fmt: skip
-        self.replies: list[Any] = [None] * len(asked)
-        self.left = list(range(len(asked)))  # positions that have no reply yet
-        self._asked = asked
-        self._scripts = scripts
-        self._address = address
-        self._wait_for_rights = wait_for_rights
-        self._words = words
-        self._on_mended = on_mended
-        self._once = once
-        self._refusals = [] if refusals is None else refusals
-        self._loading = False  # the server has forgotten our scripts
-        self._wrong: dict[str, dict[str, str]] = {}  # what keys begin with -> names and types of those to be mended
-        self._mended: set[str] = set()  # what the keys begin with that were
-
-    def commands(self, digests: Mapping[str, Arg]) -> list[Command]:
-        """What to send: everything that has no reply, and before it what is needed for there to be one."""
-        sent: list[Command] = [("SCRIPT", "LOAD", text) for text in self._scripts.values()] if self._loading else []
-        sent += [mend(prefix, names) for prefix, names in self._wrong.items()]
-        for position in self.left:
-            asked = self._asked[position]
-            sent.append(("EVALSHA", digests[asked.script], *asked.args) if isinstance(asked, Call) else asked)
-        return sent
-
-    def hear(self, answers: Sequence[Any]) -> str:
-        """Take the answers to `commands`. Why some have to be asked again later; "": none has. BrokerRefused: that is useless."""
-        first = len(answers) - len(self.left)
-        hopeless = self._hear_mended(answers[first - len(self._wrong) : first])
-        again, trouble, unknown = [], "", False
-        for position, answer in zip(self.left, answers[first:], strict=True):
-            if not isinstance(answer, Exception):
-                self.replies[position] = answer
-                continue
-            verdict = judge(self._words(answer))
-            if verdict.code == "NOSCRIPT" and not self._loading:
-                unknown = True
-            elif verdict.code == "WRONGTYPE" and self._may_mend(self._asked[position], hopeless):
-                pass
-            elif self._once:
-                self._refusals.append(verdict.text)
-                continue
-            elif verdict.later or (self._wait_for_rights and verdict.code in RIGHTS):
-                trouble = verdict.text
-            elif verdict.code == "WRONGTYPE" and self._wait_for_rights and hopeless:
-                trouble = "; ".join((verdict.text, *hopeless.values()))
-            else:
-                raise BrokerRefused(f"{self._address}: {'; '.join((verdict.text, *hopeless.values()))}")
-            again.append(position)
-        self.left, self._loading = again, unknown
-        return trouble
-
-    def _hear_mended(self, answers: Sequence[Any]) -> dict[str, str]:
-        """Take the answers to `mend`. Those that are errors, by what the keys begin with."""
-        failed = {}
-        for prefix, answer in zip(list(self._wrong), answers, strict=True):
-            del self._wrong[prefix]
-            if isinstance(answer, Exception):
-                failed[prefix] = f"it could not be moved out of the way: {judge(self._words(answer)).text}"
-                continue
-            self._mended.add(prefix)
-            for text in told(answer):
-                self._on_mended(text)
-        return failed
-
-    def _may_mend(self, asked: Call | Command, hopeless: Mapping[str, str]) -> bool:
-        """Have the keys looked at that this request uses; False when they were, and it is no use."""
-        prefix, names = suspects(asked.script, asked.args) if isinstance(asked, Call) else suspects("", asked)
-        if prefix in self._mended or prefix in hopeless:
-            return False
-        self._wrong.setdefault(prefix, {}).update(names)
-        return True
-
-
 # -- calls ------------------------------------------------------------------------------------------------------------
-
-
-def pack(sent: Iterable[Command]) -> bytes:
-    """Commands as they go over the wire."""
-    return b"".join([pack_command(tuple(command)) for command in sent])  # type: ignore[arg-type]  # its stub means a 1-tuple
 
 
 class Sender:

@@ -1,0 +1,327 @@
+"""Connections of clients to Redis, and asking over them: one server, the master that Sentinels name, or the nodes of a cluster.
+
+redis-py connects, authenticates, speaks TLS and parses. Its command layer, pool and retries are not used: they cost as much
+as the round trip, and a retry could add a job again that has already run. Here a repeated request is one that the scripts know.
+
+Thread-safe without a lock: a connection, and a sender's name, belong to one call at a time, taken from lists whose pop and append
+are atomic. Fork-safe: a child that finds another process's lists starts new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..brokers.commands.redis import Sender
+from ..brokers.commands.redis_asking import RIGHTS, Asking, Call, Command, Part, judge, master_of, pack, read_master, sync
+from ..brokers.commands.redis_cluster import MAP, Routes
+from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
+from ..brokers.commands.redis_url import Address, Target
+from ..errors import BrokerRefused, BrokerUnavailable
+
+REPLY_TIMEOUT_S: Final = 5.0
+CONNECT_TIMEOUT_S: Final = 3.0
+FIRST_BACKOFF_S: Final = 0.05
+MASTER_KEPT_S: Final = 1.0  # until the Sentinels are asked again: an old master takes writes for 10 s after a planned fail-over
+MANY_HOPS: Final = 5  # from node to node, until it is taken for trouble
+
+_INFINITY: Final = float("inf")
+_DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
+# redis-py cuts these codes off its messages and says them by the class.
+_CODES: Final = {
+    "AuthenticationError": "WRONGPASS", "AuthorizationError": "NOAUTH", "NoPermissionError": "NOPERM",
+    "BusyLoadingError": "LOADING", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "NoScriptError": "NOSCRIPT",
+    "MasterDownError": "MASTERDOWN", "ClusterDownError": "CLUSTERDOWN", "TryAgainError": "TRYAGAIN",
+    "MovedError": "MOVED", "AskError": "ASK",
+}  # fmt: skip
+
+
+class _Lost(BrokerUnavailable):
+    """A connection broke with a request under way, so nobody knows whether that was done."""
+
+
+class Wire:
+    """Asks the server or servers of `target` for up to `patience_s` seconds."""
+
+    def __init__(self, target: Target, patience_s: float) -> None:
+        self.address = target.address
+        self.routes = Routes(target.hosts or [(target.host, target.port)])
+        self._target = target
+        self._patience_s = patience_s
+        self._pid = os.getpid()
+        self._free: dict[Address, list[Any]] = {}  # of redis-py's connections, whose methods carry no types
+        self._senders: list[Sender] = []
+        self._greeted = False  # somebody has said whether it is a cluster
+        self._master: Address | None = None  # whom the Sentinels named last; None: nobody yet
+        self._named_at = -_INFINITY  # when they were asked; so long ago that they are to be asked again
+        self._turn = 0  # which Sentinel, or node, is asked first where they are
+
+    def take_sender(self) -> Sender:
+        self._look_whose()
+        return self._senders.pop() if self._senders else Sender()
+
+    def give_sender(self, sender: Sender) -> None:
+        self._senders.append(sender)
+
+    def close(self) -> None:
+        self._look_whose()
+        for node in list(self._free):
+            self._drop(node)
+
+    def ask(self, asked: Sequence[Call | Command], *, repeat: bool = True, doubt: str = "") -> list[Any]:
+        """The replies. What was lost, or refused for now, is asked again for `patience_s`, or (`repeat=False`) not at all.
+
+        Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless. `doubt`: what the first adds where
+        it may have been done all the same.
+        """
+        asking = Asking(
+            asked, CLIENT_SCRIPTS, self.routes, self.address, words=_words, on_mended=_warn, sync=self._target.sync_replicas
+        )
+        deadline = time.monotonic() + self._patience_s
+        tries, hops, redirects, doubtful = 0, 0, 0, False
+        while asking.left:
+            trouble = ""
+            for part in asking.parts():
+                try:
+                    said = self._ask(part)
+                    doubtful = doubtful or (bool(said) and bool(part.promised))
+                except BrokerUnavailable as error:
+                    said = str(error)
+                    doubtful = doubtful or isinstance(error, _Lost)
+                if said:
+                    trouble = said
+                    self._suspect(part.node)
+            if asking.redirects > redirects:
+                redirects = asking.redirects
+                hops += 1
+                self._learn()
+                if hops >= MANY_HOPS:
+                    trouble = trouble or "its nodes do not agree yet on which of them holds what we ask for"
+            if trouble:
+                delay_s = random.random() * min(1.0, FIRST_BACKOFF_S * 2.0**tries)
+                tries += 1
+                if not repeat or time.monotonic() + delay_s > deadline:
+                    raise BrokerUnavailable(f"{self.address}: {trouble}{f'; {doubt}' if doubt and doubtful else ''}")
+                time.sleep(delay_s)
+        return asking.replies
+
+    def each_node(self, commands: Sequence[Command]) -> dict[Address, list[Any]]:
+        """What every server of ours that holds jobs replies to `commands`; errors stand there as exceptions."""
+        self.ask([("PING", "")])  # which finds out whether it is a cluster, and who is there
+        return {node: self._exchange(node, commands) for node in sorted(self.routes.masters()) or [self.routes.first]}
+
+    # -- one node ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, part: Part) -> str:
+        sent, held_by = part.commands(_DIGESTS), None
+        if not part.promised:
+            return part.hear(self._exchange(part.node, sent))
+        answers = self._exchange(part.node, [*sent, *sync(part.promised, self._target.sync_replicas)])
+        answers, held = answers[: len(sent)], answers[len(sent) :]
+        held_by = next((answer for answer in held if isinstance(answer, Exception)), held[-1])
+        return part.hear(answers, held_by)
+
+    def _exchange(self, node: Address, sent: Sequence[Command]) -> list[Any]:
+        """One round trip: a reply for each command, an error reply as an exception object. BrokerUnavailable: there is none."""
+        self._look_whose()
+        if self._target.service:
+            self._follow(node)
+        free = self._free.setdefault(node, [])
+        try:
+            connection = free.pop()
+        except IndexError:
+            connection = self._connect(node)
+        replies = self._talk(connection, sent)
+        free.append(connection)
+        return replies
+
+    def _talk(self, connection: Any, sent: Sequence[Command]) -> list[Any]:
+        from redis.exceptions import RedisError, ResponseError
+
+        replies: list[Any] = []
+        try:
+            connection.send_packed_command([pack(sent)], check_health=False)
+            for _ in sent:
+                try:
+                    replies.append(connection.read_response(disable_decoding=True))
+                except ResponseError as error:
+                    replies.append(error)
+        except (RedisError, OSError) as error:
+            connection.disconnect()
+            verdict = judge(_words(error))
+            if verdict.code in RIGHTS:
+                raise BrokerRefused(f"{self.address}: {verdict.text}") from None
+            raise _Lost(verdict.text if verdict.later else f"the connection broke: {_reason(error)}") from None
+        except BaseException:
+            connection.disconnect()  # a reply may still be on its way
+            raise
+        return replies
+
+    def _connect(self, node: Address) -> Any:
+        """A new connection to `node`, or to the master where Sentinels know it."""
+        at = self._target_at(node) if self._master is None else self._target.at(self._master)
+        connection = self._opened(at)
+        if self._target.service or not self._greeted:
+            self._look_who(node, connection, at)
+        return connection
+
+    def _opened(self, at: Target) -> Any:
+        from redis.exceptions import RedisError, ResponseError
+
+        connection = _connection(at)
+        try:
+            connection.connect()
+        except (RedisError, OSError) as error:
+            connection.disconnect()
+            verdict = judge(_words(error))
+            if verdict.code in RIGHTS or (isinstance(error, ResponseError) and not verdict.later):
+                raise BrokerRefused(f"{at.address}: {verdict.text}") from None
+            step = "start Redis there, or correct the URL"
+            where = "" if at.address == self.address else f" to {at.host}:{at.port}"
+            text = verdict.text if verdict.later else f"cannot connect{where}: {_reason(error)}; {step}"
+            raise BrokerUnavailable(text) from None
+        return connection
+
+    def _look_who(self, node: Address, connection: Any, at: Target) -> None:
+        """Whether it is a cluster, and with Sentinels, whether it is a master."""
+        (hello,) = self._talk(connection, [("HELLO", 2)])
+        said = dict(zip(hello[::2], hello[1::2], strict=False)) if isinstance(hello, list) else {}
+        self._greeted = True
+        if said.get(b"mode") == b"cluster" and not self.routes.clustered:
+            (reply,) = self._talk(connection, [MAP])
+            self.routes.learn(reply, node)
+        if said.get(b"mode") == b"sentinel":
+            form = f"redis+sentinel://{at.host}:{at.port}/SERVICE"
+            raise BrokerRefused(f"{at.address}: it is a Sentinel, which holds no jobs; give the name of its service: {form}")
+        if self._target.service and said.get(b"role", b"master") != b"master":
+            connection.disconnect()
+            self._named_at = -_INFINITY
+            raise BrokerUnavailable(f"{at.host}:{at.port} is no master, though a Sentinel named it")
+
+    # -- which nodes ------------------------------------------------------------------------------------------------
+
+    def _target_at(self, node: Address) -> Target:
+        return self._target if self._target.path and node == self.routes.first else self._target.at(node)
+
+    def _follow(self, node: Address) -> None:
+        """Know the master; when it is another one, forget the connections to the old."""
+        now = time.monotonic()
+        if self._master is not None and now - self._named_at < MASTER_KEPT_S:
+            return
+        self._named_at = now
+        try:
+            master = self._find_master()
+        except (BrokerUnavailable, BrokerRefused):
+            if self._master is None:
+                raise
+            return  # it may be there all the same
+        if master != self._master:
+            self._drop(node)
+            self._master = master
+
+    def _find_master(self) -> Address:
+        """Ask the Sentinel that knew the last time, then the others."""
+        hosts = self._target.hosts
+        trouble, refused = [], True
+        for _ in hosts:
+            host, port = hosts[self._turn % len(hosts)]
+            self._turn += 1
+            try:
+                connection = self._opened(self._target.sentinel((host, port)))
+                try:
+                    (reply,) = self._talk(connection, [master_of(self._target.service)])
+                finally:
+                    connection.disconnect()
+            except BrokerUnavailable as error:
+                trouble.append(str(error))
+                refused = False
+                continue
+            except BrokerRefused as error:
+                trouble.append(f"{error}, by sentinel_username= and sentinel_password=")
+                continue
+            found = read_master(reply, _words)
+            if isinstance(found, tuple):
+                self._turn -= 1
+                return found
+            trouble.append(f"{host}:{port}: {found}")
+        words = f"no Sentinel names the master of {self._target.service!r}: {'; '.join(trouble)}"
+        if refused:
+            raise BrokerRefused(f"{self.address}: {words}")
+        raise BrokerUnavailable(words)
+
+    def _suspect(self, node: Address) -> None:
+        """Something is wrong at `node`: it may be no master any more, or gone. Who named it is not asked first again."""
+        self._drop(node)
+        self._named_at = -_INFINITY
+        self._turn += 1
+        if len(self.routes.known) > 1:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Ask for the map of the cluster, another node each time, until one has answered."""
+        for _ in range(len(self.routes.known)):
+            self._turn += 1
+            known = self.routes.known
+            node = known[self._turn % len(known)]
+            try:
+                (reply,) = self._exchange(node, [MAP])
+            except (BrokerUnavailable, BrokerRefused):
+                self._drop(node)
+                continue
+            if self.routes.learn(reply, node):
+                return
+
+    def _drop(self, node: Address) -> None:
+        free = self._free.get(node, [])
+        while free:
+            try:
+                free.pop().disconnect()
+            except IndexError:
+                return  # another thread took it
+
+    def _look_whose(self) -> None:
+        """In a forked child, forget the parent's connections (dropping them closes our copies only) and names."""
+        if self._pid != os.getpid():
+            self._free, self._senders, self._pid = {}, [], os.getpid()
+
+
+def _connection(at: Target) -> Any:
+    import redis  # 0.3 s, so not before it is used
+
+    untyped: Any = redis
+    common: dict[str, Any] = {
+        "db": at.db, "username": at.username or None, "password": at.password or None, "protocol": 2,
+        "socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S,
+    }  # fmt: skip
+    if at.path:
+        return untyped.UnixDomainSocketConnection(path=at.path, **common)
+    common |= {"host": at.host, "port": at.port, "socket_keepalive": True}
+    if at.tls is None:
+        return untyped.Connection(**common)
+    files = {f"ssl_{name}": value or None for name, value in at.tls._asdict().items()}
+    return untyped.SSLConnection(**{**common, **files, "ssl_check_hostname": at.tls.checks_host})
+
+
+def _words(error: Exception) -> str:
+    """The server's own words."""
+    if str(error).startswith("Authentication required"):
+        return f"NOAUTH {error}"
+    code = _CODES.get(type(error).__name__)
+    return f"{code} {error}" if code else str(error)
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no connection, without redis-py's own words around it."""
+    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    return (isinstance(cause, OSError) and cause.strerror) or str(error).rstrip(".")
+
+
+def _warn(text: str) -> None:
+    """Tell the application, in its log (or on stderr, where it has configured none)."""
+    import logging
+
+    logging.getLogger("kqueue").warning("%s", text)
