@@ -130,6 +130,10 @@ _DELAY: Final = (
     f"UPDATE kq_job SET state = 'delayed', available_at = ?, place = ? - priority * {PRIORITY_STEP_S}, "
     f"lane = coalesce(?, lane), {_COUNTERS}, number = number + 1, epoch = '' WHERE {_FENCE}"
 )
+_RETRY: Final = (
+    f"UPDATE kq_job SET state = 'ready', available_at = ?, place = ? - priority * {PRIORITY_STEP_S}, attempts = 0, crashes = 0, "
+    "recoveries = 0, deferrals = 0, memory = 0 WHERE id = ? AND state = 'dead'"
+)
 _CERTIFY: Final = (
     "INSERT OR REPLACE INTO kq_certificate (job_id, n, body) "
     "SELECT :id, coalesce(max(n), 0) + 1, :body FROM kq_certificate WHERE job_id = :id"
@@ -281,6 +285,20 @@ def cancel(tx: Transaction, id: str, certificate: bytes) -> bool:
         return False
     _certify(tx, id, certificate)
     return True
+
+
+def retry(tx: Transaction, ids: Sequence[str]) -> list[bool]:
+    """Make dead jobs ready now, as if they had never run, but for their certificates; for each whether it was dead."""
+    retried = [tx.db.execute(_RETRY, (tx.now, tx.now, id)).rowcount == 1 for id in ids]
+    tx.rings |= True in retried
+    return retried
+
+
+def forget(tx: Transaction, ids: Sequence[str]) -> list[bool]:
+    """Delete dead jobs; for each whether it was dead."""
+    forgotten = [tx.db.execute("DELETE FROM kq_job WHERE id = ? AND state = 'dead'", (id,)).rowcount == 1 for id in ids]
+    tx.db.executemany(_FORGET, [(id,) for id, gone in zip(ids, forgotten, strict=True) if gone])
+    return forgotten
 
 
 def documents(tx: Transaction, prefix: str) -> dict[str, bytes]:
