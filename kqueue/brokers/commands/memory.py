@@ -31,9 +31,6 @@ from ..base import (
 )
 
 
-_list = list  # which a method of MemoryStore is called, too
-
-
 class _Job:
     """A job and all that changes about it."""
 
@@ -172,6 +169,29 @@ class MemoryStore:
             job = self._jobs.get(id)
             return None if job is None else job.row()
 
+    def retry(self, ids: Sequence[str]) -> list[bool]:
+        """Make dead jobs ready now, as if they had never run, but for their certificates; for each whether it was dead."""
+        with self._lock:
+            dead = []
+            for id in ids:
+                job = self._jobs.get(id)
+                dead.append(job is not None and job.state == "dead")
+                if job is not None and job.state == "dead":
+                    job.counters, job.available_at = Counters(), self.clock()
+                    self._stand(job)
+            self._ring()
+            return dead
+
+    def forget(self, ids: Sequence[str]) -> list[bool]:
+        """Delete dead jobs; for each whether it was dead."""
+        with self._lock:
+            dead = []
+            for id in ids:
+                dead.append(id in self._jobs and self._jobs[id].state == "dead")
+                if dead[-1]:
+                    del self._jobs[id]
+            return dead
+
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
         with self._lock:
             jobs = [j for j in self._jobs.values() if listed(j.state, state) and queue in (None, j.queue)]
@@ -186,29 +206,6 @@ class MemoryStore:
             job.certificates = [*job.certificates, certificate][-MAX_CERTIFICATES:]
             job.state, job.number = "dead", job.number + 1
             return True
-
-    def retry(self, ids: Sequence[str]) -> _list[bool]:
-        """Make dead jobs ready now, as if they had never run, but for their certificates; for each whether it was dead."""
-        with self._lock:
-            dead = []
-            for id in ids:
-                job = self._jobs.get(id)
-                dead.append(job is not None and job.state == "dead")
-                if job is not None and job.state == "dead":
-                    job.counters, job.available_at = Counters(), self.clock()
-                    self._stand(job)
-            self._ring()
-            return dead
-
-    def forget(self, ids: Sequence[str]) -> _list[bool]:
-        """Delete dead jobs; for each whether it was dead."""
-        with self._lock:
-            dead = []
-            for id in ids:
-                dead.append(id in self._jobs and self._jobs[id].state == "dead")
-                if dead[-1]:
-                    del self._jobs[id]
-            return dead
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         with self._lock:
