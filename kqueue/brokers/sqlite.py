@@ -9,7 +9,8 @@ Rule 2. A file that is locked, full or failing keeps the list as it is, in its o
 Rule 3. A cancelled verb's command runs all the same, for it may be somebody's settlement. A reservation alone is withdrawn, or
         when it has run already, given back: nobody would ever settle its leases, and our renewals would hold them for good.
 
-Time is the host's wall clock, the one clock that all processes that share the file have in common across reboots.
+Jobs are due by the host's wall clock, the one that all processes that share the file have in common across reboots. Epochs lapse
+by the time since its boot, which nobody can set.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..kernel.traps import PARKED, READ, Trap, sleep, wait_io
 from . import News
 from .base import (
     LEASE_S,
+    MAX_BATCH,
     NO_RETENTION,
     Capabilities,
     Lease,
@@ -42,8 +44,9 @@ from .base import (
     Verb,
 )
 from .commands import sqlite as commands
-from .commands.sqlite import Transaction
+from .commands.host_clock import HOST, HostClock
 from .commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, bell_path, is_locked, is_passing, jittered, make_bells, ring
+from .commands.sqlite_transaction import Transaction
 
 FAILING_PAUSE_S: Final = 0.1  # after the first failure of the disk, doubled up to …
 FAILING_PAUSE_MAX_S: Final = 5.0
@@ -56,9 +59,7 @@ class SQLiteBroker:
 
     capabilities = Capabilities(durable=True)
 
-    def __init__(
-        self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time, on_event: News | None = None
-    ) -> None:
+    def __init__(self, path: str, *, mode: int = 0o600, clock: HostClock = HOST, on_event: News | None = None) -> None:
         self.address = f"sqlite:///{path}"
         self.commits = 0  # transactions so far
         self.commit_s = 0.0  # how long the last one took, with everything in it
@@ -66,6 +67,8 @@ class SQLiteBroker:
         self._on_event = on_event or (lambda kind, text, retry_in_s: None)
         self._owner = Owner("", "")
         self._lease_s = LEASE_S
+        self._queues: list[str] = []
+        self._retention = NO_RETENTION
         self._bell: _Bell | None = None  # None: not open
         self._asked: list[_Ask] = []  # what the next transaction runs
         self._kernel: Kernel | None = None  # of the first verb; None: nobody has asked yet
@@ -77,8 +80,11 @@ class SQLiteBroker:
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
         retention: Retention = NO_RETENTION,
     ) -> Verb[Opened]:  # fmt: skip
-        answers = (yield from self.settle(unsettled)) if unsettled else []
+        answers: list[str] = []
+        for start in range(0, len(unsettled), MAX_BATCH):
+            answers += yield from self.settle(unsettled[start : start + MAX_BATCH])
         self._owner, self._lease_s = owner, lease_s
+        self._queues, self._retention = list(dict.fromkeys(queues)), retention
         recovered: dict[str, int] = {}
         while batch := (yield self._ask(commands.open_epoch, owner, lease_s, culprit)):
             _add(recovered, batch)
@@ -112,11 +118,13 @@ class SQLiteBroker:
 
     def sweep(self) -> Verb[Swept]:
         recovered: dict[str, int] = {}
+        forgotten: dict[str, int] = {}
         more = True
         while more:  # each round is one bounded transaction, and others have their turn between two
-            batch, more = yield self._ask(commands.sweep)
-            _add(recovered, batch)
-        return Swept(recovered, {})
+            swept, more = yield self._ask(commands.sweep, self._lease_s, self._queues, self._retention)
+            _add(recovered, swept.recovered)
+            _add(forgotten, swept.forgotten)
+        return Swept(recovered, forgotten)
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         assert self._bell is not None, "wait() before open()"

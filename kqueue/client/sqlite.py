@@ -10,7 +10,9 @@ from typing import Final, TypeVar
 
 from ..brokers.base import NewJob, QueueStats, Row
 from ..brokers.commands import sqlite as commands
+from ..brokers.commands.host_clock import HOST, HostClock
 from ..brokers.commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, is_locked, is_passing, jittered, ring
+from ..brokers.commands.sqlite_transaction import Transaction
 from ..errors import BrokerUnavailable
 
 T = TypeVar("T")
@@ -26,7 +28,7 @@ class SQLiteClient:
     """
 
     def __init__(
-        self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time, patience_s: float = PATIENCE_S
+        self, path: str, *, mode: int = 0o600, clock: HostClock = HOST, patience_s: float = PATIENCE_S
     ) -> None:
         self.address = f"sqlite:///{path}"
         self._file = SQLiteFile(path, mode=mode, clock=clock)
@@ -58,13 +60,13 @@ class SQLiteClient:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _write(self, work: Callable[[commands.Transaction], T], *, create: bool) -> T:
+    def _write(self, work: Callable[[Transaction], T], *, create: bool) -> T:
         value, rings = self._patiently(lambda: self._file.write(work, create=create))
         if rings:
             ring(self._file.bells)
         return value
 
-    def _read(self, work: Callable[[commands.Transaction], T]) -> T:
+    def _read(self, work: Callable[[Transaction], T]) -> T:
         return self._patiently(lambda: self._file.read(work))
 
     def _patiently(self, transact: Callable[[], T]) -> T:

@@ -9,14 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kqueue.brokers.base import SETTLED, Counters, Owner, Settlement
-from kqueue.brokers.commands import sqlite as commands
 from kqueue.brokers.commands import sqlite_file
 from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.sqlite import SQLiteClient
@@ -384,14 +382,3 @@ def test_an_application_s_own_database_can_hold_the_queue(rig: SQLiteRig) -> Non
     assert ids(rig, broker) == ["a"]
     assert rig.sql("SELECT * FROM job") == [(1,)]
     assert rig.sql("PRAGMA user_version") == [(42,)]
-
-
-def test_a_file_of_schema_1_is_brought_up_to_date_with_its_jobs(tmp_path: Path) -> None:
-    path = str(tmp_path / "old.db")
-    sqlite_file.SQLiteFile(path).write(lambda tx: commands.enqueue(tx, [new_job("a")]))
-    with closing(sqlite3.connect(path)) as db, db:
-        db.execute("ALTER TABLE kq_job DROP COLUMN memory")
-        db.execute("UPDATE kq_meta SET value = 1 WHERE key = 'schema'")
-    lease_it = partial(commands.reserve, owner=Owner("e", ""), lease_s=15.0, queue="q", wants={"inline": 1})
-    reserved, _ = sqlite_file.SQLiteFile(path).write(lease_it)
-    assert [(lease.token.id, lease.counters.memory) for lease in reserved.leases] == [("a", 0)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kqueue.brokers.base import SETTLED, STALE, Counters, Owner, Settlement
+from kqueue.brokers.base import SETTLED, STALE, Counters, Owner, Retention, Settlement
 from kqueue.brokers.commands import sqlite as commands
 from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.sqlite import SQLiteClient
@@ -114,7 +114,7 @@ def test_a_lease_of_nobody_and_an_epoch_without_end_are_recovered(rig: SQLiteRig
     broker, gone = rig.broker(), rig.broker(lease_s=1000)
     rig.do(broker.enqueue([new_job("a"), new_job("b")]))
     assert len(reserve(rig, gone)) == 2
-    rig.sql("UPDATE kq_epoch SET expires_at = 'never' WHERE epoch = ?", gone._owner.epoch)
+    rig.sql("UPDATE kq_epoch SET lapses_at = 'never' WHERE epoch = ?", gone._owner.epoch)
     rig.sql("UPDATE kq_job SET epoch = '' WHERE id = 'b'")
     assert rig.do(broker.sweep()).recovered == {"q": 2}
     assert rig.do(broker.sweep()).recovered == {}
@@ -147,14 +147,16 @@ def test_no_verb_reads_more_rows_than_it_needs(rig: SQLiteRig) -> None:
         rig.do(broker.settle([Settlement(lease.token, "q", verb, certificate=b"{}", **how)]))
     rig.elapse(2)
     reserve(rig, broker)
-    rig.do(broker.open(Owner("next", "i"), ["q"], 15))
+    rig.do(broker.open(Owner("next", "i"), ["q"], 15, retention=Retention(0.1, 1)))
     rig.do(broker.sweep())
     rig.do(broker.renew())
     client.enqueue([])
     client._file._db.set_trace_callback(seen.append)
     client.show("d")
     client.cancel("later", b"{}")
+    client._file.write(lambda tx: [commands.retry(tx, ["later"]), commands.forget(tx, ["d"])])
     client.documents("manifest:")
+    client.stats()
     plans = {}
     for statement in {sql for sql in seen if sql.startswith(("SELECT", "UPDATE", "INSERT", "DELETE", "WITH"))}:
         plans[statement] = [row[3] for row in rig.sql(f"EXPLAIN QUERY PLAN {statement}")]

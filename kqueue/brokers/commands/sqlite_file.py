@@ -19,13 +19,14 @@ import os
 import socket
 import sqlite3
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from ...errors import BrokerRefused, BrokerUnavailable
-from .sqlite import FROM_VERSION_1, SCHEMA, VERSION, Transaction
+from .host_clock import HOST, HostClock
+from .sqlite_schema import FROM_VERSION_1, SCHEMA, VERSION
+from .sqlite_transaction import Transaction
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class SQLiteFile:
     `mode` is that of a file it creates; a file that exists keeps its own. Its directory and the doorbells follow the file's mode.
     """
 
-    def __init__(self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, *, mode: int = 0o600, clock: HostClock = HOST) -> None:
         self.path = os.path.abspath(path)  # neither a URI nor ":memory:" survives that
         self.bells = self.path + ".bells"
         self._mode = mode
@@ -94,8 +95,9 @@ class SQLiteFile:
         with self._lock:
             db = self._connection(create)
             with _between(db, begin):
-                transaction = Transaction(db, self._clock())
+                transaction = Transaction(db, self._clock)
                 value = work(transaction)
+                transaction.write_counts()
             return value, transaction.rings
 
     def _connection(self, create: bool) -> sqlite3.Connection:
