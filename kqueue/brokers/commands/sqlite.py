@@ -151,7 +151,8 @@ def sweep(
         full |= _move_due(tx, queue) == MAX_BATCH
     expired = [id for (id,) in tx.db.execute(_EXPIRED, (tx.now,))]
     tx.db.executemany("DELETE FROM kq_job WHERE id = ?", [(id,) for id in expired])
-    sqlite_dead.tear_up(tx, expired)
+    for id in expired:
+        sqlite_dead.tear_up(tx, id)
     living = sqlite_epochs.living(tx)
     holders = dict.fromkeys([*sqlite_epochs.known(tx), *distinct(tx, "epoch", "leased")])
     recovered = _recover(tx, [epoch for epoch in holders if epoch not in living])
@@ -272,12 +273,12 @@ def _end(tx: Transaction, item: Settlement, queue: str | None) -> str | None:
         after, done = "ready", tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters, *leased))
     if not done.rowcount:
         return None
-    if item.verb == "ack":
+    if item.follow_ups and item.verb == "ack":
         enqueue(tx, item.follow_ups)
     elif item.verb == "release":
         tx.rings = True
     if after == "gone":
-        sqlite_dead.tear_up(tx, [item.token.id])
+        sqlite_dead.tear_up(tx, item.token.id)
     elif item.certificate is not None:
         sqlite_dead.certify(tx, item.token.id, item.certificate)
     if after == "ready":  # or delayed, when the wall clock went back

@@ -40,9 +40,9 @@ def certify(tx: Transaction, id: str, certificate: bytes) -> None:
     tx.db.execute(_ONLY_THE_LAST, {"id": id})
 
 
-def tear_up(tx: Transaction, ids: Iterable[str]) -> None:
-    """Delete all certificates of jobs that are gone."""
-    tx.db.executemany(_TEAR_UP, [(id,) for id in ids])
+def tear_up(tx: Transaction, id: str) -> None:
+    """Delete all certificates of a job that is gone."""
+    tx.db.execute(_TEAR_UP, (id,))
 
 
 def bury_odd(tx: Transaction) -> int:
@@ -85,8 +85,8 @@ def forget(tx: Transaction, ids: Sequence[str]) -> list[bool]:
         forgotten.append(dead is not None)
         if dead is not None:
             tx.db.execute("DELETE FROM kq_job WHERE id = ?", (id,))
+            tear_up(tx, id)
             tx.move(text(dead[0]), "dead", None)
-    tear_up(tx, (id for id, gone in zip(ids, forgotten, strict=True) if gone))
     return forgotten
 
 
