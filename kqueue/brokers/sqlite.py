@@ -51,6 +51,10 @@ from .commands.sqlite_transaction import Transaction
 FAILING_PAUSE_S: Final = 0.1  # after the first failure of the disk, doubled up to …
 FAILING_PAUSE_MAX_S: Final = 5.0
 LOCKED_TELL_S: Final = 1.0  # a lock that is held as long as that is worth a word
+_REPLACED: Final = (
+    "is another file than before: somebody moved, removed or replaced it. What is there now counts, and jobs of the old file "
+    "that run here end as lost leases. Whoever puts a file there should stop kqueued before"
+)
 CLOSE_PATIENCE_S: Final = 2.0  # for giving up the epoch; without that, it expires
 
 
@@ -73,6 +77,7 @@ class SQLiteBroker:
         self._asked: list[_Ask] = []  # what the next transaction runs
         self._kernel: Kernel | None = None  # of the first verb; None: nobody has asked yet
         self._committing = False  # a task of ours is at it
+        self._replaced = 0  # how often we have told of another file in the place of ours
 
     # -- the verbs --------------------------------------------------------------------------------------------------
 
@@ -167,7 +172,7 @@ class SQLiteBroker:
     def _commit_all(self) -> Verb[None]:
         """Commit what is asked until nothing is."""
         assert self._kernel is not None
-        trouble = _Trouble(self._on_event)
+        trouble = _Trouble(self._on_event, self._file)
         try:
             while self._asked:
                 try:
@@ -204,6 +209,9 @@ class SQLiteBroker:
         self.commits += 1
         self.commit_s = time.monotonic() - began
         self._asked = []
+        if self._file.replaced > self._replaced:
+            self._replaced = self._file.replaced
+            self._on_event("warning", f"{self.address} {_REPLACED}", 0.0)
         for ask, value in zip(batch, values, strict=True):
             ask.answer(value)
         if rings:
@@ -262,8 +270,9 @@ class _Ask(Trap):
 class _Trouble:
     """A file that does not let us write: how long to wait, and what to tell whom."""
 
-    def __init__(self, tell: News) -> None:
+    def __init__(self, tell: News, file: SQLiteFile) -> None:
         self._tell = tell
+        self._file = file
         self._told = False
         self._locked_since: float | None = None  # by the kernel's clock; None: it was not locked
         self._failing_pause_s = FAILING_PAUSE_S
@@ -273,7 +282,7 @@ class _Trouble:
         if not is_locked(error):
             pause_s = jittered(self._failing_pause_s)
             self._failing_pause_s = min(2 * self._failing_pause_s, FAILING_PAUSE_MAX_S)
-            self._lost(f"{error}; nothing is lost: free space or mend the disk", pause_s)
+            self._lost(f"{error}; nothing is lost: {self._file.remedy(error)}", pause_s)
             return pause_s
         if self._locked_since is None:
             self._locked_since = now
@@ -281,7 +290,8 @@ class _Trouble:
             return jittered(LOCKED_PAUSE_S)
         pause_s = jittered(20 * LOCKED_PAUSE_S)
         if not self._told:
-            self._lost(f"{error}: another process has been writing for {LOCKED_TELL_S:g} s; see who has the file open", pause_s)
+            who = f"see who has the file open (fuser {self._file.path})"
+            self._lost(f"{error}: another process has been writing for {LOCKED_TELL_S:g} s; {who}", pause_s)
         return pause_s
 
     def over(self) -> None:

@@ -88,5 +88,5 @@ class SQLiteClient:
                 f"{self.address}: {error} for {self._patience_s:g} s; end the process that holds it (fuser {self._file.path})"
             )
         if is_passing(error):
-            return BrokerUnavailable(f"{self.address}: {error}; nothing was added: free space or mend the disk, then try again")
+            return BrokerUnavailable(f"{self.address}: {error}; nothing was changed: {self._file.remedy(error)}, then try again")
         return self._file.explain(error)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kqueue.brokers.base import SETTLED, Counters, Owner, Settlement
+from kqueue.brokers.base import SETTLED, STALE, Counters, Owner, Settlement
 from kqueue.brokers.commands import sqlite_file
 from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.sqlite import SQLiteClient
@@ -244,7 +244,7 @@ def test_a_client_says_what_is_wrong_with_the_file(rig: SQLiteRig) -> None:
     db = client._file._db
     assert db is not None
     db.execute("PRAGMA max_page_count = 1")
-    with pytest.raises(BrokerUnavailable, match=r"disk is full; nothing was added: free space"):
+    with pytest.raises(BrokerUnavailable, match=r"disk is full; nothing was changed: free space on its disk, then try again"):
         client.enqueue([new_job("big", envelope=b"x" * 100_000)])
     with closing(sqlite3.connect(rig.path, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
@@ -255,13 +255,22 @@ def test_a_client_says_what_is_wrong_with_the_file(rig: SQLiteRig) -> None:
 
 
 def test_a_file_that_is_replaced_is_noticed_by_everyone(rig: SQLiteRig) -> None:
-    broker, client = rig.broker(), rig.make_client()
-    client.enqueue([new_job("a")])
+    broker, client, told = rig.broker(), rig.make_client(), []
+    broker._on_event = lambda *news: told.append(news)
+    client.enqueue([new_job("a"), new_job("c")])
+    old = rig.do(broker.reserve("q", {"inline": 1})).leases
     for name in ("", "-wal", "-shm"):
         os.unlink(rig.path + name)
     client.enqueue([new_job("b")])
+    ends = [Settlement(lease.token, "q", verb) for lease in old for verb in ("hold", "release", "bury", "ack")]
+    assert rig.do(broker.settle(ends)) == [STALE] * 4, "nobody there knows of that job"
+    ((kind, text, _),) = told
+    assert kind == "warning"
+    assert text.startswith(f"{broker.address} is another file than before")
     assert ids(rig, broker) == ["b"]
     assert rig.sql("SELECT count(*) FROM kq_epoch") == [(1,)], "no lease is without an owner"
+    assert rig.do(broker.renew()) is False, "and the runtime is told that something happened to its leases"
+    assert len(told) == 1
 
 
 # -- files that will not do ---------------------------------------------------------------------------------------------
