@@ -12,9 +12,10 @@ from typing import Any, Final
 from ..base import Owner
 from .sqlite_transaction import Transaction
 
-# Of a row; parameters: boot, ticks, now. An expiry that is no number has passed.
+# Of a row; parameters: boot, ticks, now. An expiry that is no number, or out of reach, has passed.
 _ALIVE: Final = """CASE WHEN boot IS NULL THEN typeof(expires_at) IN ('real', 'integer') AND expires_at > :now
-    ELSE boot = :boot AND typeof(lapses_at) IN ('real', 'integer') AND lapses_at > :ticks END"""
+      AND expires_at < :now + 1e9
+    ELSE boot = :boot AND typeof(lapses_at) IN ('real', 'integer') AND lapses_at > :ticks AND lapses_at < :ticks + 1e9 END"""
 _REGISTER: Final = """INSERT INTO kq_epoch (epoch, identity, expires_at, boot, lapses_at, lease_s, lapsed)
     VALUES (:epoch, :identity, :now + :lease_s, :boot, :ticks + :lease_s, :lease_s, :lapsed)
     ON CONFLICT (epoch) DO UPDATE SET identity = excluded.identity, expires_at = excluded.expires_at, boot = excluded.boot,
