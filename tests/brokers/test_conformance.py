@@ -16,12 +16,28 @@ from kqueue.errors import QueueFull
 
 from .conftest import new_job
 
-NOT_YET_ON_REDIS: set[str] = set()
-
-
-def not_yet_on_redis(test: Callable[..., None]) -> Callable[..., None]:
-    NOT_YET_ON_REDIS.add(test.__name__)
-    return test
+# What Redis has not yet. To be deleted, with the fixture below, when it has.
+NOT_YET_ON_REDIS = {
+    "test_to_hold_a_lease_that_is_ours_changes_nothing",
+    "test_to_hold_takes_back_what_was_recovered_and_not_reserved_since",
+    "test_what_is_held_is_recovered_again_when_its_owner_dies",
+    "test_a_dead_job_is_nobody_s_to_hold",
+    "test_what_an_earlier_life_could_not_settle_is_settled_before_anything_is_recovered",
+    "test_an_outbox_settles_what_another_has_recovered_and_not_what_it_has_reserved",
+    "test_a_long_outbox_is_settled_in_order",
+    "test_every_recovered_run_has_its_certificate",
+    "test_of_many_recoveries_the_last_ten_certificates_are_kept",
+    "test_a_renewal_says_that_the_epoch_had_lapsed",
+    "test_a_reservation_does_not_hide_that_the_epoch_had_lapsed",
+    "test_nobody_is_taken_for_dead_before_all_had_a_lease_s_time_to_renew_when_nobody_could",
+    "test_who_renews_first_after_nobody_could_does_not_harm_the_others",
+    "test_an_epoch_that_was_given_up_is_recovered_whoever_was_away",
+    "test_dead_letters_go_when_they_are_too_old",
+    "test_the_oldest_dead_letters_go_when_they_are_too_many",
+    "test_more_than_a_batch_of_dead_letters_is_dropped",
+    "test_dead_letters_of_queues_that_are_not_ours_are_not_ours_to_drop",
+    "test_counts_are_the_truth_after_a_random_walk",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -364,7 +380,6 @@ def test_closing_gives_up_what_is_held(rig: Any) -> None:
 # -- holding ----------------------------------------------------------------------------------------------------------
 
 
-@not_yet_on_redis
 def test_to_hold_a_lease_that_is_ours_changes_nothing(rig: Any) -> None:
     broker, client = rig.broker(), rig.make_client()
     rig.do(broker.enqueue([new_job("a")]))
@@ -377,7 +392,6 @@ def test_to_hold_a_lease_that_is_ours_changes_nothing(rig: Any) -> None:
     assert settle(rig, broker, lease, "hold") == STALE
 
 
-@not_yet_on_redis
 def test_to_hold_takes_back_what_was_recovered_and_not_reserved_since(rig: Any) -> None:
     slow, other, client = rig.broker(lease_s=0.4), rig.broker(lease_s=30), rig.make_client()
     rig.do(slow.enqueue([new_job("a"), new_job("b")]))
@@ -397,7 +411,6 @@ def test_to_hold_takes_back_what_was_recovered_and_not_reserved_since(rig: Any) 
     assert settle(rig, other, again, "ack") == SETTLED
 
 
-@not_yet_on_redis
 def test_what_is_held_is_recovered_again_when_its_owner_dies(rig: Any) -> None:
     """Even when nobody knows the owner any more: `hold` without a renewal before it."""
     slow, other = rig.broker(lease_s=0.4), rig.broker(lease_s=30)
@@ -413,7 +426,6 @@ def test_what_is_held_is_recovered_again_when_its_owner_dies(rig: Any) -> None:
     assert settle(rig, slow, lease, "hold") == STALE
 
 
-@not_yet_on_redis
 def test_a_dead_job_is_nobody_s_to_hold(rig: Any) -> None:
     slow, other, client = rig.broker(lease_s=0.4), rig.broker(lease_s=30), rig.make_client()
     rig.do(slow.enqueue([new_job("a")]))
@@ -428,7 +440,6 @@ def test_a_dead_job_is_nobody_s_to_hold(rig: Any) -> None:
 # -- what an earlier life left ------------------------------------------------------------------------------------------
 
 
-@not_yet_on_redis
 def test_what_an_earlier_life_could_not_settle_is_settled_before_anything_is_recovered(rig: Any) -> None:
     first, client = rig.broker(identity="i"), rig.make_client()
     rig.do(first.enqueue([new_job(id, at=1.0) for id in "abcd"]))
@@ -451,7 +462,6 @@ def test_what_an_earlier_life_could_not_settle_is_settled_before_anything_is_rec
     assert settle(rig, third, c, "ack") == STALE
 
 
-@not_yet_on_redis
 def test_an_outbox_settles_what_another_has_recovered_and_not_what_it_has_reserved(rig: Any) -> None:
     first, other, client = rig.broker(lease_s=0.4), rig.broker(lease_s=30), rig.make_client()
     rig.do(first.enqueue([new_job(id, at=1.0) for id in "ab"]))
@@ -464,7 +474,6 @@ def test_an_outbox_settles_what_another_has_recovered_and_not_what_it_has_reserv
     assert client.show("b", "q") is None
 
 
-@not_yet_on_redis
 def test_a_long_outbox_is_settled_in_order(rig: Any) -> None:
     first = rig.broker(identity="i")
     rig.do(first.enqueue([new_job() for _ in range(1200)]))
@@ -476,7 +485,6 @@ def test_a_long_outbox_is_settled_in_order(rig: Any) -> None:
     assert second.recovered == {"q": 100}
 
 
-@not_yet_on_redis
 def test_every_recovered_run_has_its_certificate(rig: Any) -> None:
     first, client = rig.broker(identity="i"), rig.make_client()
     rig.do(first.enqueue([new_job("poison"), new_job("neighbour")]))
@@ -503,7 +511,6 @@ def test_every_recovered_run_has_its_certificate(rig: Any) -> None:
         assert 0 < lost[0]["ended_at"] <= lost[1]["ended_at"]
 
 
-@not_yet_on_redis
 def test_of_many_recoveries_the_last_ten_certificates_are_kept(rig: Any) -> None:
     broker, client = rig.broker(identity="i"), rig.make_client()
     rig.do(broker.enqueue([new_job("a")]))
@@ -518,7 +525,6 @@ def test_of_many_recoveries_the_last_ten_certificates_are_kept(rig: Any) -> None
 # -- who is alive -------------------------------------------------------------------------------------------------------
 
 
-@not_yet_on_redis
 def test_a_renewal_says_that_the_epoch_had_lapsed(rig: Any) -> None:
     broker, other = rig.broker(lease_s=0.6), rig.broker(lease_s=30)
     assert rig.do(broker.renew()) is True
@@ -531,7 +537,6 @@ def test_a_renewal_says_that_the_epoch_had_lapsed(rig: Any) -> None:
     assert rig.do(broker.renew()) is True
 
 
-@not_yet_on_redis
 @pytest.mark.parametrize("swept", [True, False])
 def test_a_reservation_does_not_hide_that_the_epoch_had_lapsed(rig: Any, swept: bool) -> None:
     broker, other = rig.broker(lease_s=0.6), rig.broker(lease_s=30)
@@ -546,7 +551,6 @@ def test_a_reservation_does_not_hide_that_the_epoch_had_lapsed(rig: Any, swept: 
     assert rig.do(broker.renew()) is True
 
 
-@not_yet_on_redis
 def test_nobody_is_taken_for_dead_before_all_had_a_lease_s_time_to_renew_when_nobody_could(rig: Any) -> None:
     one, two = rig.broker(lease_s=0.8), rig.broker(lease_s=0.8)
     rig.do(one.enqueue([new_job("a")]))
@@ -562,7 +566,6 @@ def test_nobody_is_taken_for_dead_before_all_had_a_lease_s_time_to_renew_when_no
     assert settle(rig, one, lease, "ack") == SETTLED
 
 
-@not_yet_on_redis
 def test_who_renews_first_after_nobody_could_does_not_harm_the_others(rig: Any) -> None:
     """All were stopped, or the host slept: the first to wake renews before it sweeps, as it always does."""
     one, two = rig.broker(lease_s=1.0), rig.broker(lease_s=1.0)
@@ -576,7 +579,6 @@ def test_who_renews_first_after_nobody_could_does_not_harm_the_others(rig: Any) 
     assert settle(rig, one, lease, "hold") == SETTLED
 
 
-@not_yet_on_redis
 def test_an_epoch_that_was_given_up_is_recovered_whoever_was_away(rig: Any) -> None:
     one, two = rig.broker(lease_s=0.4), rig.broker(lease_s=0.4)
     rig.do(one.enqueue([new_job("a")]))
@@ -614,7 +616,6 @@ def bury(rig: Any, broker: Any, *ids: str, queue: str = "q") -> None:
     assert set(rig.do(broker.settle(batch))) == {SETTLED}
 
 
-@not_yet_on_redis
 def test_dead_letters_go_when_they_are_too_old(rig: Any) -> None:
     broker, client = rig.broker(queues=("q", "r"), retention=Retention(max_age_s=1.5)), rig.make_client()
     bury(rig, broker, "old")
@@ -635,7 +636,6 @@ def test_dead_letters_go_when_they_are_too_old(rig: Any) -> None:
     assert [row.id for row in client.list(None, None, 9)] == ["waits"]
 
 
-@not_yet_on_redis
 def test_the_oldest_dead_letters_go_when_they_are_too_many(rig: Any) -> None:
     broker, client = rig.broker(queues=("q", "r"), retention=Retention(max_count=2)), rig.make_client()
     for id in ("d", "b", "c", "a"):
@@ -648,7 +648,6 @@ def test_the_oldest_dead_letters_go_when_they_are_too_many(rig: Any) -> None:
     assert rig.do(broker.sweep()).forgotten == {}
 
 
-@not_yet_on_redis
 def test_more_than_a_batch_of_dead_letters_is_dropped(rig: Any) -> None:
     broker = rig.broker(retention=Retention(max_count=3, max_age_s=1000))
     ids = [f"{n:04}" for n in range(1105)]
@@ -662,7 +661,6 @@ def test_more_than_a_batch_of_dead_letters_is_dropped(rig: Any) -> None:
     assert [row.id for row in rig.make_client().list("dead", "q", 9)] == ids[-3:]
 
 
-@not_yet_on_redis
 def test_dead_letters_of_queues_that_are_not_ours_are_not_ours_to_drop(rig: Any) -> None:
     other = rig.broker(queues=("r",))
     bury(rig, other, "x", "y", queue="r")
@@ -795,7 +793,6 @@ def test_brokers_of_other_queues_leave_documents_alone(rig: Any) -> None:
     assert rig.make_client().documents("manifest:") == {"manifest:a": b"a", "manifest:b": b"b", "manifest:b:c": b"b:c"}
 
 
-@not_yet_on_redis
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_are_the_truth_after_a_random_walk(rig: Any, seed: int) -> None:
     dice = random.Random(seed)

@@ -119,6 +119,17 @@ def test_a_large_count_that_is_wrong_is_found_when_it_shrinks(rig: SQLiteRig) ->
     assert client.stats() == truth(rig) == {"q": QueueStats(leased=5_400)}
 
 
+def test_retention_drops_nothing_because_of_a_wrong_count(rig: SQLiteRig) -> None:
+    broker, client = rig.broker(retention=Retention(max_count=3)), rig.make_client()
+    insert(rig, 700, "dead", at=rig.now)
+    rig.do(rig.broker().sweep())
+    assert client.stats()["q"].dead == 700
+    rig.sql("DELETE FROM kq_job WHERE id < 'q-dead-0000696'")
+    assert rig.do(broker.sweep()).forgotten == {"q": 1}
+    assert [row.id[-3:] for row in client.list("dead", None, 9)] == ["697", "698", "699"]
+    assert client.stats()["q"].dead == 3
+
+
 @pytest.mark.parametrize("garbage", [None, "", "garbage", -5, 2**63 - 1, 1.5, b"\xff"])
 def test_a_count_that_is_none_is_counted_anew(rig: SQLiteRig, garbage: Any) -> None:
     broker, client = rig.broker(), rig.make_client()

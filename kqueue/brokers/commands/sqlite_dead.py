@@ -25,6 +25,7 @@ _FIND_ODD: Final = (
 )
 _BURY_ODD: Final = "UPDATE kq_job SET state = 'dead', died_at = ?, number = number + 1 WHERE rowid = ?"
 _OLDEST: Final = "SELECT id FROM kq_job WHERE state = 'dead' AND queue = ? ORDER BY died_at, id LIMIT ?"
+_HOW_MANY: Final = "SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'dead' AND queue = ? LIMIT ?)"
 _OLDER: Final = "SELECT id FROM kq_job WHERE state = 'dead' AND queue = ? AND died_at <= ? ORDER BY died_at, id LIMIT ?"
 _DEAD: Final = "SELECT queue FROM kq_job WHERE id = ? AND state = 'dead'"
 _RETRY: Final = (
@@ -64,9 +65,9 @@ def retire(tx: Transaction, queues: Iterable[str], retention: Retention) -> dict
     room = MAX_BATCH
     for queue in queues:
         found: list[tuple[str]] = []
-        if retention.max_count:
-            too_many = tx.count(queue, "dead") - retention.max_count
-            found += tx.db.execute(_OLDEST, (queue, max(0, min(too_many, room))))
+        if 0 < retention.max_count < tx.count(queue, "dead"):  # which may be wrong, and nothing goes by that alone
+            ((there,),) = tx.db.execute(_HOW_MANY, (queue, retention.max_count + room))
+            found += tx.db.execute(_OLDEST, (queue, max(0, there - retention.max_count)))
         if retention.max_age_s:
             found += tx.db.execute(_OLDER, (queue, tx.now - retention.max_age_s, room))
         ids = [id for (id,) in dict.fromkeys(found)][:room]
