@@ -46,12 +46,12 @@ class Rig:
 
     def broker(
         self, *, identity: str = "", lease_s: float = 15.0, epoch: str | None = None, queues: tuple[str, ...] = ("q",),
-        **more: Any,
+        **how: Any,
     ) -> Any:
         """A broker, opened as a new epoch. `broker.recovered` and `broker.answers` are what `open` returned."""
         broker: Any = self.make_broker()
         owner = Owner(epoch or new_id(), identity)
-        broker.recovered, broker.answers = self.do(broker.open(owner, list(queues), lease_s, **more))
+        broker.recovered, broker.answers = self.do(broker.open(owner, list(queues), lease_s, **how))
         self.opened.append(broker)
         return broker
 
