@@ -126,7 +126,7 @@ def test_retention_drops_nothing_because_of_a_wrong_count(rig: SQLiteRig) -> Non
     assert client.stats()["q"].dead == 700
     rig.sql("DELETE FROM kq_job WHERE id < 'q-dead-0000696'")
     assert rig.do(broker.sweep()).forgotten == {"q": 1}
-    assert [row.id[-3:] for row in client.list("dead", None, 9)] == ["697", "698", "699"]
+    assert {row.id[-3:] for row in client.list("dead", None, 9)} == {"697", "698", "699"}
     assert client.stats()["q"].dead == 3
 
 
