@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BrokerUnavailable, KQueueError
@@ -74,6 +74,10 @@ class RedisBroker:
         self._number = int.from_bytes(os.urandom(6), "big")  # of the last settlement; an epoch may be opened twice
         self._turns: dict[str, Slots] = {}  # by verb and queue
         self._senders: list[commands.Sender] = []  # that are free
+        self._retention = NO_RETENTION
+        self._lapses: dict[str, bytes] = {}  # queue -> when our epoch was last found expired, as far as we have heard
+        self._sweeps: Sequence[commands.Call] = ()  # under way
+        self._stuck: set[str] = set()  # queues that take no follow-ups; told once
 
     # -- the nine verbs ---------------------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ class RedisBroker:
         retention: Retention = NO_RETENTION,
     ) -> Verb[Opened]:  # fmt: skip
         self._kernel = kernel = yield this_kernel()
-        self._owner, self._queues, self._lease_s = owner, list(queues), lease_s
+        self._owner, self._queues, self._lease_s, self._retention = owner, list(queues), lease_s, retention
         channels = [commands.bell(queue) for queue in queues]
         self._transport.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
         try:
@@ -126,14 +130,14 @@ class RedisBroker:
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         answers = [""] * len(batch)
-        yield from self._list_queues({job.queue for item in batch for job in item.follow_ups})
         turn = yield from self._take_turn("settle")
         try:
-            for parts in _rounds(batch):
+            for parts in commands.settle_parts(batch):
                 calls, orders = [], []
                 for epoch, positions in parts:
                     self._number += 1
-                    call, order = commands.settle(self._owner.epoch, self._number, epoch, [batch[p] for p in positions])
+                    part = [batch[position] for position in positions]
+                    call, order = commands.settle(self._owner, self._lease_s, self._number, epoch, part)
                     calls.append(call)
                     orders.append([positions[place] for place in order])
                 for order, reply in zip(orders, (yield from self._ask(calls)), strict=True):
@@ -141,22 +145,39 @@ class RedisBroker:
                         answers[position] = answer
         finally:
             turn.give()
+        leaving = {item.queue for item in batch if any(job.queue != item.queue for job in item.follow_ups)}
+        try:
+            for queue in leaving:
+                yield from self._hand_over(queue, hurried=True)
+        except BrokerUnavailable:
+            pass  # they stand in the outbox, and sweeps see to it
         return answers
 
     def renew(self) -> Verb[bool]:
         yield from self._release_surplus()
         # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
         listing = [("SADD", commands.QUEUES_KEY, *self._queues)]
-        yield from self._see_through(commands.Asking(listing, SCRIPTS, self.address, on_mended=self._mended, once=True))
-        flags = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
-        for queue, (flag, _) in zip(self._queues, flags, strict=True):
+        yield from self._ask(listing, once=True)
+        replies = yield from self._ask([commands.renew(self._owner, self._lease_s, queue) for queue in self._queues])
+        lapses = {}
+        for queue, (flag, lapsed) in zip(self._queues, replies, strict=True):
+            lapses[queue] = lapsed
             if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
                 self._ring([queue])
-        return all(alive for _, alive in flags)
+        before, self._lapses = self._lapses, lapses
+        return all(lapsed in (b"", before.get(queue)) for queue, lapsed in lapses.items())
 
     def sweep(self) -> Verb[Swept]:
-        recovered = yield from self._repeat_while_more([commands.sweep(self._lease_s, queue) for queue in self._queues])
-        return Swept(recovered, {})
+        """What is left after a third of a lease is left to the next one, since our epoch must be renewed."""
+        kernel = yield this_kernel()
+        swept = Swept({}, {})
+        until = kernel.clock.monotonic() + max(1.0, self._lease_s / 3)
+        left = self._queues
+        while left and kernel.clock.monotonic() < until:
+            left = yield from self._sweep(kernel, left, swept)
+        for queue in self._queues:
+            yield from self._hand_over(queue)
+        return swept
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         kernel = yield this_kernel()
@@ -179,8 +200,7 @@ class RedisBroker:
         others = sorted({name.decode("utf-8", "replace") for name in names} - set(self._queues))
         calls = [commands.stats(queue) for queue in others]
         # A user may lack the rights to the queues of others, and they may be on another node: that must not hide ours.
-        asking = commands.Asking(calls, SCRIPTS, self.address, on_mended=self._mended, once=True)
-        for queue, reply in zip(others, (yield from self._see_through(asking)), strict=True):
+        for queue, reply in zip(others, (yield from self._ask(calls, once=True)), strict=True):
             if reply is not None and any(reply):
                 counts[queue] = commands.read_stats(reply)
         return counts
@@ -217,6 +237,56 @@ class RedisBroker:
             self._idle.add(queue)
         return how == b"repeated", None if due is None else float(due), commands.read_leases(self._owner.epoch, queue, lanes)
 
+    def _sweep(self, kernel: Kernel, queues: Sequence[str], swept: Swept) -> Verb[list[str]]:
+        """One round. The queues in which there is more to do."""
+        # Until we have been connected for a whole lease, the others may not have come back yet.
+        ready_at = self._transport.ready_at
+        long_ready = ready_at is not None and kernel.clock.monotonic() - ready_at >= self._lease_s
+        self._sweeps = [commands.sweep(self._lease_s, queue, long_ready, self._retention) for queue in queues]
+        left = []
+        for queue, reply in zip(queues, (yield from self._ask(self._sweeps)), strict=True):
+            recovered, forgotten, more = reply
+            for counts, count in ((swept.recovered, recovered), (swept.forgotten, forgotten)):
+                if count:
+                    counts[queue] = counts.get(queue, 0) + count
+            if more:
+                left.append(queue)
+        return left
+
+    def _hand_over(self, queue: str, *, hurried: bool = False) -> Verb[None]:
+        """Bring follow-ups from the outbox of `queue` to where they belong. What is not taken now stays, for the next sweep."""
+        more = True
+        while more:
+            (reply,) = yield from self._ask([commands.outbox(queue)], once=True, hurried=hurried)
+            if reply is None:
+                return
+            read_at, found, more = commands.read_outbox(queue, reply)
+            if not found:
+                return
+            by_queue: dict[str, list[commands.FollowUp]] = {}
+            for job in found:
+                by_queue.setdefault(job.queue, []).append(job)
+            refusals: list[str] = []
+            listing = ("SADD", commands.QUEUES_KEY, *by_queue)
+            calls = [commands.hand_over(to, read_at, jobs) for to, jobs in by_queue.items()]
+            _, *replies = yield from self._ask([listing, *calls], once=True, hurried=hurried, refusals=refusals)
+            taken = []
+            for (to, jobs), reply in zip(by_queue.items(), replies, strict=True):
+                if reply:
+                    taken += jobs
+                    self._stuck.discard(to)
+                elif reply is None and to not in self._stuck:
+                    self._stuck.add(to)
+                    self._transport.warn(
+                        f"queue {to!r} does not take the jobs that follow those of {queue!r}, so they wait in the outbox of "
+                        f"{queue!r}, and every sweep tries again: {refusals[-1]}"
+                    )
+            if not taken:
+                return
+            (gone,) = yield from self._ask([commands.handed_over(queue, taken)], once=True, hurried=hurried)
+            if gone is not None:
+                yield from self._ask(commands.unmark(taken), once=True, hurried=hurried)
+
     def _release_surplus(self) -> Verb[None]:
         surplus, self._surplus = self._surplus, []
         try:
@@ -246,24 +316,32 @@ class RedisBroker:
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, asked: Sequence[commands.Call | commands.Command]) -> Verb[list[Any]]:
-        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless."""
-        return (yield from self._see_through(
-            commands.Asking(asked, SCRIPTS, self.address, wait_for_rights=self._opened, on_mended=self._mended)
-        ))  # fmt: skip
+    def _ask(
+        self, asked: Sequence[commands.Call | commands.Command], *, once: bool = False, hurried: bool = False,
+        refusals: list[str] | None = None,
+    ) -> Verb[list[Any]]:  # fmt: skip
+        """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless.
 
-    def _see_through(self, asking: commands.Asking) -> Verb[list[Any]]:
+        `once`: what is refused is not asked again; its reply is None, and the reason is added to `refusals`.
+        `hurried`: nothing is waited for; BrokerUnavailable.
+        """
+        asking = commands.Asking(
+            asked, SCRIPTS, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once, refusals=refusals
+        )
+        return (yield from self._see_through(asking, hurried or self._closing))
+
+    def _see_through(self, asking: commands.Asking, hurried: bool) -> Verb[list[Any]]:
         tries = 0
         while asking.left:
             try:
-                yield from self._transport.ready(patient=not self._closing)
+                yield from self._transport.ready(patient=not hurried)
                 trouble = asking.hear((yield from self._transport.call(asking.commands(self._transport.digests))))
             except BrokerUnavailable:
-                if self._closing or self._transport.closed:
+                if hurried or self._transport.closed:
                     raise
                 continue  # the transport reports it, and waits between its tries
             if trouble:
-                if self._closing:
+                if hurried:
                     raise BrokerUnavailable(f"{self.address}: {trouble}")
                 delay_s = self._transport.backoff_s(tries)
                 tries += 1
@@ -289,6 +367,8 @@ class RedisBroker:
 
     def _connected(self) -> None:
         self._listed.clear()  # it may be another server by now
+        for call in self._sweeps:  # which are asked again
+            commands.expire_nobody(call)
         if self._opened:
             self._ring(self._idle)  # what rang meanwhile, nobody heard
 
@@ -303,17 +383,3 @@ def _share(inline: int, isolated: int) -> tuple[int, int]:
     """What to ask for at once of a want that may be more than MAX_BATCH, so that neither lane starves the other."""
     first = min(inline, max(MAX_BATCH // 2, MAX_BATCH - isolated))
     return first, min(isolated, MAX_BATCH - first)
-
-
-def _rounds(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[int]]]]:
-    """(epoch, positions) of what may be settled at once: one epoch, one queue, MAX_BATCH, and no queue twice in a round."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for position, item in enumerate(batch):
-        groups.setdefault((item.queue, item.token.epoch), []).append(position)
-    queues: dict[str, list[tuple[str, list[int]]]] = {}
-    for (queue, epoch), positions in groups.items():
-        for start in range(0, len(positions), MAX_BATCH):
-            queues.setdefault(queue, []).append((epoch, positions[start : start + MAX_BATCH]))
-    while queues:
-        yield [parts.pop(0) for parts in queues.values()]
-        queues = {queue: parts for queue, parts in queues.items() if parts}

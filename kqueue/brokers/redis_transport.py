@@ -92,6 +92,7 @@ class RedisTransport:
         self.digests: dict[str, bytes] = {}  # by name of the script, once ready
         self.bells_refused = False  # the user may not subscribe
         self.version = ""
+        self.ready_at: float | None = None  # clock seconds: since when it is ready; None: it is not
         self._on_push, self._on_ready, self._on_news = on_push, on_ready, on_news
         self._channels: Sequence[str] = ()
         self._name = ""
@@ -200,11 +201,10 @@ class RedisTransport:
             self._wake_waiting()
 
     def _keep_connected(self) -> Verb[None]:
-        tries, ready_at = 0, 0.0
+        tries = 0
         while True:
             try:
                 yield from self._establish()
-                ready_at = self._now()
                 yield from self._serve()
             except BrokerRefused as error:
                 if not self._was_ready:
@@ -214,7 +214,7 @@ class RedisTransport:
                 reason = str(error)
             except (BrokerUnavailable, OSError) as error:
                 reason = str(error)
-            if self.state == "ready" and self._now() - ready_at > self._cap_s:
+            if self.ready_at is not None and self._now() - self.ready_at > self._cap_s:
                 tries = 0  # it did work; a server that lets us in and throws us out at once does not
             self._drop(reason, "lost")
             delay_s = self.backoff_s(tries)
@@ -241,6 +241,7 @@ class RedisTransport:
         yield from self._greet(deadline)
         self.state = "ready"
         self._was_ready = True
+        self.ready_at = self._now()
         self._heard_at = self._now()
         self.report_well()
         self._on_ready()
@@ -379,6 +380,7 @@ class RedisTransport:
     def _drop(self, reason: str, state: str) -> None:
         """Close the socket, and fail everyone in the FIFO."""
         self.state = state
+        self.ready_at = None
         if self._socket is not None:
             self._socket.close()
         self._socket = self._reader = None

@@ -62,5 +62,9 @@ FIGURES: Sequence[Figure] = (
     Figure("sleepers_1000", "1,000 jobs that wait 1 s: done after", "s"),
     Figure("sleepers_10000", "10,000 jobs that wait 1 s: done after", "s"),
     Figure("parked_memory", "memory of a parked job (of 10,000)", "KiB"),
+    # crowded.py
+    Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
+    Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),
+    Figure("crowded_old", "the same of jobs that stood there since long: times", "x"),
 )
 BY_KEY = {figure.key: figure for figure in FIGURES}

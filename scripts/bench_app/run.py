@@ -4,8 +4,8 @@
     ./scripts/bench --profile
 
 A round takes every measurement once, on each broker, so that what disturbs the machine for a while disturbs all of them alike.
-How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, parked. `marks` is what
-jobs leave behind, `kqueued` what runs them, `figures` the targets.
+How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, parked, crowded. `marks` is
+what jobs leave behind, `kqueued` what runs them, `figures` the targets.
 
 A target that is missed is said, and is no error: machines differ. A job that is lost, runs twice or stays in the queue is one:
 that round's figure is left out, and the exit status is 1. Whatever was started is ended by its pid, and the temporary directory
@@ -25,6 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import click
+import crowded
 import idle
 import latency
 import parked
@@ -46,6 +47,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "noop": throughput.measure_inline,
     "forked": throughput.measure_forked,
     "parked": parked.measure,
+    "crowded": crowded.measure,
 }
 
 

@@ -170,6 +170,13 @@ class RedisRig(Rig):
     def make_broker(self) -> Broker:
         return RedisBroker(self.url, on_event=lambda *news: self.news.append(news))
 
+    def broker(self, *, fresh: bool = False, **how: Any) -> Any:
+        """As of any Rig. Unless `fresh`, it has been connected for so long that its sweeps may expire others."""
+        broker = super().broker(**how)
+        if not fresh:
+            broker._transport.ready_at = -1e9
+        return broker
+
     def make_client(self) -> Store:
         self.clients.append(RedisClient(self.url))
         return self.clients[-1]

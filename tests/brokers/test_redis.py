@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
+from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis import judge, parse_url
 from kqueue.brokers.commands.redis_mend import GRACE_S, STRUCTURES
 from kqueue.client.redis import RedisClient
@@ -32,7 +33,11 @@ def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
 
 @pytest.fixture
 def proxy(rig: RedisRig) -> Iterator[Proxy]:
-    """The rig's brokers and clients go through it."""
+    yield from between(rig)
+
+
+def between(rig: RedisRig) -> Iterator[Proxy]:
+    """A proxy that the rig's brokers and clients go through."""
     proxy = Proxy(rig.server.port)
     rig.url = proxy.url
     yield proxy
@@ -469,6 +474,83 @@ def test_queues_that_may_not_be_looked_at_do_not_hide_ours(rig: RedisRig) -> Non
         assert {queue: each.ready for queue, each in rig.do(broker.stats()).items()} == {"q": 1}
     finally:
         rig.server.command("ACL", "DELUSER", "one")
+
+
+# -- dead letters ------------------------------------------------------------------------------------------------------
+
+
+def ask(client: Any, call: commands.Call) -> list[bool]:
+    """What a call about dead letters is answered."""
+    (digits,) = client._wire.ask([call])
+    return commands.read_digits(digits)
+
+
+def bury(rig: RedisRig, broker: Any, *names: str, **fields: Any) -> None:
+    rig.do(broker.enqueue([new_job(id, **fields) for id in names]))
+    how = {"counters": Counters(3, 1, 2, 4, 1), "certificate": b'{"cause":"exception"}'}
+    wants = (0, 500) if fields.get("lane") == "isolated" else (500, 0)
+    assert settle(rig, broker, reserve(rig, broker, *wants), "bury", **how) == [SETTLED] * len(names)
+
+
+def test_retried_dead_letters_are_ready_at_once_as_if_they_had_never_run(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    bury(rig, broker, "a", "b", "c", lane="isolated", priority=2)
+    client.enqueue([new_job("waits", at=time.time() - 60)])
+    assert ask(client, commands.retry("q", ["b", "nobody", "waits", "a", "b"])) == [True, False, False, True, False]
+    assert stats(rig, broker) == (3, 0, 0, 1)
+    row = client.show("a", "q")
+    assert (row.state, row.lane, row.priority, row.counters) == ("ready", "isolated", 2, Counters())
+    assert row.certificates == (b'{"cause":"exception"}',)
+    assert abs(row.available_at - time.time()) < 60, "not the place that it had"
+    first, second = reserve(rig, broker, 0, 10)
+    assert (first.token.id, second.token.id) == ("a", "b")
+    assert first.token.number == 2, "so no token of before is good again"
+    assert first.envelope is not None
+
+
+def test_a_retry_rings(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    bury(rig, broker, "a")
+    assert reserve(rig, broker) == []
+    ask(client, commands.retry("q", ["a"]))
+    assert rig.do(broker.wait(10.0)) is True
+
+
+def test_forgotten_dead_letters_leave_nothing_behind(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    bury(rig, broker, "a", "b")
+    client.enqueue([new_job("waits")])
+    assert ask(client, commands.forget("q", ["b", "waits", "nobody", "b"])) == [True, False, False, False]
+    assert client.show("b", "q") is None
+    assert stats(rig, broker) == (1, 0, 0, 1)
+    assert ask(client, commands.forget("q", ["a"])) == [True]
+    assert rig.server.command("KEYS", "kq:{q}:*:[ab]") == []
+
+
+@pytest.mark.parametrize("verb", ["retry", "forget"])
+def test_a_call_about_dead_letters_whose_reply_is_lost_says_what_it_did(rig: RedisRig, proxy: Proxy, verb: str) -> None:
+    broker, client = direct(rig), rig.make_client()
+    bury(rig, broker, *map(str, range(500)))
+    client.stats()
+    proxy.on_cut = lambda: rig.server.command("DEL", READY)  # who was retried has run meanwhile
+    proxy.cut()
+    assert ask(client, getattr(commands, verb)("q", [*map(str, range(499)), "nobody"])) == [True] * 499 + [False]
+    assert proxy.cuts == 1
+    assert stats(rig, broker) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("damage", [("DEL", f"{JOB}a"), ("SET", f"{JOB}a", "x"), ("SET", "kq:{q}:certs:a", "x")])
+def test_damaged_dead_letters_can_be_retried_and_forgotten(rig: RedisRig, damage: tuple[Any, ...]) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    bury(rig, broker, "a", "b")
+    rig.server.command(*damage)
+    assert ask(client, commands.retry("q", ["a", "b"])) == [True, True]
+    leases = reserve(rig, broker)
+    assert sorted(ids(leases)) == ["a", "b"]
+    settle(rig, broker, leases, "bury", certificate=b"{}")
+    rig.server.command(*damage)
+    assert ask(client, commands.forget("q", ["a", "b"])) == [True, True]
+    assert client.list(None, "q", 10) == []
 
 
 # -- a full or unwilling Redis ----------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ from typing import Any, Final, NamedTuple
 
 from hiredis import pack_command
 
-from ...codec import to_json
 from ...errors import BrokerRefused, QueueFull, UsageError, nearest
-from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Row, Settlement, Token
-from .redis_lua import LANES, MAX_BATCH_BYTES, ROW_FIELDS
+from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Retention, Row, Settlement, Token, lost
+from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, ROW_FIELDS
 from .redis_mend import Arg, mend, suspects, told
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
 DOCUMENTS_KEY: Final = "kq:documents"  # a hash: what daemons published
+CALL_MEMORY_S: Final = 120  # that a client's call about dead letters is recognised when it is repeated
 OLDEST: Final = (6, 2)  # version of Redis that is enough
 
 # -- where it is ------------------------------------------------------------------------------------------------------
@@ -155,12 +155,13 @@ class Asking:
     `address` is for messages; `words(error)` is what the server said.
     `wait_for_rights`: missing rights are trouble that may pass.
     `on_mended(text)` hears of keys of a wrong type that were moved out of the way (see redis_mend).
-    `once`: what is refused, now or for good, is not asked again; its reply is None.
+    `once`: what is refused, now or for good, is not asked again; its reply is None, and the reason is added to `refusals`.
     """
 
     def __init__(
         self, asked: Sequence[Call | Command], scripts: Mapping[str, str], address: str, *, wait_for_rights: bool = False,
         words: Callable[[Exception], str] = str, on_mended: Callable[[str], None] = lambda text: None, once: bool = False,
+        refusals: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.replies: list[Any] = [None] * len(asked)
         self.left = list(range(len(asked)))  # positions that have no reply yet
@@ -171,6 +172,7 @@ class Asking:
         self._words = words
         self._on_mended = on_mended
         self._once = once
+        self._refusals = [] if refusals is None else refusals
         self._loading = False  # the server has forgotten our scripts
         self._wrong: dict[str, dict[str, str]] = {}  # what keys begin with -> names and types of those to be mended
         self._mended: set[str] = set()  # what the keys begin with that were
@@ -199,6 +201,7 @@ class Asking:
             elif verdict.code == "WRONGTYPE" and self._may_mend(self._asked[position], hopeless):
                 pass
             elif self._once:
+                self._refusals.append(verdict.text)
                 continue
             elif verdict.later or (self._wait_for_rights and verdict.code in RIGHTS):
                 trouble = verdict.text
@@ -332,9 +335,13 @@ def enqueue(sender: Sender, memory_s: int, batch: Sequence[NewJob], max_depth: i
     sender.request += 1
     args: list[Arg] = [1, prefix(batch[0].queue), sender.name, sender.request, memory_s, max_depth, total]
     for job in batch:
-        delay = repr(job.delay_s) if job.delay_s > 0 else ""
-        args += (job.id.encode(), job.lane, job.priority, delay, "" if job.at is None else repr(job.at), job.envelope)
+        args += _job(job)
     return Call("enqueue", args)
+
+
+def _job(job: NewJob) -> tuple[Arg, ...]:
+    delay = repr(job.delay_s) if job.delay_s > 0 else ""
+    return job.id.encode(), job.lane, job.priority, delay, "" if job.at is None else repr(job.at), job.envelope
 
 
 def reserve(owner: Owner, lease_s: float, request: int, queue: str, wants: Iterable[int]) -> Call:
@@ -342,12 +349,13 @@ def reserve(owner: Owner, lease_s: float, request: int, queue: str, wants: Itera
     return Call("reserve", [1, prefix(queue), owner.epoch, owner.identity, lease_s, request, *wants])
 
 
-def settle(sender: str, request: int, epoch: str, batch: Sequence[Settlement]) -> tuple[Call, list[int]]:
+def settle(owner: Owner, lease_s: float, request: int, epoch: str, batch: Sequence[Settlement]) -> tuple[Call, list[int]]:
     """End leases of one epoch in one queue; and the positions in `batch` in the order in which the answers come."""
     plain: list[Arg] = []
     others: list[Arg] = []
     order: list[int] = []
     later: list[int] = []
+    queue = batch[0].queue
     for position, item in enumerate(batch):
         id = _bytes(item.token.id)
         if item.verb == "ack" and item.keep_s <= 0 and not item.follow_ups:
@@ -357,32 +365,89 @@ def settle(sender: str, request: int, epoch: str, batch: Sequence[Settlement]) -
             later.append(position)
             others += (
                 id, item.token.number, item.verb, *item.counters, item.delay_s, item.lane or "", item.certificate or b"",
-                item.result or b"", item.keep_s, _follow_ups(item.follow_ups),
+                item.result or b"", item.keep_s, len(item.follow_ups),
             )  # fmt: skip
-    return Call("settle", [1, prefix(batch[0].queue), epoch, sender, request, len(order), *plain, *others]), order + later
+            for job in item.follow_ups:
+                others += ("" if job.queue == queue else job.queue, *_job(job))
+    head: list[Arg] = [1, prefix(queue), epoch, owner.epoch, request, len(order), owner.identity, lease_s]
+    return Call("settle", [*head, *plain, *others]), order + later
 
 
-def _follow_ups(jobs: Sequence[NewJob]) -> bytes:
-    """Follow-ups as the script reads them. A delay is below 1e8 (`options.LONGEST_DELAY_S` is above; a moment of it is one)."""
-    if not jobs:
-        return b""
-    rows = []
+def settle_parts(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[int]]]]:
+    """What of `batch` may be asked at once, as (epoch, positions): one queue and epoch each, and no queue twice.
+
+    Each within MAX_BATCH jobs and MAX_BATCH_BYTES, follow-ups among them, unless one settlement alone is more.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for position, item in enumerate(batch):
+        groups.setdefault((item.queue, item.token.epoch), []).append(position)
+    queues: dict[str, list[tuple[str, list[int]]]] = {}
+    for (queue, epoch), positions in groups.items():
+        parts = queues.setdefault(queue, [])
+        jobs, size = MAX_BATCH, 0
+        for position in positions:
+            item = batch[position]
+            more = 1 + len(item.follow_ups)
+            length = len(item.certificate or b"") + len(item.result or b"") + sum(len(job.envelope) for job in item.follow_ups)
+            if jobs + more > MAX_BATCH or size + length > MAX_BATCH_BYTES:
+                parts.append((epoch, []))
+                jobs, size = 0, 0
+            parts[-1][1].append(position)
+            jobs, size = jobs + more, size + length
+    while queues:
+        yield [parts.pop(0) for parts in queues.values()]
+        queues = {queue: parts for queue, parts in queues.items() if parts}
+
+
+class FollowUp(NamedTuple):
+    """A job in the outbox of a queue."""
+
+    name: bytes  # there
+    queue: str  # where it goes
+    fields: Sequence[Arg]  # id, lane, priority, due, envelope
+
+
+def outbox(queue: str) -> Call:
+    """Read some of what is to be handed over to other queues; read it by `read_outbox`."""
+    return Call("outbox", [1, prefix(queue)])
+
+
+def hand_over(queue: str, read_at: bytes, jobs: Sequence[FollowUp]) -> Call:
+    """Add follow-ups to their `queue`, at most once each. Replies 0 when that is too late: then nothing was done."""
+    args: list[Arg] = [1, prefix(queue), read_at]
     for job in jobs:
-        when = job.at if job.at is not None else job.delay_s if job.delay_s < 1e8 else time.time() + job.delay_s
-        rows.append([prefix(job.queue), job.id, job.lane, str(job.priority), repr(when), job.envelope.decode()])
-    return to_json(rows)
+        args += (job.name, *job.fields)
+    return Call("hand_over", args)
+
+
+def handed_over(queue: str, jobs: Sequence[FollowUp]) -> Command:
+    """Take them out of the outbox of `queue`."""
+    return ("HDEL", prefix(queue) + "outbox", *(job.name for job in jobs))
+
+
+def unmark(jobs: Sequence[FollowUp]) -> list[Command]:
+    """Let the marks go soon; only after `handed_over`."""
+    return [("EXPIRE", prefix(job.queue).encode() + b"handed:" + job.name, 2 * HAND_OVER_WITHIN_S) for job in jobs]
 
 
 def open_epoch(owner: Owner, lease_s: float, queue: str, culprit: str = "") -> Call:
-    return Call("open", [1, prefix(queue), owner.epoch, owner.identity, lease_s, _bytes(culprit)])
+    now = time.time()
+    certificates = (lost(now), _bytes(culprit), lost(now, culprit=True))
+    return Call("open", [1, prefix(queue), owner.epoch, owner.identity, lease_s, *certificates])
 
 
 def renew(owner: Owner, lease_s: float, queue: str) -> Call:
     return Call("renew", [1, prefix(queue), owner.epoch, owner.identity, lease_s])
 
 
-def sweep(lease_s: float, queue: str) -> Call:
-    return Call("sweep", [1, prefix(queue), lease_s])
+def sweep(lease_s: float, queue: str, may_expire: bool, retention: Retention) -> Call:
+    """`may_expire`: an epoch whose time is over is taken for dead, not only one that was given up."""
+    return Call("sweep", [1, prefix(queue), lease_s, int(may_expire), lost(time.time()), *retention])
+
+
+def expire_nobody(call: Call) -> None:
+    """Make a `sweep` that is to be asked again one that may not expire."""
+    call.args[3] = 0
 
 
 def stats(queue: str) -> Call:
@@ -391,6 +456,21 @@ def stats(queue: str) -> Call:
 
 def cancel(queue: str, id: str, certificate: bytes) -> Call:
     return Call("cancel", [1, prefix(queue), _bytes(id), certificate])
+
+
+def retry(queue: str, ids: Sequence[str]) -> Call:
+    """Make dead jobs ready, as if they had never run but for their certificates; at most MAX_BATCH. Read it by `read_digits`."""
+    return _of_dead("retry", queue, ids)
+
+
+def forget(queue: str, ids: Sequence[str]) -> Call:
+    """Delete dead jobs; at most MAX_BATCH. Read it by `read_digits`."""
+    return _of_dead("forget", queue, ids)
+
+
+def _of_dead(script: str, queue: str, ids: Sequence[str]) -> Call:
+    """A call that has a name of its own, so that a repeated one is answered as the first."""
+    return Call(script, [1, prefix(queue), os.urandom(9).hex(), CALL_MEMORY_S, *map(_bytes, ids)])
 
 
 def show(queue: str, id: str) -> Call:
@@ -413,15 +493,35 @@ def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[
     for lane, flat in zip(LANES, lanes, strict=True):
         rest = iter(flat)
         for id, number, fields in zip(rest, rest, rest, strict=True):
-            envelope, a, c, r, d, at, _, _, m = fields or (None,) * 9
+            envelope, a, c, r, d, m, at, *_ = fields or (None,) * 9
             counters = _NONE if not (a or c or r or d) else Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
             token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
             leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
     return leases
 
 
+def read_digits(digits: bytes) -> list[bool]:
+    """For each job whether the call did what it says."""
+    return [digit == YES for digit in digits]
+
+
 def read_settled(digits: bytes) -> list[str]:
     return [SETTLED if digit == YES else STALE for digit in digits]
+
+
+def read_outbox(queue: str, reply: Sequence[Any]) -> tuple[bytes, list[FollowUp], bool]:
+    """When it was read, what stood in the outbox of `queue`, and whether there is more.
+
+    What is no job is handed over to the queue itself, where it is buried with the reason, as garbage is.
+    """
+    read_at, entries, more = reply
+    found = []
+    for name, value in entries:
+        if isinstance(value, bytes):
+            found.append(FollowUp(name, queue, (name, LANES[0], 0, read_at, value)))
+        else:
+            found.append(FollowUp(name, value[0].decode("utf-8", "surrogateescape"), value[1:]))
+    return read_at, found, bool(more)
 
 
 def read_stats(reply: Sequence[int]) -> QueueStats:

@@ -10,8 +10,11 @@ Everything of a queue lives under one hash tag, `kq:{QUEUE}:`, so that a script 
     leased:<epoch>  hash    id -> number of the reservation
     certs:<id>      list    the last certificates, newest last
     epochs, owners  zset    epoch -> expiry (0: given up); hash: epoch -> identity
+    outbox          hash    name -> a job that follows one of this queue and goes into another (Rule 6)
+    handed:<name>   string  there for a while after that job was handed over to this queue
     idle            string  there when some daemon found less than it wanted: who adds something deletes it, and rings `bell`
     beat, hush      string  when an epoch was last renewed, or a sweep made; there while nobody may be taken for dead
+    lapsed:<epoch>  string  when it was last found expired; its owner hears of it by its next renewal
     last:<epoch>, settled:<epoch>, client:<sender>   the last request of each sender, and what it was answered
 
 What state a job is in follows from where its id stands; nothing else says so. One that stands nowhere is leased. So a reservation
@@ -27,6 +30,10 @@ Rule 4. `leased:<epoch>` proves a lease. A job that was recovered keeps the epoc
         settles (expiry makes eligible, no more); whatever happens to it next removes the field `epoch`.
 Rule 5. A request that comes again is answered as it was the first time, as long as its sender has made no other since. What a
         reservation took is remembered as long as its epoch: forgotten, it would be held by an owner who does not know of it.
+Rule 6. A job that follows into another queue is put into the outbox by the acknowledgment, since no script may write into two
+        slots of a cluster. Then it is handed over (added there, and a mark beside it, in one step), then taken out of the
+        outbox. Whatever dies in between, somebody hands it over again; the mark tells that it was, even when it has run and is
+        gone. Once it is out of the outbox, the mark is kept for those only who had read the outbox before: HAND_OVER_WITHIN_S.
 """
 
 from __future__ import annotations
@@ -38,13 +45,14 @@ from ..base import MAX_BATCH, MAX_CERTIFICATES, PRIORITY_STEP_S
 LANES: Final = ("inline", "isolated")
 MAX_BATCH_BYTES: Final = 8 << 20  # of envelopes in one command or reply
 MEMORY_S: Final = 86400  # that answers to daemons are kept (Rule 5), so how long an outage may last
+HAND_OVER_WITHIN_S: Final = 300  # of reading the outbox; more than two nodes of a cluster may differ in time
 ROW_FIELDS: Final = (
     "envelope", "lane", "priority", "available_at", "attempts", "crashes", "recoveries", "deferrals", "memory", "result",
 )  # fmt: skip
 
 _CONSTANTS = f"""
 local MAX_BATCH, MAX_BYTES, MAX_CERTIFICATES = {MAX_BATCH}, {MAX_BATCH_BYTES}, {MAX_CERTIFICATES}
-local PRIORITY_STEP, MEMORY = {PRIORITY_STEP_S:.0f}, {MEMORY_S}
+local PRIORITY_STEP, MEMORY, HAND_OVER_WITHIN = {PRIORITY_STEP_S:.0f}, {MEMORY_S}, {HAND_OVER_WITHIN_S}
 """
 
 BASE: Final = (
@@ -60,9 +68,19 @@ local function number(text, default)
   return default
 end
 
+local function count(text) return math.floor(math.max(0, number(text, 0))) end
 local function job_key(id) return prefix .. 'job:' .. id end
 local function lane_of(text) return text == 'isolated' and 'isolated' or 'inline' end
 local function moment(at) return string.format('%.6f', at) end
+
+local function delete_jobs(ids)
+  local keys = {}
+  for _, id in ipairs(ids) do
+    keys[#keys + 1] = job_key(id)
+    keys[#keys + 1] = prefix .. 'certs:' .. id
+  end
+  redis.call('DEL', unpack(keys))
+end
 """
 )
 
@@ -93,9 +111,36 @@ end
 
 local function write_places()
   local any = next(placed)
-  for set, scores in pairs(placed) do redis.call('ZADD', prefix .. set, unpack(scores)) end
+  for set, scores in pairs(placed) do
+    for i = 1, #scores, 2 * MAX_BATCH do
+      redis.call('ZADD', prefix .. set, unpack(scores, i, math.min(i + 2 * MAX_BATCH - 1, #scores)))
+    end
+  end
   placed = {}
   return any
+end
+
+local function add(id, lane, priority, at, envelope)
+  if redis.call('EXISTS', job_key(id)) == 1 then return end
+  lane = lane_of(lane)
+  redis.call('HSET', job_key(id), 'envelope', envelope, 'lane', lane, 'priority', priority, 'available_at', moment(at))
+  place(id, lane, priority, at)
+end
+"""
+
+# Of a settlement: the follow-ups whose number stands at ARGV[at], as _SETTLE describes them.
+FOLLOW: Final = """
+local function follow(at)
+  for i = at + 1, at + 7 * ARGV[at], 7 do
+    local queue, id, lane, priority, delay, moment_at, envelope = unpack(ARGV, i, i + 6)
+    local due = tonumber(moment_at) or now + (tonumber(delay) or 0)
+    if queue == '' then
+      add(id, lane, tonumber(priority), due, envelope)
+    else
+      local name = ARGV[2] .. '-' .. ARGV[3] .. '-' .. i
+      redis.call('HSET', prefix .. 'outbox', name, cmsgpack.pack({queue, id, lane, priority, moment(due), envelope}))
+    end
+  end
 end
 """
 
@@ -108,6 +153,27 @@ local function certify(id, certificate)
   end
   redis.call('LTRIM', key, -MAX_CERTIFICATES, -1)
 end
+"""
+
+# For requests about dead letters: ARGV[1] names the request, ARGV[2] says for how many seconds it is remembered, ids follow.
+DEAD: Final = """
+local memory = prefix .. 'client:' .. ARGV[1]
+
+local function dead_ones()
+  local answered = redis.call('GET', memory)
+  if answered then return false, answered end
+  local ids, digits, seen = {}, {}, {}
+  for i = 3, #ARGV do
+    local id = ARGV[i]
+    local dead = not seen[id] and redis.call('ZSCORE', prefix .. 'dead', id)
+    seen[id] = true
+    digits[#digits + 1] = dead and '1' or '0'
+    if dead then ids[#ids + 1] = id end
+  end
+  return #ids > 0 and ids, table.concat(digits)
+end
+
+local function remember(digits) redis.call('SET', memory, digits, 'EX', ARGV[2]) end
 """
 
 DUE: Final = """
@@ -132,8 +198,11 @@ local function move_due()
 end
 """
 
-# beat: nobody has renewed or swept for half a lease when Redis itself was away. Then everybody gets the time to renew before
-# anybody is taken for dead.
+# beat: nobody has renewed or swept for half a lease when Redis itself was away, or its clock was put forward. Then everybody gets
+# the time to renew before anybody is taken for dead. When its clock was put back, expiries would be as far away as before.
+#
+# revive: whoever comes upon an epoch that had expired writes down when. So its owner hears of it however often a renewal is
+# repeated, and whoever came first.
 EPOCHS: Final = """
 local function register(epoch, identity, lease)
   redis.call('ZREM', prefix .. 'epochs', epoch)
@@ -141,39 +210,57 @@ local function register(epoch, identity, lease)
   redis.call('HSET', prefix .. 'owners', epoch, identity)
 end
 
+local function alive(epoch) return number(redis.call('ZSCORE', prefix .. 'epochs', epoch), 0) > now end
+
+local function revive(epoch, identity, lease)
+  local when = time[1] .. '.' .. time[2]
+  register(epoch, identity, lease)
+  redis.call('SET', prefix .. 'lapsed:' .. epoch, when)
+  return when
+end
+
 local function beat(lease)
+  local last = number(redis.call('GET', prefix .. 'beat'), now)
   local hush = redis.call('EXISTS', prefix .. 'hush') == 1
-  if now - number(redis.call('GET', prefix .. 'beat'), now) > lease / 2 then
+  if now - last > lease / 2 then
     redis.pcall('SET', prefix .. 'hush', 1, 'PX', math.ceil(lease * 1000))
     hush = true
+  elseif last - now > lease / 2 then
+    redis.pcall('PEXPIRE', prefix .. 'hush', math.ceil(lease * 1000))
+    for _, epoch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'epochs', '(' .. moment(now + lease), '+inf')) do
+      redis.pcall('ZADD', prefix .. 'epochs', 'XX', moment(now + lease), epoch)
+    end
   end
   redis.pcall('SET', prefix .. 'beat', moment(now))
   return hush
 end
 """
 
+# lost, crashed: certificates of the run that was lost, and of the one whose own code ran (that of `culprit`); see base.numbered.
 RECOVER: Final = """
-local function recover(epoch, limit, culprit)
+local function recover(epoch, limit, lost, culprit, crashed)
   local leased = prefix .. 'leased:' .. epoch
   local held, jobs = redis.call('HRANDFIELD', leased, limit, 'WITHVALUES'), {}
   if #held > 0 then check_sets() end
   for i = 1, #held, 2 do
-    jobs[i] = redis.pcall('HMGET', job_key(held[i]), 'lane', 'priority', 'available_at', 'recoveries', 'crashes')
+    jobs[i] = redis.pcall('HMGET', job_key(held[i]), 'lane', 'priority', 'available_at', 'attempts', 'crashes', 'recoveries')
   end
   for i = 1, #held, 2 do
     local id, job, key = held[i], jobs[i], job_key(held[i])
+    local attempts, crashes, recoveries = count(job[4]), count(job[5]), count(job[6])
     redis.call('HDEL', leased, id)
     if job.err then redis.call('DEL', key) end
-    local counter, count = 'recoveries', job[4]
-    if id == culprit then counter, count = 'crashes', job[5] end
-    redis.call('HSET', key, counter, number(count, 0) + 1, 'epoch', epoch, 'n', held[i + 1])
+    local certificate, counter, value = lost, 'recoveries', recoveries + 1
+    if id == culprit then certificate, counter, value = crashed, 'crashes', crashes + 1 end
+    redis.call('HSET', key, counter, value, 'epoch', epoch, 'n', held[i + 1])
+    certify(id, (string.gsub(certificate, '"attempt":0', '"attempt":' .. attempts + crashes + recoveries + 1, 1)))
     place(id, lane_of(job[1]), number(job[2], 0), number(job[3], now))
   end
   write_places()
   if redis.call('EXISTS', leased) == 0 then
     redis.call('ZREM', prefix .. 'epochs', epoch)
     redis.call('HDEL', prefix .. 'owners', epoch)
-    redis.call('DEL', prefix .. 'last:' .. epoch)
+    redis.call('DEL', prefix .. 'last:' .. epoch, prefix .. 'lapsed:' .. epoch)
   end
   return #held / 2
 end

@@ -20,7 +20,7 @@ Arg = bytes | str | int | float
 
 STRUCTURES: Final[Mapping[str, str]] = {
     "ready:inline": "zset", "ready:isolated": "zset", "delayed": "zset", "dead": "zset", "done": "zset", "epochs": "zset",
-    "owners": "hash", "idle": "string", "beat": "string", "hush": "string",
+    "owners": "hash", "outbox": "hash", "idle": "string", "beat": "string", "hush": "string",
 }  # fmt: skip
 """The keys that every queue has, by name, and their types. `leased:*` and `last:*` follow from the epochs."""
 
@@ -31,6 +31,9 @@ _OWN: Final[Mapping[str, Sequence[tuple[str, int, str]]]] = {
     "enqueue": (("client:", 2, "string"),),
     "reserve": (("leased:", 2, "hash"), ("last:", 2, "string")),
     "settle": (("leased:", 2, "hash"), ("settled:", 3, "string")),
+    "renew": (("lapsed:", 2, "string"),),
+    "retry": (("client:", 2, "string"),),
+    "forget": (("client:", 2, "string"),),
 }
 
 # KEYS: what the keys begin with. ARGV: what the new names begin with, what they end with, grace; then names and types, in pairs
@@ -105,6 +108,8 @@ def _sentence(key: str, found: str, kind: str, to: str) -> str:
         lost = "daemons and clients fill it again"
     elif key in GLOBAL:
         lost = "daemons publish it again when they start, so restart them"
+    elif name == "outbox":
+        lost = "follow-ups that waited in it for their queues are lost, so dispatch them again"
     elif kind == "string" or name in ("epochs", "owners"):
         lost = "daemons make it anew, and no job is lost"
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .redis_lua import BASE, BELL, CERTIFY, DUE, EPOCHS, PLACE, RECOVER
+from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, PLACE, RECOVER
 
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
@@ -61,8 +61,7 @@ local lanes, names = {{}, {}}, {'inline', 'isolated'}
 
 local function read(id)
   local job = redis.pcall('HMGET', job_key(id),
-    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'available_at', 'n', 'epoch',
-    'memory')
+    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
   return job.err and {} or job
 end
 
@@ -76,8 +75,8 @@ local due = next_due()
 local function answer(how) return {how, due and moment(due), lanes[1], lanes[2]} end
 
 redis.call('HLEN', leased)
-local registered = redis.call('ZSCORE', prefix .. 'epochs', epoch)
-if not registered then redis.call('HLEN', prefix .. 'owners') end
+local living = alive(epoch)
+if not living then redis.call('HLEN', prefix .. 'owners') end
 local last = redis.call('GET', memory)
 local readable, taken_before = pcall(cmsgpack.unpack, last or '')
 last = readable and type(taken_before) == 'table' and taken_before or {}
@@ -107,8 +106,8 @@ for index = 1, 2 do
       ids[index][i] = nil
     else
       local job = read(id)
-      local n = math.floor(math.max(0, number(job[7], 0))) + 1
-      if job[8] then recovered[#recovered + 1] = job_key(id) end
+      local n = count(job[8]) + 1
+      if job[9] then recovered[#recovered + 1] = job_key(id) end
       size = size + #(job[1] or '')
       add(lanes[index], id, n, job)
       held[#held + 1] = id
@@ -123,7 +122,7 @@ if #held > 0 then
     if #ids[index] > 0 then redis.call('ZREM', prefix .. 'ready:' .. name, unpack(ids[index])) end
   end
   redis.call('HSET', leased, unpack(held))
-  if not registered then register(epoch, ARGV[2], ARGV[3]) end
+  if not living then revive(epoch, ARGV[2], ARGV[3]) end
   for _, key in ipairs(recovered) do redis.call('HDEL', key, 'epoch') end
   redis.call('SET', memory, cmsgpack.pack(taken))
 end
@@ -131,44 +130,67 @@ if how == 'short' then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
 return answer(how)
 """
 
-# ARGV: the tokens' epoch, sender, request, number of plain acks; two for each of those: id, n; then fourteen for each other one:
-#       id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay, "" or lane, "" or certificate, "" or result, keep_s,
-#       "" or follow-ups: JSON, for each six texts: what the keys of its queue begin with, id, lane, priority, when, envelope
+# ARGV: the tokens' epoch, sender, request, number of plain acks, identity, lease in seconds; two for each plain ack: id, n;
+#       fourteen for each other settlement: id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay, "" or lane,
+#       "" or certificate, "" or result, keep_s, number of follow-ups; after it seven for each of those: "" or another queue,
+#       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
 # ->    a digit for each in that order (1: settled)
 _SETTLE = """
-local epoch, others = ARGV[1], 5 + 2 * ARGV[4]
+local epoch, others = ARGV[1], 7 + 2 * ARGV[4]
 local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'settled:' .. ARGV[2]
 local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
 if request == ARGV[3] then return answers end
 
 local at, ids = {}, {}
-for i = 5, others - 1, 2 do at[#at + 1] = i end
-for i = others, #ARGV, 14 do at[#at + 1] = i end
+for i = 7, others - 1, 2 do at[#at + 1] = i end
+local next_one = others
+while next_one <= #ARGV do
+  at[#at + 1] = next_one
+  next_one = next_one + 14 + 7 * ARGV[next_one + 13]
+end
 for i, position in ipairs(at) do ids[i] = ARGV[position] end
-local settled, digits, ended, strays, seen = {}, {}, {}, {}, {}
+local settled, digits, ended, strays, back, seen = {}, {}, {}, {}, {}, {}
 for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
   local id, n = ids[i], ARGV[at[i] + 1]
+  local holds = at[i] >= others and ARGV[at[i] + 2] == 'hold'
   local good = held == n
   if not good then
     local job = redis.pcall('HMGET', job_key(id), 'epoch', 'n')
     good = job[1] == epoch and job[2] == n
-    if good then strays[#strays + 1] = id end
+    if good then
+      strays[#strays + 1] = id
+      if holds then back[id] = n end
+    end
   end
   settled[i] = good and not seen[id]
   digits[i] = settled[i] and '1' or '0'
-  if settled[i] then
+  if settled[i] and not holds then
     ended[#ended + 1] = id
     seen[id] = true
   end
 end
 answers = table.concat(digits)
-if #ended == 0 then return answers end
-if others <= #ARGV or #strays > 0 then check_sets() end
+if #ended + #strays == 0 then return answers end
+if others <= #ARGV or #strays > 0 then
+  check_sets()
+  redis.call('HLEN', prefix .. 'outbox')
+end
+if next(back) then
+  redis.call('ZCARD', prefix .. 'epochs')
+  redis.call('HLEN', prefix .. 'owners')
+end
 
-redis.call('HDEL', leased, unpack(ended))
+if #ended > 0 then redis.call('HDEL', leased, unpack(ended)) end
 if #strays > 0 then
   for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed'}) do redis.call('ZREM', prefix .. set, unpack(strays)) end
 end
+for id, n in pairs(back) do
+  if not seen[id] then
+    redis.call('HDEL', job_key(id), 'epoch')
+    redis.call('HSET', leased, id, n)
+  end
+end
+if next(back) and not alive(epoch) then revive(epoch, ARGV[5], ARGV[6]) end
 local gone = {}
 local function keep(id, ...)
   local key = job_key(id)
@@ -176,45 +198,25 @@ local function keep(id, ...)
   redis.call('HDEL', key, 'epoch')
   redis.call('HSET', key, ...)
 end
-local function follow(next_jobs)
-  if next_jobs == '' then return end
-  local home, home_places = prefix, placed
-  for _, job in ipairs(cjson.decode(next_jobs)) do
-    prefix, placed = job[1], {}
-    local key, at = job_key(job[2]), tonumber(job[5])
-    if at < 1e8 then at = now + at end
-    if redis.call('EXISTS', key) == 0 then
-      redis.call('HSET', key, 'envelope', job[6], 'lane', lane_of(job[3]), 'priority', job[4], 'available_at', moment(at))
-      place(job[2], lane_of(job[3]), tonumber(job[4]), at)
-      write_places()
-      ring()
-    end
-  end
-  prefix, placed = home, home_places
-end
 for i, id in ipairs(ids) do
-  if settled[i] and at[i] < others then
-    gone[#gone + 1] = job_key(id)
-    gone[#gone + 1] = prefix .. 'certs:' .. id
-  elseif settled[i] then
-    local n, verb, attempts, crashes, recoveries, deferrals, memory_deaths, delay, lane, certificate, result, seconds, next_jobs =
-      unpack(ARGV, at[i] + 1, at[i] + 13)
+  local verb = at[i] < others and 'plain' or ARGV[at[i] + 2]
+  if not settled[i] or verb == 'hold' then
+    -- nothing to do
+  elseif verb == 'plain' or verb == 'ack' and ARGV[at[i] + 12] + 0 <= 0 then
+    gone[#gone + 1] = id
+  else
+    local n, _, attempts, crashes, recoveries, deferrals, out_of_memory, delay, lane, certificate, result, seconds =
+      unpack(ARGV, at[i] + 1, at[i] + 12)
     if certificate ~= '' then certify(id, certificate) end
     if verb == 'ack' then
-      if seconds + 0 > 0 then
-        keep(id, 'n', n, 'result', result)
-        redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
-      else
-        gone[#gone + 1] = job_key(id)
-        gone[#gone + 1] = prefix .. 'certs:' .. id
-      end
-      follow(next_jobs)
+      keep(id, 'n', n, 'result', result)
+      redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
     else
       local job = redis.pcall('HMGET', job_key(id), 'lane', 'priority', 'available_at')
       lane = lane_of(lane ~= '' and lane or job[1])
       local due = delay + 0 > 0 and now + delay or number(job[3], now)
       keep(id, 'n', n, 'lane', lane, 'available_at', moment(due),
-        'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals, 'memory', memory_deaths)
+        'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals, 'memory', out_of_memory)
       if verb == 'release' then
         place(id, lane, number(job[2], 0), due)
       else
@@ -223,14 +225,18 @@ for i, id in ipairs(ids) do
     end
   end
 end
-if #gone > 0 then redis.call('DEL', unpack(gone)) end
+if #gone > 0 then delete_jobs(gone) end
+for i = ARGV[4] + 1, #at do
+  if settled[i] and ARGV[at[i] + 2] == 'ack' then follow(at[i] + 13) end
+end
 local any = write_places()
 redis.call('SET', memory, ARGV[3] .. ' ' .. answers, 'EX', MEMORY)
 if any then ring() end
 return answers
 """
 
-# ARGV: epoch, identity, lease in seconds, "" or the culprit's id  ->  recovered jobs; 1 when there are more (call again)
+# ARGV: epoch, identity, lease in seconds, certificate of what was lost, "" or the culprit's id, certificate of the culprit
+# ->    recovered jobs; 1 when there are more (call again)
 _OPEN = """
 local epoch, identity, recovered = ARGV[1], ARGV[2], 0
 beat(ARGV[3])
@@ -239,22 +245,26 @@ local owners = identity ~= '' and redis.call('HGETALL', prefix .. 'owners') or {
 for i = 1, #owners, 2 do redis.call('HLEN', prefix .. 'leased:' .. owners[i]) end
 for i = 1, #owners, 2 do
   if owners[i + 1] == identity and owners[i] ~= epoch and recovered < MAX_BATCH then
-    recovered = recovered + recover(owners[i], MAX_BATCH - recovered, ARGV[4])
+    recovered = recovered + recover(owners[i], MAX_BATCH - recovered, ARGV[4], ARGV[5], ARGV[6])
   end
 end
 if recovered > 0 then ring() end
 return {recovered, recovered == MAX_BATCH and 1 or 0}
 """
 
-# ARGV: epoch, identity, lease in seconds  ->  whether the idle flag stands; whether the epoch was alive until now
+# ARGV: epoch, identity, lease in seconds  ->  whether the idle flag stands; "" or when the epoch was last found expired
 _RENEW = """
-local expiry = number(redis.call('ZSCORE', prefix .. 'epochs', ARGV[1]), 0)
+local lapsed = redis.call('GET', prefix .. 'lapsed:' .. ARGV[1]) or ''
+local living = alive(ARGV[1])
+redis.call('HLEN', prefix .. 'owners')
 beat(ARGV[3])
-register(ARGV[1], ARGV[2], ARGV[3])
-return {redis.call('EXISTS', prefix .. 'idle'), expiry > now and 1 or 0}
+if living then register(ARGV[1], ARGV[2], ARGV[3]) else lapsed = revive(ARGV[1], ARGV[2], ARGV[3]) end
+return {redis.call('EXISTS', prefix .. 'idle'), lapsed}
 """
 
-# ARGV: lease in seconds  ->  recovered jobs; 1 when there is more to do (call again)
+# ARGV: lease in seconds, 1 when who has expired may be taken for dead, certificate of what was lost, greatest age of dead letters
+#       (seconds) and their greatest number (0: any)
+# ->    recovered jobs; dead letters dropped; 1 when there is more to do (call again)
 _SWEEP = """
 check_sets()
 redis.call('STRLEN', prefix .. 'beat')
@@ -262,23 +272,68 @@ redis.call('HLEN', prefix .. 'owners')
 for _, epoch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'epochs', '-inf', now, 'LIMIT', 0, MAX_BATCH)) do
   redis.call('HLEN', prefix .. 'leased:' .. epoch)
 end
-local moved = move_due()
-local done = redis.call('ZRANGEBYSCORE', prefix .. 'done', '-inf', now, 'LIMIT', 0, MAX_BATCH)
-if #done > 0 then
-  local keys = {}
-  for _, id in ipairs(done) do
-    keys[#keys + 1] = job_key(id)
-    keys[#keys + 1] = prefix .. 'certs:' .. id
-  end
-  redis.call('ZREM', prefix .. 'done', unpack(done))
-  redis.call('DEL', unpack(keys))
+local function drop(set, ids)
+  if #ids == 0 then return 0 end
+  redis.call('ZREM', prefix .. set, unpack(ids))
+  delete_jobs(ids)
+  return #ids
 end
-local recovered, bound = 0, beat(ARGV[1]) and 0 or now
+
+local moved = move_due()
+local expired = drop('done', redis.call('ZRANGEBYSCORE', prefix .. 'done', '-inf', now, 'LIMIT', 0, MAX_BATCH))
+local max_age, max_count, forgotten = tonumber(ARGV[4]), tonumber(ARGV[5]), 0
+if max_age > 0 then
+  local old = '(' .. moment(now - max_age)
+  forgotten = drop('dead', redis.call('ZRANGEBYSCORE', prefix .. 'dead', '-inf', old, 'LIMIT', 0, MAX_BATCH))
+end
+if max_count > 0 then
+  local surplus = math.min(redis.call('ZCARD', prefix .. 'dead') - max_count, MAX_BATCH - forgotten)
+  if surplus > 0 then forgotten = forgotten + drop('dead', redis.call('ZRANGE', prefix .. 'dead', 0, surplus - 1)) end
+end
+local hush = beat(ARGV[1])
+local recovered, bound = 0, (hush or ARGV[2] ~= '1') and 0 or now
 for _, epoch in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'epochs', '-inf', bound, 'LIMIT', 0, MAX_BATCH)) do
-  if recovered < MAX_BATCH then recovered = recovered + recover(epoch, MAX_BATCH - recovered) end
+  if recovered < MAX_BATCH then recovered = recovered + recover(epoch, MAX_BATCH - recovered, ARGV[3]) end
 end
 if moved + recovered > 0 then ring() end
-return {recovered, math.max(recovered, moved, #done) == MAX_BATCH and 1 or 0}
+return {recovered, forgotten, math.max(recovered, moved, expired, forgotten) == MAX_BATCH and 1 or 0}
+"""
+
+# ->    now; entries of the outbox, each as its name and what it holds: queue, id, lane, priority, due, envelope, or the bare
+#       bytes when that is not what stands there; 1 when there are more
+_OUTBOX = """
+local box, entries, size = prefix .. 'outbox', {}, 0
+local function read(value)
+  local readable, job = pcall(cmsgpack.unpack, value)
+  if not readable or type(job) ~= 'table' or #job ~= 6 then return value end
+  for _, text in ipairs(job) do
+    if type(text) ~= 'string' then return value end
+  end
+  return job
+end
+for _, name in ipairs(redis.call('HRANDFIELD', box, MAX_BATCH)) do
+  if size <= MAX_BYTES then
+    local value = redis.call('HGET', box, name)
+    size = size + #value
+    entries[#entries + 1] = {name, read(value)}
+  end
+end
+return {moment(now), entries, redis.call('HLEN', box) > #entries and 1 or 0}
+"""
+
+# ARGV: when the outbox was read; then six for each follow-up: its name there, id, lane, priority, due, envelope
+# ->    1, or 0 when that is so long ago that somebody else may have handed them over and the marks be gone
+_HAND_OVER = """
+if now - ARGV[1] > HAND_OVER_WITHIN then return 0 end
+check_sets()
+for i = 2, #ARGV, 6 do
+  local name, id, lane, priority, due, envelope = unpack(ARGV, i, i + 5)
+  if redis.call('SET', prefix .. 'handed:' .. name, 1, 'NX', 'EX', MEMORY) then
+    add(id, lane, number(priority, 0), number(due, now), envelope)
+  end
+end
+if write_places() then ring() end
+return 1
 """
 
 # ARGV: epoch  ->  nothing. Score 0 says that it was given up, which no hush protects.
@@ -318,13 +373,46 @@ local certificates = redis.pcall('LRANGE', prefix .. 'certs:' .. id, 0, -1)
 return {state or 'leased', row.err and {} or row, certificates.err and {} or certificates}
 """
 
+# ARGV: name of this request, seconds to remember it, ids  ->  a digit for each (1: it was dead, and is ready now)
+_RETRY = """
+check_sets()
+local ids, digits = dead_ones()
+if not ids then return digits end
+redis.call('ZREM', prefix .. 'dead', unpack(ids))
+for _, id in ipairs(ids) do
+  local key = job_key(id)
+  local job = redis.pcall('HMGET', key, 'lane', 'priority')
+  if job.err then redis.call('DEL', key) end
+  redis.call('HDEL', key, 'epoch', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory')
+  redis.call('HSET', key, 'available_at', moment(now))
+  place(id, lane_of(job[1]), number(job[2], 0), now)
+end
+write_places()
+remember(digits)
+ring()
+return digits
+"""
+
+# ARGV: name of this request, seconds to remember it, ids  ->  a digit for each (1: it was dead, and is gone now)
+_FORGET = """
+redis.call('ZCARD', prefix .. 'dead')
+local ids, digits = dead_ones()
+if not ids then return digits end
+redis.call('ZREM', prefix .. 'dead', unpack(ids))
+delete_jobs(ids)
+remember(digits)
+return digits
+"""
+
 SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": BASE + BELL + PLACE + _ENQUEUE,
     "reserve": BASE + PLACE + DUE + EPOCHS + _RESERVE,
-    "settle": BASE + BELL + PLACE + CERTIFY + _SETTLE,
-    "open": BASE + BELL + PLACE + EPOCHS + RECOVER + _OPEN,
+    "settle": BASE + BELL + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
+    "open": BASE + BELL + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
     "renew": BASE + EPOCHS + _RENEW,
-    "sweep": BASE + BELL + PLACE + DUE + EPOCHS + RECOVER + _SWEEP,
+    "sweep": BASE + BELL + PLACE + CERTIFY + DUE + EPOCHS + RECOVER + _SWEEP,
+    "outbox": BASE + _OUTBOX,
+    "hand_over": BASE + BELL + PLACE + _HAND_OVER,
     "stats": BASE + _STATS,
     "close": _CLOSE,
 }
@@ -333,4 +421,6 @@ CLIENT_SCRIPTS: Final[Mapping[str, str]] = {
     "stats": SCRIPTS["stats"],
     "cancel": BASE + PLACE + CERTIFY + _CANCEL,
     "show": BASE + _SHOW,
+    "retry": BASE + BELL + PLACE + DEAD + _RETRY,
+    "forget": BASE + DEAD + _FORGET,
 }

@@ -1,0 +1,108 @@
+"""Crowded: what Redis itself spends on a job while 1,000,000 are ready, 100,000 delayed and 10,000 dead, against an empty queue.
+
+Two servers of its own, one of them filled. On each by turns: 10 jobs are enqueued, reserved and acknowledged; what counts is the
+time of the two scripts that reserve and acknowledge, from `INFO commandstats`. New jobs are those 10, which go before all others;
+old ones have stood there since the filling, so that nothing of them is in the processor's caches, which is the difference between
+the two. Medians of 200.
+
+A hash table of Redis that has just grown is moved bit by bit by whoever uses it. After filling, it is used until that is done:
+this is the price of growing, not of being large.
+"""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from bench import Bench
+from kqueued import Failure
+from redis_server import RedisServer
+
+from kqueue.brokers.base import NewJob, Owner, Settlement
+from kqueue.brokers.redis import RedisBroker
+from kqueue.kernel import Kernel
+
+CROWD = (("ready:inline", 1_000_000, 1_000_000_000), ("delayed", 100_000, 4_000_000_000), ("dead", 10_000, 1_000_000_000))
+AT_ONCE = 20_000
+BATCH = 10
+TIMES = 200
+ENVELOPE = b'{"v":1,"id":"%s","job":"noop","args":[],"kwargs":{},"queue":"q","lane":"inline","enqueued_at":1790000000.0}'
+# KEYS: what the queue's keys begin with. ARGV: set, first number, how many, moment of the first, envelope
+FILL = """
+for n = ARGV[2], ARGV[2] + ARGV[3] - 1 do
+  local id, at = string.format('1%025d', n), ARGV[4] + n
+  redis.call('HSET', KEYS[1] .. 'job:' .. id, 'envelope', ARGV[5], 'lane', 'inline', 'priority', 0, 'available_at', at)
+  redis.call('ZADD', KEYS[1] .. ARGV[1], at, id)
+end
+"""
+TOUCH = "for n = 1, ARGV[1] do redis.call('ZSCORE', KEYS[1], 'nobody') end"  # looks into the table of keys, too
+_ids = count()
+
+
+def measure(bench: Bench) -> dict[str, float]:
+    if bench.broker != "redis":
+        return {}
+    room, _ = bench.empty_queue()
+    with ExitStack() as stack:
+        empty, full = (stack.enter_context(_Queue(room.with_name(f"{room.name}-{name}"))) for name in ("empty", "full"))
+        full.fill(bench.pick(1, 10))
+        samples: dict[tuple[str, bool], list[float]] = {}
+        for _ in range(bench.pick(TIMES, TIMES // 10)):
+            for old in (False, True):
+                samples.setdefault(("empty", old), []).append(empty.cost_us(False))
+                samples.setdefault(("full", old), []).append(full.cost_us(old))
+        median = {key: statistics.median(values) for key, values in samples.items()}
+    return {
+        "crowded_cost": median["empty", False],
+        "crowded_new": median["full", False] / median["empty", False],
+        "crowded_old": median["full", True] / median["empty", True],
+    }
+
+
+class _Queue:
+    """A server, and a broker on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._server = RedisServer(directory)
+        self._kernel = Kernel()
+
+    def __enter__(self) -> _Queue:
+        import redis
+
+        self._server.__enter__()
+        self._redis: Any = redis.Redis.from_url(self._server.url)
+        self._broker = RedisBroker(self._server.url)
+        self._kernel.run(self._broker.open(Owner("e" * 26, ""), ["q"], 3600.0))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._kernel.run(self._broker.close())
+        self._kernel.close()
+        self._redis.close()
+        self._server.__exit__()
+
+    def fill(self, part: int) -> None:
+        """Put the crowd into it, or one `part`-th of it."""
+        first = 0
+        for name, jobs, at in CROWD:
+            for start in range(first, first + jobs // part, AT_ONCE):
+                size = min(AT_ONCE, first + jobs // part - start)
+                self._redis.eval(FILL, 1, "kq:{q}:", name, start, size, at, ENVELOPE % (b"1" * 26))
+            first += jobs // part
+        for name, _, _ in CROWD:
+            self._redis.eval(TOUCH, 1, f"kq:{{q}}:{name}", 2 * first)
+
+    def cost_us(self, old: bool) -> float:
+        """Of one job, enqueued just before or long ago."""
+        if not old:
+            ids = [f"0{next(_ids):025}" for _ in range(BATCH)]
+            self._kernel.run(self._broker.enqueue([NewJob(id, "q", "inline", 0, ENVELOPE % id.encode(), at=1.0) for id in ids]))
+        self._redis.config_resetstat()
+        leases = self._kernel.run(self._broker.reserve("q", {"inline": BATCH})).leases
+        answers = self._kernel.run(self._broker.settle([Settlement(lease.token, "q", "ack") for lease in leases]))
+        if answers != ["settled"] * BATCH:
+            raise Failure(f"of {BATCH} jobs were settled: {answers}")
+        return float(self._redis.info("commandstats")["cmdstat_evalsha"]["usec"]) / BATCH
