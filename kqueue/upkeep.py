@@ -47,7 +47,10 @@ class Upkeep:
         while True:
             yield sleep(self._lease_s / 3)
             yield from broker.renew()
-            self.recovered((yield from broker.sweep()).recovered)
+            swept = yield from broker.sweep()
+            self.recovered(swept.recovered)
+            for queue, jobs in swept.forgotten.items():
+                self._runtime.events.emit(facts.DeadForgotten(queue, jobs))
 
     def recovered(self, counts: Mapping[str, int]) -> None:
         """Jobs of dead supervisors are ready again."""
