@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from ..brokers.base import NewJob, QueueStats, Row
+from ..brokers.base import Mark, NewJob, QueueStats, Row
 from ..brokers.commands import sqlite as commands
 from ..brokers.commands.host_clock import HOST, HostClock
 from ..brokers.commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, is_locked, is_passing, jittered, ring
@@ -48,6 +48,18 @@ class SQLiteClient:
 
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         return self._write(lambda tx: commands.cancel(tx, id, certificate), create=False)
+
+    def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._write(lambda tx: commands.retry(tx, ids), create=False)
+
+    def forget(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._write(lambda tx: commands.forget(tx, ids), create=False)
+
+    def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
+        return self._read(lambda tx: commands.dead(tx, queue, after, until, limit))
+
+    def last_dead(self, queue: str) -> Mark | None:
+        return self._read(lambda tx: commands.last_dead(tx, queue))
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         if not os.path.exists(self._file.path):

@@ -904,3 +904,109 @@ def test_whose_code_ran_when_its_supervisor_died_pays_with_a_crash_and_its_neigh
     assert {lease.token.id: lease.counters for lease in reserve(rig, second)} == {
         "poison": Counters(crashes=1), "neighbour": Counters(recoveries=1),
     }  # fmt: skip
+
+
+# -- dead letters -----------------------------------------------------------------------------------------------------
+
+
+def let_die(rig: Any, broker: Any, *names: str, **fields: Any) -> None:
+    """Let jobs die, one after the other, each with a certificate that names it."""
+    for id in names:
+        rig.do(broker.enqueue([new_job(id, at=1000.0, **fields)]))
+        (lease,) = reserve(rig, broker, fields.get("queue", "q"))
+        how = {"counters": Counters(3, 1, 2, 4, 1), "certificate": b'{"of":"%s"}' % id.encode()}
+        assert settle(rig, broker, lease, "bury", **how) == SETTLED
+
+
+def walk(client: Any, queue: str, limit: int, meanwhile: Callable[[list[str]], None] = lambda ids: None) -> list[str]:
+    """Every dead letter of `queue` as a command would walk them; `meanwhile` sees each page."""
+    until, after, ids = client.last_dead(queue), None, []
+    while until is not None and (page := client.dead(queue, after, until, limit)):
+        assert len(page) <= limit
+        ids += [mark.id for mark in page]
+        after = page[-1]
+        meanwhile([mark.id for mark in page])
+    return ids
+
+
+def test_a_retried_dead_letter_is_ready_as_if_it_had_never_run(rig: Any) -> None:
+    broker, client = rig.broker(queues=("q", "r")), rig.make_client()
+    let_die(rig, broker, "a", lane="isolated", priority=2)
+    let_die(rig, broker, "b", queue="r")
+    client.enqueue([new_job("waits", delay_s=100)])
+    assert list(client.retry(["b", "nobody", "waits", "a"])) == [True, False, False, True]
+    row = client.show("a")
+    assert (row.state, row.queue, row.lane, row.priority, row.counters) == ("ready", "q", "isolated", 2, Counters())
+    assert row.certificates == (b'{"of":"a"}',)
+    assert row.available_at > 1000.0, "it has no head start of before"
+    (lease,) = reserve(rig, broker)
+    assert (lease.token.id, lease.token.number > 1, lease.counters) == ("a", True, Counters())
+    assert list(client.retry(["a", "b"])) == [False, False]
+    assert settle(rig, broker, lease, "ack") == SETTLED
+
+
+def test_only_where_it_is_told_a_dead_letter_is_looked_for(rig: Any) -> None:
+    broker, client = rig.broker(queues=("q", "r")), rig.make_client()
+    let_die(rig, broker, "a")
+    if rig.name == "redis":  # elsewhere ids are those of the whole store
+        assert list(client.retry(["a"], "r")) == list(client.forget(["a"], "r")) == [False]
+    assert list(client.retry(["a"], "q")) == [True]
+
+
+def test_a_retry_rings_the_bell(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    let_die(rig, broker, "a")
+    assert reserve(rig, broker) == []
+    while rig.do(broker.wait(0.01)):
+        pass  # rings of before
+    client.retry(["a"])
+    assert rig.do(broker.wait(10.0)) is True
+    assert len(reserve(rig, broker)) == 1
+
+
+def test_a_forgotten_dead_letter_is_gone_with_its_certificates_and_its_id_is_free(rig: Any) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    let_die(rig, broker, "a", "b")
+    client.enqueue([new_job("waits")])
+    assert list(client.forget(["b", "nobody", "waits"])) == [True, False, False]
+    assert client.show("b") is None
+    assert [row.id for row in client.list("dead", "q", 10)] == ["a"]
+    assert client.enqueue([new_job("b")]) == [True]
+    assert client.show("b").certificates == ()
+
+
+def test_the_last_death_is_listed_first_with_its_last_certificate(rig: Any) -> None:
+    broker, client = rig.broker(queues=("q", "r")), rig.make_client()
+    for id, queue in (("c", "q"), ("a", "r"), ("b", "q")):
+        let_die(rig, broker, id, queue=queue, priority=5 if id == "c" else 0)
+        rig.elapse(0.01)
+    client.enqueue([new_job("waits")])
+    rows = client.list("dead", None, 2)
+    assert [(row.id, row.queue, row.certificates) for row in rows] == [("b", "q", (b'{"of":"b"}',)), ("a", "r", (b'{"of":"a"}',))]
+    assert [row.id for row in client.list("dead", "q", 10)] == ["b", "c"]
+    others = {row.id: row.certificates for row in client.list(None, "q", 10)}
+    assert others == {"waits": (), "b": (b'{"of":"b"}',), "c": (b'{"of":"c"}',)}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+def test_a_walk_comes_by_every_dead_letter_once_and_ends_though_they_die_again(rig: Any, limit: int) -> None:
+    broker, client = rig.broker(queues=("q", "r")), rig.make_client()
+    names = [f"{number:02}" for number in range(7)]
+    rig.do(broker.enqueue([new_job(id) for id in names]))
+    dead = [Settlement(lease.token, "q", "bury", certificate=b"{}") for lease in reserve(rig, broker)]
+    assert rig.do(broker.settle(dead[:4])) == [SETTLED] * 4  # all in one moment, where a store's clock has moments
+    rig.elapse(0.01)
+    assert rig.do(broker.settle(dead[4:])) == [SETTLED] * 3
+    let_die(rig, broker, "elsewhere", queue="r")
+
+    def die_again(ids: list[str]) -> None:
+        assert list(client.retry(ids, "q")) == [True] * len(ids)
+        rig.elapse(0.01)
+        again = [Settlement(lease.token, "q", "bury", certificate=b"{}") for lease in reserve(rig, broker)]
+        assert rig.do(broker.settle(again)) == [SETTLED] * len(ids)
+        let_die(rig, broker, f"z{ids[0]}")
+
+    assert sorted(walk(client, "q", limit)) == names
+    assert sorted(walk(client, "q", limit, die_again)) == names
+    assert walk(client, "r", limit) == ["elsewhere"]
+    assert walk(client, "nowhere", limit) == []

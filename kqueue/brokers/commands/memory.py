@@ -21,6 +21,7 @@ from ..base import (
     STALE,
     Counters,
     Lease,
+    Mark,
     NewJob,
     Owner,
     QueueStats,
@@ -30,6 +31,7 @@ from ..base import (
     Settlement,
     Swept,
     Token,
+    last_of_dead,
     listed,
     lost,
     numbered,
@@ -230,8 +232,12 @@ class MemoryStore:
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
         with self._lock:
             jobs = [j for j in self._jobs.values() if listed(j.state, state) and queue in (None, j.queue)]
-            jobs.sort(key=lambda j: (place(j.available_at, j.priority), j.id))
-            return [job.row() for job in jobs[:limit]]
+            if state == "dead":
+                jobs.sort(key=lambda j: (j.died_at, j.id), reverse=True)
+            else:
+                jobs.sort(key=lambda j: (place(j.available_at, j.priority), j.id))
+            rows = [job.row() for job in jobs[:limit]]
+            return [row._replace(certificates=last_of_dead(row)) for row in rows]
 
     def cancel(self, id: str, certificate: bytes) -> bool:
         with self._lock:
@@ -242,6 +248,17 @@ class MemoryStore:
             job.number += 1
             job.die(self.clock())
             return True
+
+    def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
+        """Where dead jobs stand, as `Store.dead` has it."""
+        with self._lock:
+            marks = sorted(Mark(job.died_at, job.id) for job in self._jobs.values() if job.state == "dead" and job.queue == queue)
+            return [mark for mark in marks if (after is None or mark > after) and mark <= until][:limit]
+
+    def last_dead(self, queue: str) -> Mark | None:
+        with self._lock:
+            dead = (Mark(job.died_at, job.id) for job in self._jobs.values() if job.state == "dead" and job.queue == queue)
+            return max(dead, default=None)
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         with self._lock:

@@ -21,6 +21,7 @@ from ..base import (
     STALE,
     Counters,
     Lease,
+    Mark,
     NewJob,
     Owner,
     QueueStats,
@@ -30,6 +31,7 @@ from ..base import (
     Settlement,
     Swept,
     Token,
+    last_of_dead,
     lost,
     numbered,
     place,
@@ -188,13 +190,24 @@ def show(tx: Transaction, id: str) -> Row | None:
 
 
 def list_jobs(tx: Transaction, state: str | None, queue: str | None, limit: int) -> list[Row]:
+    if state == "dead":
+        dead = [show(tx, id) for id in sqlite_dead.newest(tx, queue, limit)]
+        return [row._replace(certificates=last_of_dead(row)) for row in dead if row is not None]
     wanted = [(f"{column} = ?", value) for column, value in (("state", state), ("queue", queue)) if value is not None]
     others = "coalesce(state, '') <> 'done'" if state is None else "1"
     where = " AND ".join([others, *(test for test, _ in wanted)])
     # Found first and read then, so that sorting a million jobs does not drag their envelopes along.
     found = f"SELECT rowid FROM kq_job WHERE {where} ORDER BY place, id LIMIT ?"
     rows = tx.db.execute(f"{_ROW} WHERE rowid IN ({found}) ORDER BY place, id", (*(value for _, value in wanted), limit))
-    return [_row(row) for row in rows]
+    return [_row(row)._replace(certificates=sqlite_dead.last_words(tx, row[0], row[2])) for row in rows.fetchall()]
+
+
+def dead(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: int) -> list[Mark]:
+    return sqlite_dead.walk(tx, queue, after, until, limit)
+
+
+def last_dead(tx: Transaction, queue: str) -> Mark | None:
+    return sqlite_dead.last(tx, queue)
 
 
 def cancel(tx: Transaction, id: str, certificate: bytes) -> bool:

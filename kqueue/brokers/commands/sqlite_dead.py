@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from ...codec import to_json
 from ...outcome import Outcome
-from ..base import MAX_BATCH, MAX_CERTIFICATES, PRIORITY_STEP_S, Retention
+from ..base import MAX_BATCH, MAX_CERTIFICATES, PRIORITY_STEP_S, Mark, Retention
 from .sqlite_schema import ODD
-from .sqlite_transaction import Transaction, count, text
+from .sqlite_transaction import NO_TEXT, Transaction, count, text
 
 _CERTIFY: Final = (
     "INSERT OR REPLACE INTO kq_certificate (job_id, n, body) "
@@ -31,6 +31,15 @@ _DEAD: Final = "SELECT queue FROM kq_job WHERE id = ? AND state = 'dead'"
 _RETRY: Final = (
     f"UPDATE kq_job SET state = 'ready', available_at = ?, place = ? - priority * {PRIORITY_STEP_S}, attempts = 0, crashes = 0, "
     "recoveries = 0, deferrals = 0, memory = 0 WHERE id = ?"
+)
+_LAST_WORDS: Final = "SELECT CAST(body AS BLOB) FROM kq_certificate WHERE job_id = ? ORDER BY n DESC LIMIT 1"
+_SINCE_WHEN: Final = "died_at BETWEEN -1e300 AND 1e300"  # which those that somebody else wrote may not tell
+_WALK: Final = (
+    f"SELECT died_at, id FROM kq_job WHERE state = 'dead' AND %s AND {_SINCE_WHEN} AND (died_at, id) > (?, ?) "
+    "AND (died_at, id) <= (?, ?) ORDER BY died_at, id LIMIT ?"
+)
+_LAST: Final = (
+    f"SELECT died_at, id FROM kq_job WHERE state = 'dead' AND %s AND {_SINCE_WHEN} ORDER BY died_at DESC, id DESC LIMIT 1"
 )
 _WAITING: Final = "SELECT queue, state FROM kq_job WHERE id = ? AND state IN ('ready', 'delayed')"
 
@@ -102,6 +111,41 @@ def retry(tx: Transaction, ids: Sequence[str]) -> list[bool]:
             tx.move(text(dead[0]), "dead", "ready")
             tx.rings = True
     return retried
+
+
+def walk(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: int) -> list[Mark]:
+    """`Store.dead`."""
+    bounds = (*(after or (-1e301, "")), *until, limit)
+    return sorted(mark for test, values in _of(queue) for mark in _marks(tx, _WALK % test, (*values, *bounds)))[:limit]
+
+
+def last(tx: Transaction, queue: str) -> Mark | None:
+    return max((mark for test, values in _of(queue) for mark in _marks(tx, _LAST % test, values)), default=None)
+
+
+def _of(queue: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Conditions, and what they ask for, that find the rows of `queue`."""
+    return [("queue = ?", (queue,))] if queue else [(test, ()) for test in NO_TEXT]
+
+
+def _marks(tx: Transaction, query: str, values: Sequence[Any]) -> list[Mark]:
+    return [Mark(*found) for found in tx.db.execute(query, values)]
+
+
+def newest(tx: Transaction, queue: str | None, limit: int) -> list[str]:
+    """Ids of the last `limit` that died, the last first."""
+    where = "" if queue is None else "AND queue = ? "
+    found = tx.db.execute(
+        f"SELECT id FROM kq_job WHERE state = 'dead' {where}ORDER BY died_at DESC, id DESC LIMIT ?",
+        (limit,) if queue is None else (queue, limit),
+    )
+    return [id for (id,) in found]
+
+
+def last_words(tx: Transaction, id: str, state: str) -> tuple[bytes, ...]:
+    """The last certificate, of a dead job."""
+    found = tx.db.execute(_LAST_WORDS, (id,)).fetchone() if state == "dead" else None
+    return () if found is None or found[0] is None else found
 
 
 def cancel(tx: Transaction, id: str, certificate: bytes) -> bool:

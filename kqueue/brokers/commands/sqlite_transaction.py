@@ -92,13 +92,13 @@ def check_counts(tx: Transaction) -> None:
     tx.db.execute("DELETE FROM kq_count WHERE n = 0")
 
 
-_NO_TEXT: Final = ("queue = ''", "queue IS NULL", "queue >= x''")  # what counts as '': three, since an index answers no OR
+NO_TEXT: Final = ("queue = ''", "queue IS NULL", "queue >= x''")  # what counts as '': three, since an index answers no OR
 
 
 def _rows(tx: Transaction, queue: str, state: str, epochs: Sequence[str], large: int) -> int:
     """How many rows there are; `large`: or, when they are more, any number above it. -1: all."""
     total = 0
-    for where in ("queue = :queue",) if queue else _NO_TEXT:
+    for where in ("queue = :queue",) if queue else NO_TEXT:
         for epoch in epochs if state == "leased" else (None,):  # which comes first in that state's index
             where_epoch = "" if epoch is None else "AND epoch = :epoch"
             found = f"SELECT 1 FROM kq_job WHERE state = '{state}' {where_epoch} AND {where} LIMIT :most"
