@@ -13,6 +13,7 @@ import click
 
 from .. import __version__
 from ..errors import ConfigError, KQueueError
+from .dead import forget, retry
 from .dispatch import dispatch
 from .init import init
 from .jobs import jobs, show
@@ -77,7 +78,7 @@ def main(context: click.Context, path: str | None, json: bool) -> None:
         click.echo(context.get_help())
 
 
-for command in (init, dispatch, status, jobs, show):
+for command in (init, dispatch, status, jobs, show, retry, forget):
     main.add_command(command)
 
 
