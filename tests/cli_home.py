@@ -6,16 +6,23 @@ import contextlib
 import json
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from kqueue import KQueueRuntime
+from kqueue.brokers import open_broker
+from kqueue.brokers.base import Counters, NewJob, Owner, Settlement
 from kqueue.cli.main import main
 from kqueue.client import Client, from_config
+from kqueue.codec import Envelope, encode, to_json
 from kqueue.config_file import load_config
+from kqueue.ids import new_id
+from kqueue.kernel import Kernel
+from kqueue.outcome import Outcome
 from tests.servers import RedisServer
 
 COMMAND = (sys.executable, "-m", "kqueue.cli.main")
@@ -33,6 +40,32 @@ class Ended(NamedTuple):
     def json(self) -> Any:
         assert self.code == 0, self
         return json.loads(self.out)
+
+
+def bury(url: str, count: int, queue: str = "default", envelope: bytes | None = None) -> list[str]:
+    """Let `count` jobs die as a daemon would, all of one cause; their ids. `envelope`: of each, None: what belongs there."""
+    kernel = Kernel()
+    broker = open_broker(url, lambda *news: None)
+    outcome = Outcome("exception", error={"class": "ValueError", "message": "no luck\x1b"})
+    certificate = to_json(outcome.certificate(attempt=1, strategy="inline", ended_at=time.time()))
+
+    def steps() -> Generator[Any, Any, list[str]]:
+        yield from broker.open(Owner(new_id(), ""), [queue], 15.0)
+        dead: list[str] = []
+        for start in range(0, count, 500):
+            ids = [new_id() for _ in range(min(500, count - start))]
+            jobs = [NewJob(id, queue, "inline", 0, envelope or encode(Envelope(id, "greet", [], {}, queue))) for id in ids]
+            yield from broker.enqueue(jobs)
+            leases = (yield from broker.reserve(queue, {"inline": len(ids)})).leases
+            how: dict[str, Any] = {"counters": Counters(1), "certificate": certificate}
+            yield from broker.settle([Settlement(lease.token, queue, "bury", **how) for lease in leases])
+            dead += [lease.token.id for lease in leases]
+        yield from broker.close()
+        return dead
+
+    dead: list[str] = kernel.run(steps())
+    kernel.close()
+    return dead
 
 
 class Home:
@@ -66,6 +99,10 @@ class Home:
     def run_all(self) -> None:
         """What a daemon would do until nothing is ready."""
         assert KQueueRuntime(self.url, queues=["default", "mail"]).run(burst=True, handle_signals=False) == 0
+
+    def bury(self, count: int, queue: str = "default") -> list[str]:
+        """`bury` on the broker of this home."""
+        return bury(self.url, count, queue)
 
     def corrupt(self, id: str, garbage: bytes) -> None:
         if self.url.startswith("sqlite"):

@@ -107,8 +107,9 @@ class _Work:
 
     def _run(self, batches: Iterable[tuple[str | None, Sequence[str]]], total: int, named: bool) -> int:
         """0, or the exit code of who was interrupted."""
-        with Interruption() as interruption, progress_bar(self._label, total, hidden=total <= BATCH) as bar:
-            try:
+        interruption = Interruption()
+        try:
+            with interruption, progress_bar(self._label, total, hidden=total <= BATCH) as bar:
                 for queue, batch in batches:
                     if interruption.exit_code:
                         break
@@ -119,9 +120,9 @@ class _Work:
                     bar.update(len(batch))
                 else:
                     return 0
-            except BaseException:  # a batch that was under way may be done or not
-                click.echo(f"\nat least {self._progress(total)}", err=True)
-                raise
+        except BaseException:  # and the batch that was under way may be done, or not
+            click.echo(f"at least {self._progress(total)}", err=True)
+            raise
         click.echo(f"interrupted: {self._progress(total)}", err=True)
         return interruption.exit_code
 
