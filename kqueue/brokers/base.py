@@ -324,4 +324,10 @@ class Store(Protocol):
     def documents(self, prefix: str) -> dict[str, bytes]:
         """What daemons published under keys that begin with `prefix`, by key."""
 
+    def health(self) -> Sequence[Finding]:
+        """What should be known of the store's own settings; empty when all is well, or nothing can be known."""
+
+    def version(self) -> str:
+        """What it is, for people: "Redis 7.0.15"; with what else says how it keeps jobs."""
+
     def close(self) -> None: ...

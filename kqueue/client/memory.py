@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..brokers.base import Mark, NewJob, QueueStats, Row
+from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row
 from ..brokers.commands.memory import MemoryStore
 
 
@@ -44,6 +44,12 @@ class MemoryClient:
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         return self._store.documents(prefix)
+
+    def health(self) -> Sequence[Finding]:
+        return []
+
+    def version(self) -> str:
+        return "memory of this process"
 
     def close(self) -> None:
         """Nothing to close."""

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from ..brokers.base import Mark, NewJob, QueueStats, Row, last_of_dead, listed, place
+from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row, last_of_dead, listed, place
 from ..brokers.commands import redis as commands
+from ..brokers.commands.redis_durability import QUESTIONS, durability
 from ..brokers.commands.redis_lua import LANES
 from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
 from ..errors import BrokerRefused, BrokerUnavailable
@@ -118,6 +119,16 @@ class RedisClient:
         (values,) = self._wire.ask([("HMGET", commands.DOCUMENTS_KEY, *wanted)])
         found = zip(wanted, values, strict=True)
         return {key.decode("utf-8", "replace"): value for key, value in found if value is not None}
+
+    def health(self) -> Sequence[Finding]:
+        """What each server would lose, and when. BrokerUnavailable, BrokerRefused."""
+        answers = self._wire.each_node(QUESTIONS)
+        found = [(f"{node[0]}:{node[1]}: " if len(answers) > 1 else "", durability(replies)) for node, replies in answers.items()]
+        return [finding._replace(text=where + finding.text) for where, findings in found for finding in findings]
+
+    def version(self) -> str:
+        answers = self._wire.each_node([("INFO", "server")])
+        return ", ".join(sorted({commands.server_version(reply) for (reply,) in answers.values()}))
 
     def close(self) -> None:
         self._wire.close()
@@ -227,6 +238,10 @@ class _Wire:
                     raise BrokerUnavailable(f"{self.address}: {trouble}")
                 time.sleep(delay_s)
         return asking.replies
+
+    def each_node(self, asked: Sequence[commands.Command]) -> dict[tuple[str, int], list[Any]]:
+        """What every server of ours replies to `asked`; errors stand there as exceptions."""
+        return {(self._target.host, self._target.port): self._exchange(asked)}
 
     def _exchange(self, sent: Sequence[commands.Command]) -> list[Any]:
         """One round trip: a reply for each command, an error reply as an exception object. BrokerUnavailable: it was lost."""

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from ..brokers.base import Mark, NewJob, QueueStats, Row
+from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row
 from ..brokers.commands import sqlite as commands
 from ..brokers.commands.host_clock import HOST, HostClock
 from ..brokers.commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, is_locked, is_passing, jittered, ring
 from ..brokers.commands.sqlite_transaction import Transaction
 from ..errors import BrokerUnavailable
+from .sqlite_health import sqlite_health
 
 T = TypeVar("T")
 
@@ -65,6 +66,12 @@ class SQLiteClient:
         if not os.path.exists(self._file.path):
             return {}  # nobody has published anything; the first dispatch asks, before it creates the file
         return self._read(lambda tx: commands.documents(tx, prefix))
+
+    def health(self) -> Sequence[Finding]:
+        return sqlite_health(self._file.path)
+
+    def version(self) -> str:
+        return self._read(lambda tx: commands.version(tx))
 
     def close(self) -> None:
         """Close the connection. A client that is used again opens another."""

@@ -540,6 +540,15 @@ def read_dead(flat: Sequence[bytes], after: Mark | None = None, until: Mark | No
     return [mark for mark, at in found if (first is None or at > first) and (last is None or at <= last)]
 
 
+def server_version(answer: Any) -> str:
+    """Of the answer to INFO server, which may be an error: "Valkey 8.0.1"."""
+    lines = answer.decode("utf-8", "replace").splitlines() if isinstance(answer, bytes) else []
+    info = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    if "valkey_version" in info:
+        return f"Valkey {info['valkey_version']}"
+    return f"Redis {info['redis_version']}" if "redis_version" in info else "a version it does not tell"
+
+
 def read_settled(digits: bytes) -> list[str]:
     return [SETTLED if digit == YES else STALE for digit in digits]
 

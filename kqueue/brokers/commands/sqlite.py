@@ -202,6 +202,16 @@ def list_jobs(tx: Transaction, state: str | None, queue: str | None, limit: int)
     return [_row(row)._replace(certificates=sqlite_dead.last_words(tx, row[0], row[2])) for row in rows.fetchall()]
 
 
+def version(tx: Transaction) -> str:
+    """SQLite's, the schema's, and how this connection writes."""
+    (schema,), (journal,), (synchronous,) = (
+        tx.db.execute(query).fetchone()
+        for query in ("SELECT value FROM kq_meta WHERE key = 'schema'", "PRAGMA journal_mode", "PRAGMA synchronous")
+    )
+    level = ("OFF", "NORMAL", "FULL", "EXTRA")[synchronous]
+    return f"SQLite {sqlite3.sqlite_version}, schema {schema}, journal_mode {journal.upper()}, synchronous {level}"
+
+
 def dead(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: int) -> list[Mark]:
     return sqlite_dead.walk(tx, queue, after, until, limit)
 
