@@ -42,9 +42,10 @@ Notes = Iterator[Note]
 @json_option
 @pass_target
 def doctor(target: Target) -> int:
-    """Check the configuration, the broker and what stands in it, and say what to do.
+    """Say what is wrong, or will be, and what to do.
 
-    It ends with 0 when all is well, 1 when there is a warning, 2 when there is an error.
+    It looks at the configuration, the broker and what stands in it, and ends with 0 when all is well, with 1 when there is a
+    warning, and with 2 when there is an error.
     """
     notes: list[Note] = []
     for check in CHECKS:

@@ -643,7 +643,7 @@ def test_the_oldest_dead_letters_go_when_they_are_too_many(rig: Any) -> None:
         rig.elapse(0.01)
     bury(rig, broker, "x", queue="r")
     assert rig.do(broker.sweep()).forgotten == {"q": 2}
-    assert [row.id for row in client.list("dead", "q", 9)] == ["c", "a"]
+    assert [row.id for row in client.list("dead", "q", 9)] == ["a", "c"]
     assert client.show("x", "r").state == "dead"
     assert rig.do(broker.sweep()).forgotten == {}
 
@@ -658,7 +658,7 @@ def test_more_than_a_batch_of_dead_letters_is_dropped(rig: Any) -> None:
     while some := rig.do(broker.sweep()).forgotten:
         forgotten += some["q"]
     assert forgotten == 1102
-    assert [row.id for row in rig.make_client().list("dead", "q", 9)] == ids[-3:]
+    assert [row.id for row in rig.make_client().list("dead", "q", 9)] == ids[:-4:-1]
 
 
 def test_dead_letters_of_queues_that_are_not_ours_are_not_ours_to_drop(rig: Any) -> None:

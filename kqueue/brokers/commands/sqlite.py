@@ -204,12 +204,11 @@ def list_jobs(tx: Transaction, state: str | None, queue: str | None, limit: int)
 
 def version(tx: Transaction) -> str:
     """SQLite's, the schema's, and how this connection writes."""
-    (schema,), (journal,), (synchronous,) = (
-        tx.db.execute(query).fetchone()
-        for query in ("SELECT value FROM kq_meta WHERE key = 'schema'", "PRAGMA journal_mode", "PRAGMA synchronous")
-    )
+    schema = "SELECT value FROM kq_meta WHERE key = 'schema'"
+    queries = ("SELECT sqlite_version()", schema, "PRAGMA journal_mode", "PRAGMA synchronous")
+    release, schema, journal, synchronous = (tx.db.execute(query).fetchone()[0] for query in queries)
     level = ("OFF", "NORMAL", "FULL", "EXTRA")[synchronous]
-    return f"SQLite {sqlite3.sqlite_version}, schema {schema}, journal_mode {journal.upper()}, synchronous {level}"
+    return f"SQLite {release}, schema {schema}, journal_mode {journal.upper()}, synchronous {level}"
 
 
 def dead(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: int) -> list[Mark]:
