@@ -464,7 +464,7 @@ class KQueueRuntime:
         self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
         if self.keys is not None and self.keys.warning:
             self._upkeep.warn(self.keys.warning)
-        self._upkeep.recovered((yield from self.broker.sweep()).recovered)
+        yield from self._upkeep.sweep()
         for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)
         if self.state != "starting":  # stopped meanwhile

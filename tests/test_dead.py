@@ -319,3 +319,21 @@ def test_jobs_that_die_again_meanwhile_do_not_keep_the_command_from_ending(url: 
         assert daemon.client.store.stats()["default"] == QueueStats(dead=3000)
     finally:
         daemon.close()
+
+
+def test_what_retention_drops_is_logged_and_counted(url: str, tmp_path: Path) -> None:
+    ids = bury(url, 1205)
+    daemon = Daemon(tmp_path, url, names="{default: 1, mail: 3}, lease: 3s, dead: {max_count: 5}").start()
+    try:
+        daemon.wait_log("dead letters dropped")
+        while (found := daemon.status())["queues"]["default"]["dead"] > 5:
+            pass
+        assert found["queues"]["default"]["dead"] == 5
+        assert found["forgotten"] == 1200
+        logged = [line for line in daemon.log if "dead letters dropped" in line]
+        assert sum(int(line.split("jobs=")[1].split()[0]) for line in logged) == 1200
+        assert all("level=warning" in line and "queue=default" in line for line in logged)
+        left = json.loads(daemon.kqueue("jobs", "--state", "dead", "--json").stdout)
+        assert {row["id"] for row in left} == set(ids[-5:])
+    finally:
+        daemon.close()

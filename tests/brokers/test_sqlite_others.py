@@ -154,7 +154,13 @@ def test_no_verb_reads_more_rows_than_it_needs(rig: SQLiteRig) -> None:
     client._file._db.set_trace_callback(seen.append)
     client.show("d")
     client.cancel("later", b"{}")
-    client._file.write(lambda tx: [commands.retry(tx, ["later"]), commands.forget(tx, ["d"])])
+    last = client.last_dead("q")
+    client.last_dead("")
+    assert last is not None
+    client.dead("q", None, last, 500)
+    client.list("dead", "q", 10)
+    client.retry(["later"])
+    client.forget(["d"])
     client.documents("manifest:")
     client.stats()
     plans = {}
