@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -107,6 +109,27 @@ def test_what_is_no_dead_letter_is_named_and_the_others_are_done(home: Home) -> 
     assert ended.code == 2
     assert json.loads(ended.out) == {"forgotten": 0, "missing": [*map(str, range(30))]}
     assert ended.err.endswith("; 9 is not there; and 20 more\n")
+
+
+def test_an_id_may_be_anything_that_can_be_typed(home: Home) -> None:
+    (dead,) = home.bury(1)
+    ended = home.kqueue("retry", "", "\udcff", "x" * 100_000, dead, "--json")
+    assert ended.code == 2
+    assert json.loads(ended.out)["retried"] == 1
+    assert "3 of 4 are no dead letters: '' is not there; \\udcff is not there; " in ended.err
+    assert home.kqueue("show", "\udcff").code == 2
+
+
+def test_what_stands_in_no_queue_is_met_too(sqlite_home: Home) -> None:
+    """Somebody with a shell took its queue from a dead letter; a daemon's sweep counts it, and whoever forgets all forgets it."""
+    for queue in (None, b"\xff", 7):
+        id = sqlite_home.bury(1)[0]
+        with contextlib.closing(sqlite3.connect(sqlite_home.url.removeprefix("sqlite:///"), isolation_level=None)) as db:
+            db.execute("UPDATE kq_job SET queue = ? WHERE id = ?", (queue, id))
+    assert sqlite_home.kqueue("jobs", "--state", "dead").code == 0
+    sqlite_home.run_all()
+    assert sqlite_home.kqueue("forget", "--all", "--yes").out == "3 forgotten\n"
+    assert sqlite_home.kqueue("jobs", "--json").json == []
 
 
 def test_a_queue_can_be_named(home: Home) -> None:

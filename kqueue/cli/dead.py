@@ -139,7 +139,7 @@ class _Work:
                 after = page[-1]
 
     def _about_missing(self, given: int) -> str:
-        which = "; ".join(f"{printable(id)} {self._what_is(id)}" for id in self._missing[:NAMED])
+        which = "; ".join(f"{printable(id) if id else repr(id)} {self._what_is(id)}" for id in self._missing[:NAMED])
         more = f"; and {len(self._missing) - NAMED} more" if len(self._missing) > NAMED else ""
         where = "" if self._queue is None else f" of queue {printable(self._queue)}"
         return f"kqueue: {len(self._missing)} of {given} are no dead letters{where}: {which}{more}"

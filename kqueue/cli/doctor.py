@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -156,7 +157,8 @@ def _queues(store: Store, config: Config | None) -> Notes:
             yield Note("warn", "queues", what, "add it to queue.names of a daemon, or dispatch to another queue")
         if counts.dead:
             what = f"{counts.dead} dead letters are in {name!r}"
-            yield Note("warn", "queues", what, f"kqueue jobs --state dead --queue {name}, then kqueue retry, or kqueue forget")
+            where = f" --queue {shlex.quote(name)}" if name else ""  # no name: the queue was no text
+            yield Note("warn", "queues", what, f"kqueue jobs --state dead{where}, then kqueue retry, or kqueue forget")
     if not any(counts.dead for counts in stats.values()):
         yield Note("ok", "queues", "no dead letters")
 

@@ -138,7 +138,7 @@ def _page(row: Row, fields: dict[str, Any]) -> str:
         f"job        {printable(fields['job'] or UNREADABLE)}",
         f"id         {printable(row.id)}",
         f"state      {row.state}{f', due {moment(row.available_at)}' if row.state in ('ready', 'delayed') else ''}",
-        f"queue      {printable(row.queue)}, lane {row.lane}, priority {row.priority}",
+        f"queue      {printable(row.queue) or UNREADABLE}, lane {row.lane}, priority {row.priority}",
         f"failed     {counters.attempts} attempts, {counters.crashes} crashes, {counters.recoveries} recoveries",
     ]
     if isinstance(envelope, Envelope):

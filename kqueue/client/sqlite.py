@@ -39,7 +39,7 @@ class SQLiteClient:
         return self._write(lambda tx: commands.enqueue(tx, jobs, max_depth), create=True)
 
     def show(self, id: str, queue: str | None = None) -> Row | None:
-        return self._read(lambda tx: commands.show(tx, id))
+        return self._read(lambda tx: commands.show(tx, id)) if _is_text(id) else None
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
         return self._read(lambda tx: commands.list_jobs(tx, state, queue, limit))
@@ -51,10 +51,10 @@ class SQLiteClient:
         return self._write(lambda tx: commands.cancel(tx, id, certificate), create=False)
 
     def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
-        return self._write(lambda tx: commands.retry(tx, ids), create=False)
+        return self._of_dead(commands.retry, ids)
 
     def forget(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
-        return self._write(lambda tx: commands.forget(tx, ids), create=False)
+        return self._of_dead(commands.forget, ids)
 
     def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
         return self._read(lambda tx: commands.dead(tx, queue, after, until, limit))
@@ -78,6 +78,12 @@ class SQLiteClient:
         self._file.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _of_dead(self, command: Callable[..., Sequence[bool]], ids: Sequence[str]) -> Sequence[bool]:
+        able = [id for id in ids if _is_text(id)]
+        answers = self._write(lambda tx: command(tx, able), create=False)
+        done = dict(zip(able, answers, strict=True))
+        return [done.get(id, False) for id in ids]
 
     def _write(self, work: Callable[[Transaction], T], *, create: bool) -> T:
         value, rings = self._patiently(lambda: self._file.write(work, create=create))
@@ -109,3 +115,12 @@ class SQLiteClient:
         if is_passing(error):
             return BrokerUnavailable(f"{self.address}: {error}; nothing was changed: {self._file.remedy(error)}, then try again")
         return self._file.explain(error)
+
+
+def _is_text(id: str) -> bool:
+    """Whether `id` can stand in a database at all; what somebody typed may hold bytes that are no UTF-8."""
+    try:
+        id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
