@@ -19,12 +19,20 @@ class QueueSpec(NamedTuple):
     per_minute: int = 0  # 0: no limit
 
 
+class DeadConfig(NamedTuple):
+    """How long dead letters are kept, in each queue. 0: for ever, and any number."""
+
+    max_age_s: float
+    max_count: int
+
+
 class QueueConfig(NamedTuple):
     url: str  # with its password; a relative SQLite path has become absolute
     names: tuple[QueueSpec, ...]
     strict_order: bool  # names was a list: an earlier queue goes first
     lease_s: float
     sync_replicas: int
+    dead: DeadConfig
 
 
 class JobsConfig(NamedTuple):
@@ -124,14 +132,14 @@ class Config(NamedTuple):
     def from_plain(cls, plain: Mapping[str, Any]) -> Config:
         """The inverse of `to_plain`, without yaml and without looking at files or the environment again."""
         fields = dict(plain)
-        for section, record in SECTIONS.items():
-            fields[section] = record(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain[section].items()})
+        fields |= {section: _record(section, plain[section]) for section in SECTIONS if "." not in section}
         queue: QueueConfig = fields["queue"]
         fields["queue"] = queue._replace(names=tuple(QueueSpec(**spec) for spec in plain["queue"]["names"]))
         return cls(**fields)
 
 
 SECTIONS: Final[dict[str, Callable[..., Any]]] = {
+    "queue.dead": DeadConfig,
     "queue": QueueConfig,
     "jobs": JobsConfig,
     "inline": InlineConfig,
@@ -144,6 +152,15 @@ SECTIONS: Final[dict[str, Callable[..., Any]]] = {
     "log": LogConfig,
     "control": ControlConfig,
 }
+"""Of each section its record; what stands in another section comes before it."""
+
+
+def _record(section: str, plain: Mapping[str, Any]) -> Any:
+    fields = {}
+    for name, value in plain.items():
+        inner = f"{section}.{name}"
+        fields[name] = _record(inner, value) if inner in SECTIONS else tuple(value) if isinstance(value, list) else value
+    return SECTIONS[section](**fields)
 
 
 def _to_plain(value: Any) -> Any:

@@ -26,8 +26,6 @@ from .settings import (
     with_password,
 )
 
-_TOP: Final = [key for key in BY_KEY if "." not in key]
-
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
@@ -91,30 +89,33 @@ def _built(values: dict[str, Any], source: _Source) -> Config:
     for key, value in values.items():
         section, _, leaf = key.rpartition(".")
         sections[section][BY_KEY[key].field if key in BY_KEY else leaf] = value
-    records = {name: record(**sections[name]) for name, record in SECTIONS.items()}
+    for name, record in SECTIONS.items():
+        outer, _, leaf = name.rpartition(".")
+        sections[outer][leaf] = record(**sections[name])
     file = None if source.file is None else os.path.abspath(source.file)
-    return Config(file=file, shown_file=source.file, lines=source.lines, **sections[""], **records)
+    return Config(file=file, shown_file=source.file, lines=source.lines, **sections[""])
 
 
 def _read(setting: Setting, value: Any, source: _Source) -> Any:
     return _queues(value, source) if setting.kind is NAMES else source.read(setting.kind, setting.key, value)
 
 
-def _settings(tree: Mapping[str, Any], source: _Source) -> Iterator[tuple[Setting, Any]]:
-    """The settings in `tree`, in its order, so that the first error is the first in the file. Raises ConfigError: unknown key."""
+def _settings(tree: Mapping[str, Any], source: _Source, above: str = "") -> Iterator[tuple[Setting, Any]]:
+    """The settings in `tree`, in its order, so that the first error is the first in the file. Raises ConfigError: unknown key.
+
+    `above`: "queue." in the section of that name.
+    """
     for name, value in tree.items():
-        if name in _TOP:
-            yield BY_KEY[name], value
-        elif name not in SECTIONS:
-            raise _unknown(source, str(name), [*_TOP, *SECTIONS])
+        key = f"{above}{name}"
+        if "." not in str(name) and key in BY_KEY:
+            yield BY_KEY[key], value
+        elif "." in str(name) or key not in SECTIONS:
+            known = [known.removeprefix(above).partition(".")[0] for known in BY_KEY if known.startswith(above)]
+            raise _unknown(source, key, list(dict.fromkeys(known)))
         elif value is not None:  # a section whose every line is commented out
             if not isinstance(value, Mapping):
-                raise source.error(name, f"{name} must be a mapping of settings, not {_shown(value)}")
-            for leaf, item in value.items():
-                if f"{name}.{leaf}" not in BY_KEY:
-                    known = [key.partition(".")[2] for key in BY_KEY if key.startswith(f"{name}.")]
-                    raise _unknown(source, f"{name}.{leaf}", known)
-                yield BY_KEY[f"{name}.{leaf}"], item
+                raise source.error(key, f"{key} must be a mapping of settings, not {_shown(value)}")
+            yield from _settings(value, source, f"{key}.")
 
 
 def _unknown(source: _Source, key: str, known: Sequence[str]) -> ConfigError:

@@ -113,6 +113,13 @@ class JobsRecovered(NamedTuple):
     jobs: int
 
 
+class DeadForgotten(NamedTuple):
+    """Retention (`queue.dead`) dropped dead letters."""
+
+    queue: str
+    jobs: int
+
+
 class TemplateStarted(NamedTuple):
     pid: int
     jobs: int

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 from . import events as facts
 from . import signing
 from .brokers import open_broker
-from .brokers.base import LEASE_S, STALE, Broker, Lease, Owner
+from .brokers.base import LEASE_S, NO_RETENTION, STALE, Broker, Lease, Owner, Retention
 from .codec import decode
 from .config import QueueSpec
 from .context import JobContext
@@ -93,7 +93,7 @@ class KQueueRuntime:
         strict_order: bool = False, security: SecurityConfig | None = None, events: Events | None = None,
         clock: Clock | None = None, template: Mapping[str, Any] | None = None, identity: str = "",
         slice_page: SlicePage | None = None,
-        lease_s: float = LEASE_S, max_inline: int = 10_000,
+        lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
@@ -119,6 +119,7 @@ class KQueueRuntime:
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
         self._lease_s = lease_s
+        self._retention = retention
         self._bury_unknown = bury_unknown
         self._grace_s = grace_s
         self._template_given = template
@@ -463,7 +464,7 @@ class KQueueRuntime:
         self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
         if self.keys is not None and self.keys.warning:
             self._upkeep.warn(self.keys.warning)
-        self._upkeep.recovered((yield from self.broker.sweep()).recovered)
+        yield from self._upkeep.sweep()
         for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)
         if self.state != "starting":  # stopped meanwhile
@@ -476,7 +477,7 @@ class KQueueRuntime:
         """Open the broker. Whose code ran when an earlier life of ours died pays for it; then the page is ours."""
         page = self._slice_page
         culprit = page.culprit if page is not None else ""
-        opened = yield from self.broker.open(self._owner, self.queues, self._lease_s, culprit=culprit)
+        opened = yield from self.broker.open(self._owner, self.queues, self._lease_s, culprit=culprit, retention=self._retention)
         if page is not None:
             page.clear()
             self.kernel.page = page.page

@@ -280,6 +280,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("queue.names", {"default": 1}, NAMES),
     Setting("queue.lease", "15s", _duration("3s")),
     Setting("queue.sync_replicas", 0, _integer(0)),
+    Setting("queue.dead.max_age", 0, _duration()),
+    Setting("queue.dead.max_count", 0, _integer(0)),
     Setting("jobs.path", ["."], _PATH.listed()),
     Setting("jobs.modules", [], _MODULE.listed()),
     Setting("jobs.isolated_modules", [], _MODULE.listed()),

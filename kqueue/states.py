@@ -28,6 +28,9 @@ TRANSITIONS: Final[tuple[tuple[JobState | None, str, JobState | None], ...]] = (
     (JobState.LEASED, "its owner's expiry or death", JobState.READY),
     (JobState.READY, "cancel", JobState.DEAD),
     (JobState.DELAYED, "cancel", JobState.DEAD),
+    (JobState.DEAD, "retry", JobState.READY),
+    (JobState.DEAD, "forget", None),
+    (JobState.DEAD, "retention", None),
     (JobState.DONE, "expiry of its result", None),
 )
 """(from, by what, to); None: the job does not exist."""

@@ -47,7 +47,14 @@ class Upkeep:
         while True:
             yield sleep(self._lease_s / 3)
             yield from broker.renew()
-            self.recovered((yield from broker.sweep()).recovered)
+            yield from self.sweep()
+
+    def sweep(self) -> Steps:
+        """Recover what dead epochs hold, let old dead letters go, and tell of both."""
+        swept = yield from self._runtime.broker.sweep()
+        self.recovered(swept.recovered)
+        for queue, jobs in swept.forgotten.items():
+            self._runtime.events.emit(facts.DeadForgotten(queue, jobs))
 
     def recovered(self, counts: Mapping[str, int]) -> None:
         """Jobs of dead supervisors are ready again."""

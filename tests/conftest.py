@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cli_home import home as home
+from tests.cli_home import make_home as make_home
+from tests.cli_home import sqlite_home as sqlite_home
 from tests.servers import Cluster, RedisServer, redis_version
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from kqueue import KQueueRuntime, job
-from kqueue.cli.jobs import _certificate
+from kqueue import job
+from kqueue.cli.certificate import told
 from kqueue.cli.main import main
 from kqueue.cli.text import ago, block, duration, moment, table
-from kqueue.client import Client, from_config
 from kqueue.config_file import load_config
 from kqueue.job import BoundJob
 from kqueue.options import DispatchOptions
+from tests.cli_home import COMMAND, PATIENCE_S, Home, MakeHome
 from tests.daemon import Daemon
 from tests.servers import RedisServer
 
@@ -42,101 +40,10 @@ def returns(value: Any) -> Any:
     return value
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self
-        return json.loads(self.out)
-
-
-class Home:
-    """A directory with a kqueue.yaml, the current one."""
-
-    def __init__(self, directory: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
-        self.directory = directory
-        self.url = url
-        self._capsys = capsys
-        (directory / "kqueue.yaml").write_text(f"queue: {{url: '{url}', names: {{default: 1, mail: 2}}}}\n")
-        self._client: Client | None = None
-
-    @property
-    def client(self) -> Client:
-        self._client = self._client or from_config(load_config("kqueue.yaml"))
-        return self._client
-
-    def kqueue(self, *arguments: str) -> Ended:
-        """Run a command in this process."""
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main(list(arguments))
-        code = exit.value.code
-        assert isinstance(code, int)
-        return Ended(code, *self._capsys.readouterr())
-
-    def dispatch(self, *arguments: str) -> str:
-        id: str = self.kqueue("dispatch", *arguments, "--json").json["id"]
-        return id
-
-    def run_all(self) -> None:
-        """What a daemon would do until nothing is ready."""
-        assert KQueueRuntime(self.url, queues=["default", "mail"]).run(burst=True, handle_signals=False) == 0
-
-    def corrupt(self, id: str, garbage: bytes) -> None:
-        if self.url.startswith("sqlite"):
-            with contextlib.closing(sqlite3.connect(self.url.removeprefix("sqlite:///"), isolation_level=None)) as db:
-                db.execute("UPDATE kq_job SET envelope = ? WHERE id = ?", (garbage, id))
-        else:
-            import redis
-
-            with redis.Redis.from_url(self.url) as server:
-                server.hset(f"kq:{{default}}:job:{id}", "envelope", garbage)
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.store.close()
-
-
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KQUEUE_URL", "KQUEUE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
-
-
-MakeHome = Callable[[str], Home]
-
-
-@pytest.fixture
-def make_home(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeHome]:
-    monkeypatch.chdir(tmp_path)
-    homes: list[Home] = []
-
-    def make(url: str) -> Home:
-        homes.append(Home(tmp_path, url, capsys))
-        return homes[-1]
-
-    yield make
-    for home in homes:
-        home.close()
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def home(request: pytest.FixtureRequest, make_home: MakeHome, tmp_path: Path) -> Home:
-    if request.param == "sqlite":
-        return make_home(f"sqlite:///{tmp_path}/var/q.db")
-    server: RedisServer = request.getfixturevalue("redis_server")
-    server.command("FLUSHALL")
-    return make_home(server.url)
-
-
-@pytest.fixture
-def sqlite_home(make_home: MakeHome, tmp_path: Path) -> Home:
-    return make_home(f"sqlite:///{tmp_path}/var/q.db")
 
 
 # -- dispatch, jobs, show: the shapes of INTERFACES -------------------------------------------------------------------------
@@ -280,7 +187,7 @@ def test_json_output_is_json_whatever_a_queue_holds(sqlite_home: Home) -> None:
 
 def test_a_certificate_that_somebody_else_wrote_shows_as_it_is() -> None:
     for odd in ({"unreadable": "x\x1b"}, {"attempt": 1}, [1], None):
-        assert _certificate(odd).startswith("\nanother    ")
+        assert told(odd).startswith("\nanother    ")
 
 
 # -- names ------------------------------------------------------------------------------------------------------------------
@@ -308,8 +215,8 @@ def test_status_without_a_daemon_has_the_same_fields_and_the_queues(home: Home) 
     home.dispatch("greet")
     ended = home.kqueue("status", "--json")
     assert list(ended.json) == [
-        "pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed", "running", "queues",
-        "loop",
+        "pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed", "forgotten", "running",
+        "queues", "loop",
     ]  # fmt: skip
     assert (ended.json["state"], ended.json["pid"], ended.json["running"]) == ("stopped", None, [])
     assert ended.json["queues"] == {
@@ -469,8 +376,6 @@ def test_init_where_nothing_may_be_written_is_one_line(sqlite_home: Home, monkey
 
 # -- real processes ---------------------------------------------------------------------------------------------------------
 
-COMMAND = (sys.executable, "-m", "kqueue.cli.main")
-PATIENCE_S = 30.0
 
 
 def test_the_first_two_commands_of_a_newcomer(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_an_empty_file_is_the_defaults(load: Load, tmp_path: Path) -> None:
     assert config.queue.names == (QueueSpec("default", 1, 0, 0),)
     assert not config.queue.strict_order
     assert config.queue.lease_s == 15
+    assert config.queue.dead == (0, 0)
     assert config.jobs.path == (str(tmp_path),)
     assert config.jobs.modules == config.jobs.isolated_modules == ()
     assert config.inline == (10000, 0.1, 5)
@@ -341,6 +342,9 @@ def test_secrets_that_cannot_be_used(load: Load, tmp_path: Path, queue: str, mes
         ("grace: 5s", '1: unknown setting "grace" (did you mean "shutdown.grace"?)'),
         ("queue.lease: 5s", '1: unknown setting "queue.lease"'),
         ("schedule: []", '1: unknown setting "schedule"'),
+        ("queue: {dead: {max_ages: 5d}}", '1: unknown setting "queue.dead.max_ages" (did you mean "max_age"?); allowed here: '),
+        ("queue: {dead.max_age: 5d}", '1: unknown setting "queue.dead.max_age"'),
+        ("queue: {dead: 30d}", '1: queue.dead must be a mapping of settings, not \'30d\''),
         ("5: a", '1: unknown setting "5"'),
         ("<<: {instance: a}", '1: unknown setting "<<"'),
         # the same key twice
@@ -580,7 +584,7 @@ def test_later_errors_can_name_the_line(load: Load, tmp_path: Path) -> None:
 
 def test_it_survives_json(load: Load) -> None:
     config = load(
-        "queue: {url: 'redis://:p@h', names: {a: {per_minute: 5}, b: 2}, lease: 4.5}\n"
+        "queue: {url: 'redis://:p@h', names: {a: {per_minute: 5}, b: 2}, lease: 4.5, dead: {max_age: 30d}}\n"
         "jobs: {modules: [a.b], path: [x, y]}\n"
         "security: {allowed_paths: [x], strict: false}\n"
     )
@@ -608,10 +612,11 @@ def test_make_config_without_values_is_the_defaults(load: Load, tmp_path: Path) 
 def test_the_schema_and_the_records_agree() -> None:
     config = make_config()
     sections = {key: value for key, value in config._asdict().items() if hasattr(value, "_fields")}
+    sections["queue.dead"] = config.queue.dead
     fields = {f"{name}.{field}" for name, record in sections.items() for field in record._fields} | {"instance", "state_dir"}
     settings = {f"{s.key.rpartition('.')[0]}.{s.field}".lstrip(".") for s in SETTINGS}
     assert settings - fields == {"queue.url_file", "queue.password_file"}
-    assert fields - settings == {"queue.strict_order"}
+    assert fields - settings == {"queue.strict_order", "queue.dead"}
 
 
 def test_importing_and_receiving_a_configuration_costs_the_supervisor_little() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ def test_the_sample_is_the_defaults_but_for_what_it_names_in_brackets() -> None:
     brackets = dict(re.findall(r"^ *(\w+): .*# \[(.*?)\] ", SAMPLE.read_text(), re.MULTILINE))
     differing = set()
     for setting in SETTINGS:
-        section, _, leaf = setting.key.rpartition(".")
-        group = sample[section] if section else sample
+        *sections, leaf = setting.key.split(".")
+        group = reduce(lambda group, section: group[section], sections, sample)
         if leaf in group and group[leaf] != setting.default:
             differing.add(leaf)
             assert yaml.safe_load(brackets[leaf]) == setting.default

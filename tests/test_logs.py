@@ -46,6 +46,7 @@ EVERY_FACT: list[Any] = [
     facts.BrokerLost("redis://h:6379/0", "connection refused", 0.5),
     facts.BrokerBack("redis://h:6379/0"),
     facts.JobsRecovered("mail", 4),
+    facts.DeadForgotten("mail", 17),
     facts.TemplateStarted(99, 5, 0.2),
     facts.TemplateDied(99, "killed by SIGKILL", 0.1),
     facts.Warned("something is odd; do this"),
@@ -130,7 +131,7 @@ def test_the_periodic_line_has_memory_processed_failed_and_running(log: Log) -> 
     assert line.endswith("level=info msg=heartbeat memory_mib=14.3 processed=10 failed=2 running=3 state=running")
 
 
-@pytest.mark.parametrize(("level", "count"), [("debug", 20), ("info", 18), ("warning", 9), ("error", 2)])
+@pytest.mark.parametrize(("level", "count"), [("debug", 21), ("info", 19), ("warning", 10), ("error", 2)])
 def test_levels(log: Log, level: str, count: int) -> None:
     assert len(log.of(*EVERY_FACT, level=level)) == count
 

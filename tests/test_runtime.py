@@ -817,7 +817,7 @@ def test_sigusr1_is_quiet_and_what_this_version_cannot_do_it_says(house: House) 
 def steal(house: House) -> None:
     """What happens when our lease has run out: another supervisor sweeps, and reserves what we held."""
     for epoch in list(house.store._epochs):
-        house.store._epochs[epoch] = (0.0, "")
+        house.store.close(epoch)
     house.store.sweep()
     house.store.open(Owner("another", ""), 1e6)
     house.store.reserve(Owner("another", ""), 1e6, "default", {"inline": 10})
@@ -840,7 +840,7 @@ def test_a_lease_that_was_lost_is_told_and_changes_nothing(house: House, tick: A
 def test_an_expired_lease_that_nobody_took_still_settles(house: House, tick: Any) -> None:
     id = house.dispatch(tick.job("a", seconds=10))
     runtime = house.runtime(lease_s=3e6)
-    house.at(5, lambda: house.store._epochs.update({epoch: (0.0, "") for epoch in house.store._epochs}), runtime)
+    house.at(5, lambda: [house.store.close(epoch) for epoch in house.store._epochs], runtime)
     house.run(runtime)
     assert house.row(id) is None
     assert house.facts(facts.LeaseLost) == []
@@ -851,7 +851,7 @@ def test_the_same_job_reserved_again_while_it_still_runs_costs_nobody_his_daemon
 
     def expire() -> None:
         for epoch in list(house.store._epochs):
-            house.store._epochs[epoch] = (0.0, "")
+            house.store.close(epoch)
         house.store.sweep()
 
     id = house.dispatch(tick.job("a", seconds=20))

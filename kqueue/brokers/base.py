@@ -36,8 +36,8 @@ from ..outcome import Outcome
 
 __all__ = [
     "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "NO_RETENTION", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker",
-    "Capabilities", "Counters", "Finding", "Lease", "NewJob", "Opened", "Owner", "QueueStats", "Reserved", "Retention",
-    "Row", "Settlement", "Store", "Swept", "Token", "Verb", "listed", "lost", "numbered", "place",
+    "Capabilities", "Counters", "Finding", "Lease", "Mark", "NewJob", "Opened", "Owner", "QueueStats", "Reserved", "Retention",
+    "Row", "Settlement", "Store", "Swept", "Token", "Verb", "last_of_dead", "listed", "lost", "numbered", "place",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -244,6 +244,11 @@ def listed(state: str, wanted: str | None) -> bool:
     return state != "done" if wanted is None else state == wanted
 
 
+def last_of_dead(row: Row) -> tuple[bytes, ...]:
+    """The certificates with which `Store.list` has `row`: the last one of a dead job."""
+    return row.certificates[-1:] if row.state == "dead" else ()
+
+
 class Row(NamedTuple):
     """A job as clients and operators see it."""
 
@@ -257,6 +262,13 @@ class Row(NamedTuple):
     envelope: bytes | None
     result: bytes | None = None
     certificates: tuple[bytes, ...] = ()
+
+
+class Mark(NamedTuple):
+    """Where a dead letter stands among those of its queue: by the time of its death, then by its id."""
+
+    died_at: float  # seconds since 1970 by the broker's clock
+    id: str
 
 
 class Finding(NamedTuple):
@@ -278,9 +290,10 @@ class Store(Protocol):
         """One job with its certificates; None: there is none. `queue` saves a search where queues are stored apart."""
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
-        """Jobs, without certificates; best place (or oldest) first. `state` None: what waits, runs or is dead.
+        """Jobs, best place first; "dead": the last death first. `state` None: what waits, runs or is dead.
 
-        Those that are done are listed only by "done": while results are kept, they would hide what still waits.
+        Those that are done are listed only by "done": while results are kept, they would hide what still waits. Of certificates
+        only the last one of a dead job comes with it.
         """
 
     def stats(self) -> dict[str, QueueStats]:
@@ -289,10 +302,32 @@ class Store(Protocol):
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         """Bury a job that waits; whether it did."""
 
+    def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        """Make dead jobs ready now, as if they had never run, but for their certificates; for each whether it was dead.
+
+        At most MAX_BATCH ids, each once. `queue` saves a search where queues are stored apart.
+        """
+
+    def forget(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        """Delete dead jobs, at most MAX_BATCH; for each whether it was dead."""
+
+    def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
+        """Where dead jobs of `queue` stand, the first deaths first: behind `after` (None: from the first), up to `until`.
+
+        At most `limit` of them. Who walks them all takes `last_dead` for `until` before the first page, and so comes to an end
+        though jobs that are retried meanwhile may die again.
+        """
+
+    def last_dead(self, queue: str) -> Mark | None:
+        """Where the last death of `queue` stands; None: nothing is dead there."""
+
     def documents(self, prefix: str) -> dict[str, bytes]:
         """What daemons published under keys that begin with `prefix`, by key."""
 
     def health(self) -> Sequence[Finding]:
         """What should be known of the store's own settings; empty when all is well, or nothing can be known."""
+
+    def version(self) -> str:
+        """What it is, for people: "Redis 7.0.15"; with what else says how it keeps jobs."""
 
     def close(self) -> None: ...

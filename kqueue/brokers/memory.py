@@ -48,6 +48,8 @@ class MemoryBroker:
         self.store = store or shared_store(address)
         self._owner = Owner("", "")
         self._lease_s = LEASE_S
+        self._queues: Sequence[str] = ()
+        self._retention = NO_RETENTION
         self._bell_fd = -1  # an eventfd: rung from any thread, even between two looks at the store
 
     @at_once
@@ -58,8 +60,8 @@ class MemoryBroker:
         self._owner, self._lease_s = owner, lease_s
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.store.bells.append(self._ring)
-        answers = self.store.settle(unsettled)
-        return Opened(self.store.open(owner, lease_s, culprit), answers)
+        self._queues, self._retention = queues, retention
+        return Opened(*self.store.open(owner, lease_s, unsettled, culprit))
 
     @at_once
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
@@ -79,7 +81,7 @@ class MemoryBroker:
 
     @at_once
     def sweep(self) -> Swept:
-        return Swept(self.store.sweep(), {})
+        return self.store.sweep(self._lease_s, self._queues, self._retention)
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         rang = yield wait_io(self._bell_fd, READ, timeout_s)

@@ -9,7 +9,8 @@ Rule 2. A file that is locked, full or failing keeps the list as it is, in its o
 Rule 3. A cancelled verb's command runs all the same, for it may be somebody's settlement. A reservation alone is withdrawn, or
         when it has run already, given back: nobody would ever settle its leases, and our renewals would hold them for good.
 
-Time is the host's wall clock, the one clock that all processes that share the file have in common across reboots.
+Jobs are due by the host's wall clock, the one that all processes that share the file have in common across reboots. Epochs lapse
+by the time since its boot, which nobody can set.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..kernel.traps import PARKED, READ, Trap, sleep, wait_io
 from . import News
 from .base import (
     LEASE_S,
+    MAX_BATCH,
     NO_RETENTION,
     Capabilities,
     Lease,
@@ -42,12 +44,17 @@ from .base import (
     Verb,
 )
 from .commands import sqlite as commands
-from .commands.sqlite import Transaction
+from .commands.host_clock import HOST, HostClock
 from .commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, bell_path, is_locked, is_passing, jittered, make_bells, ring
+from .commands.sqlite_transaction import Transaction
 
 FAILING_PAUSE_S: Final = 0.1  # after the first failure of the disk, doubled up to …
 FAILING_PAUSE_MAX_S: Final = 5.0
 LOCKED_TELL_S: Final = 1.0  # a lock that is held as long as that is worth a word
+_REPLACED: Final = (
+    "is another file than before: somebody moved, removed or replaced it. What is there now counts, and jobs of the old file "
+    "that run here end as lost leases. Whoever puts a file there should stop kqueued before"
+)
 CLOSE_PATIENCE_S: Final = 2.0  # for giving up the epoch; without that, it expires
 
 
@@ -56,9 +63,7 @@ class SQLiteBroker:
 
     capabilities = Capabilities(durable=True)
 
-    def __init__(
-        self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time, on_event: News | None = None
-    ) -> None:
+    def __init__(self, path: str, *, mode: int = 0o600, clock: HostClock = HOST, on_event: News | None = None) -> None:
         self.address = f"sqlite:///{path}"
         self.commits = 0  # transactions so far
         self.commit_s = 0.0  # how long the last one took, with everything in it
@@ -66,10 +71,13 @@ class SQLiteBroker:
         self._on_event = on_event or (lambda kind, text, retry_in_s: None)
         self._owner = Owner("", "")
         self._lease_s = LEASE_S
+        self._queues: list[str] = []
+        self._retention = NO_RETENTION
         self._bell: _Bell | None = None  # None: not open
         self._asked: list[_Ask] = []  # what the next transaction runs
         self._kernel: Kernel | None = None  # of the first verb; None: nobody has asked yet
         self._committing = False  # a task of ours is at it
+        self._replaced = 0  # how often we have told of another file in the place of ours
 
     # -- the verbs --------------------------------------------------------------------------------------------------
 
@@ -77,8 +85,11 @@ class SQLiteBroker:
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
         retention: Retention = NO_RETENTION,
     ) -> Verb[Opened]:  # fmt: skip
-        answers = (yield from self.settle(unsettled)) if unsettled else []
+        answers: list[str] = []
+        for start in range(0, len(unsettled), MAX_BATCH):
+            answers += yield from self.settle(unsettled[start : start + MAX_BATCH])
         self._owner, self._lease_s = owner, lease_s
+        self._queues, self._retention = list(dict.fromkeys(queues)), retention
         recovered: dict[str, int] = {}
         while batch := (yield self._ask(commands.open_epoch, owner, lease_s, culprit)):
             _add(recovered, batch)
@@ -112,11 +123,13 @@ class SQLiteBroker:
 
     def sweep(self) -> Verb[Swept]:
         recovered: dict[str, int] = {}
+        forgotten: dict[str, int] = {}
         more = True
         while more:  # each round is one bounded transaction, and others have their turn between two
-            batch, more = yield self._ask(commands.sweep)
-            _add(recovered, batch)
-        return Swept(recovered, {})
+            swept, more = yield self._ask(commands.sweep, self._lease_s, self._queues, self._retention)
+            _add(recovered, swept.recovered)
+            _add(forgotten, swept.forgotten)
+        return Swept(recovered, forgotten)
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
         assert self._bell is not None, "wait() before open()"
@@ -159,7 +172,7 @@ class SQLiteBroker:
     def _commit_all(self) -> Verb[None]:
         """Commit what is asked until nothing is."""
         assert self._kernel is not None
-        trouble = _Trouble(self._on_event)
+        trouble = _Trouble(self._on_event, self._file)
         try:
             while self._asked:
                 try:
@@ -196,6 +209,9 @@ class SQLiteBroker:
         self.commits += 1
         self.commit_s = time.monotonic() - began
         self._asked = []
+        if self._file.replaced > self._replaced:
+            self._replaced = self._file.replaced
+            self._on_event("warning", f"{self.address} {_REPLACED}", 0.0)
         for ask, value in zip(batch, values, strict=True):
             ask.answer(value)
         if rings:
@@ -254,8 +270,9 @@ class _Ask(Trap):
 class _Trouble:
     """A file that does not let us write: how long to wait, and what to tell whom."""
 
-    def __init__(self, tell: News) -> None:
+    def __init__(self, tell: News, file: SQLiteFile) -> None:
         self._tell = tell
+        self._file = file
         self._told = False
         self._locked_since: float | None = None  # by the kernel's clock; None: it was not locked
         self._failing_pause_s = FAILING_PAUSE_S
@@ -265,7 +282,7 @@ class _Trouble:
         if not is_locked(error):
             pause_s = jittered(self._failing_pause_s)
             self._failing_pause_s = min(2 * self._failing_pause_s, FAILING_PAUSE_MAX_S)
-            self._lost(f"{error}; nothing is lost: free space or mend the disk", pause_s)
+            self._lost(f"{error}; nothing is lost: {self._file.remedy(error)}", pause_s)
             return pause_s
         if self._locked_since is None:
             self._locked_since = now
@@ -273,7 +290,8 @@ class _Trouble:
             return jittered(LOCKED_PAUSE_S)
         pause_s = jittered(20 * LOCKED_PAUSE_S)
         if not self._told:
-            self._lost(f"{error}: another process has been writing for {LOCKED_TELL_S:g} s; see who has the file open", pause_s)
+            who = f"see who has the file open (fuser {self._file.path})"
+            self._lost(f"{error}: another process has been writing for {LOCKED_TELL_S:g} s; {who}", pause_s)
         return pause_s
 
     def over(self) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -12,10 +11,9 @@ from ..errors import EnvelopeError, UsageError
 from ..job import BoundJob, JobHandle
 from ..options import dispatch_options
 from ..states import JobState
+from .progress import BATCH, progress_bar
 from .target import Target, json_option, pass_target
 from .text import json_text, printable
-
-BATCH: Final = 500  # jobs in one round trip
 
 
 def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float:
@@ -76,7 +74,7 @@ def _arguments(text: str) -> tuple[Sequence[Any], Mapping[str, Any]]:
 
 def _dispatch(target: Target, bound: BoundJob, count: int) -> list[JobHandle]:
     handles: list[JobHandle] = []
-    with _progress("dispatching", count, hidden=count <= BATCH) as bar:
+    with progress_bar("dispatching", count, hidden=count <= BATCH) as bar:
         for start in range(0, count, BATCH):
             batch = [bound] * min(BATCH, count - start)
             handles += target.client.dispatch(batch)
@@ -86,7 +84,7 @@ def _dispatch(target: Target, bound: BoundJob, count: int) -> list[JobHandle]:
 
 def _wait(target: Target, handles: Sequence[JobHandle], many: bool) -> int:
     ended = []
-    with _progress("waiting", len(handles), hidden=not many) as bar:
+    with progress_bar("waiting", len(handles), hidden=not many) as bar:
         for handle in handles:
             handle.wait()
             ended.append(_ended(target, handle))
@@ -117,8 +115,3 @@ def _sentence(ended: Mapping[str, Any]) -> str:
     if "error" in ended:
         return f"{ended['id']} dead: {printable(ended['error'])}; more: kqueue show {ended['id']}"
     return f"{ended['id']} done: {json_text(ended['result'])}"
-
-
-def _progress(label: str, length: int, hidden: bool) -> Any:
-    hidden = hidden or not sys.stderr.isatty()  # what is no terminal gets nothing, not even the label
-    return click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden)

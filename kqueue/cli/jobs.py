@@ -13,8 +13,9 @@ from ..codec import Envelope, decode, from_json
 from ..errors import EnvelopeError, JobNotFound
 from ..signing import signed_by, unsigned
 from ..states import JobState
+from .certificate import death, reason, told
 from .target import Target, json_option, pass_target
-from .text import ago, block, duration, json_text, moment, printable, table
+from .text import ago, json_text, moment, printable, table
 
 if TYPE_CHECKING:
     from ..brokers.base import Row
@@ -32,7 +33,8 @@ ANY_SIZE: Final = 1 << 30  # bytes; what is too large to run is still shown
 def jobs(target: Target, state: str | None, queue: str | None, limit: int) -> None:
     """List jobs: waiting, running, dead.
 
-    Those that are done are listed by --state done, while their results are kept. The next to run come first.
+    Those that are done are listed by --state done, while their results are kept. The next to run come first; of the dead, the
+    last to die, with what they died of.
     """
     store = target.client.store
     rows = [] if target.is_unused() else store.list(state, queue, limit)
@@ -42,8 +44,8 @@ def jobs(target: Target, state: str | None, queue: str | None, limit: int) -> No
     if not rows:
         click.echo(f"no such jobs in {store.address}", err=True)
         return
-    headings = ("ID", "JOB", "STATE", "QUEUE", "LANE", "PRIORITY", "ATTEMPTS", "AVAILABLE")
-    click.echo(table(headings, [_cells(row) for row in rows], right=("PRIORITY", "ATTEMPTS")))
+    headings, cells = (_DEAD_HEADINGS, _dead_cells) if state == JobState.DEAD.value else (_HEADINGS, _cells)
+    click.echo(table(headings, [cells(row) for row in rows], right=("PRIORITY", "ATTEMPTS")))
     if len(rows) == limit:
         click.echo(f"the first {limit}; more with --limit", err=True)
 
@@ -66,10 +68,11 @@ def show(target: Target, id: str) -> None:
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    return {
+    fields = {
         "id": row.id, "job": _name(row), "state": row.state, "queue": row.queue, "lane": row.lane, "priority": row.priority,
         "attempts": row.counters.attempts, "available_at": round(row.available_at, 3),
     }  # fmt: skip
+    return fields | death(row)._asdict() if row.state == JobState.DEAD.value else fields
 
 
 def _all_fields(row: Row) -> dict[str, Any]:
@@ -113,6 +116,16 @@ def _json(data: bytes) -> Any:
 # -- for people -------------------------------------------------------------------------------------------------------------
 
 
+_HEADINGS: Final = ("ID", "JOB", "STATE", "QUEUE", "LANE", "PRIORITY", "ATTEMPTS", "AVAILABLE")
+_DEAD_HEADINGS: Final = ("ID", "JOB", "QUEUE", "ATTEMPTS", "DIED", "CAUSE", "ERROR")
+
+
+def _dead_cells(row: Row) -> tuple[Any, ...]:
+    name, how = _name(row) or UNREADABLE, death(row)
+    died = None if how.died_at is None else ago(how.died_at)
+    return (row.id, name, row.queue, row.counters.attempts, died, how.cause, reason(how))
+
+
 def _cells(row: Row) -> tuple[Any, ...]:
     name = _name(row) or UNREADABLE
     return (row.id, name, row.state, row.queue, row.lane, row.priority, row.counters.attempts, ago(row.available_at))
@@ -125,7 +138,7 @@ def _page(row: Row, fields: dict[str, Any]) -> str:
         f"job        {printable(fields['job'] or UNREADABLE)}",
         f"id         {printable(row.id)}",
         f"state      {row.state}{f', due {moment(row.available_at)}' if row.state in ('ready', 'delayed') else ''}",
-        f"queue      {printable(row.queue)}, lane {row.lane}, priority {row.priority}",
+        f"queue      {printable(row.queue) or UNREADABLE}, lane {row.lane}, priority {row.priority}",
         f"failed     {counters.attempts} attempts, {counters.crashes} crashes, {counters.recoveries} recoveries",
     ]
     if isinstance(envelope, Envelope):
@@ -141,33 +154,4 @@ def _page(row: Row, fields: dict[str, Any]) -> str:
         lines.append(f"signed     with the key {key}; the daemon checks that, not this command")
     if row.result is not None:
         lines.append(f"result     {json_text(fields['result'])}")
-    return "\n".join([*lines, *map(_certificate, fields["certificates"])])
-
-
-def _certificate(certificate: Any) -> str:
-    try:
-        return _told(certificate)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        return f"\nanother    {json_text(certificate)}"  # not of this version, or not of KQueue at all
-
-
-def _told(certificate: dict[str, Any]) -> str:
-    code = certificate["exit_code"]
-    exit = f" ({certificate['signal'] or f'status {code}'})" if certificate["signal"] or code is not None else ""
-    pid = f", pid {certificate['pid']}" if certificate["pid"] else ""
-    cpu_s = certificate["cpu_user_s"] + certificate["cpu_system_s"]
-    lines = [
-        f"\nattempt {certificate['attempt']}  {certificate['cause']}{exit}, ended by {certificate['ended_by']}",
-        f"           {moment(certificate['ended_at'])}, {certificate['strategy']}{pid}",
-        f"used       {duration(certificate['duration_s'])}, {cpu_s:.3g} s of CPU, {certificate['max_memory_mib']:.0f} MiB",
-    ]
-    if certificate["limits"]:
-        lines.append("limits     " + ", ".join(f"{name} {value:g}" for name, value in certificate["limits"].items()))
-    if certificate.get("why"):
-        lines.append(f"then       {certificate['then']}: {certificate['why']}")
-    if certificate["error"]:
-        error = certificate["error"]
-        lines.append(block(error.get("traceback") or f"{error['class']}: {error['message']}", "  | "))
-    if certificate["output"]:
-        lines += ["output", block(certificate["output"], "  > ")]
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(told, fields["certificates"])])

@@ -97,6 +97,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     import gc
     import resource
 
+    from ..brokers.base import Retention
     from ..control import Control
     from ..events import Warned
     from ..instance import Instance
@@ -128,6 +129,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             identity=instance.identity,
             slice_page=instance.slice_page,
             lease_s=config.queue.lease_s,
+            retention=Retention(*config.queue.dead),
             max_inline=config.inline.max_concurrent,
             max_isolated=config.isolated.max_concurrent,
             max_slice_s=config.inline.max_slice_s,

@@ -13,7 +13,9 @@ import click
 
 from .. import __version__
 from ..errors import ConfigError, KQueueError
+from .dead import forget, retry
 from .dispatch import dispatch
+from .doctor import doctor
 from .init import init
 from .jobs import jobs, show
 from .status import status
@@ -77,7 +79,7 @@ def main(context: click.Context, path: str | None, json: bool) -> None:
         click.echo(context.get_help())
 
 
-for command in (init, dispatch, status, jobs, show):
+for command in (init, dispatch, status, jobs, show, retry, forget, doctor):
     main.add_command(command)
 
 

@@ -44,7 +44,7 @@ def _stopped(target: Target) -> dict[str, Any]:
         queues |= {name: counts._asdict() for name, counts in target.client.store.stats().items()}
     return {
         "pid": None, "version": __version__, "uptime_s": 0.0, "state": "unknown" if config is None else "stopped",
-        "memory_mib": 0.0, "processed": 0, "failed": 0, "retried": 0, "killed": 0, "running": [],
+        "memory_mib": 0.0, "processed": 0, "failed": 0, "retried": 0, "killed": 0, "forgotten": 0, "running": [],
         "queues": dict(sorted(queues.items())), "loop": {"lag_ms_p50": 0.0, "lag_ms_p99": 0.0, "turns_per_s": 0.0},
     }  # fmt: skip
 

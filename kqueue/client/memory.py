@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..brokers.base import Finding, NewJob, QueueStats, Row
+from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row
 from ..brokers.commands.memory import MemoryStore
 
 
@@ -30,11 +30,26 @@ class MemoryClient:
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         return self._store.cancel(id, certificate)
 
+    def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._store.retry(ids)
+
+    def forget(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._store.forget(ids)
+
+    def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
+        return self._store.dead(queue, after, until, limit)
+
+    def last_dead(self, queue: str) -> Mark | None:
+        return self._store.last_dead(queue)
+
     def documents(self, prefix: str) -> dict[str, bytes]:
         return self._store.documents(prefix)
 
     def health(self) -> Sequence[Finding]:
         return []
+
+    def version(self) -> str:
+        return "memory of this process"
 
     def close(self) -> None:
         """Nothing to close."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from ..brokers.base import Finding, NewJob, QueueStats, Row, listed, place
+from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row, last_of_dead, listed, place
 from ..brokers.commands import redis as commands
-from ..brokers.commands.redis_asking import Command
+from ..brokers.commands.redis_asking import Call, Command
 from ..brokers.commands.redis_durability import QUESTIONS, durability
 from ..brokers.commands.redis_lua import LANES
 from ..brokers.commands.redis_url import parse_url
@@ -50,9 +50,14 @@ class RedisClient:
         return next(iter(self._rows([(name, id) for name in self._queues(queue)])), None)
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
-        places = [(name, id) for name in self._queues(queue) for id in self._ids(name, state, limit)]
-        rows = [row._replace(certificates=()) for row in self._rows(places) if listed(row.state, state)]
-        rows.sort(key=lambda row: (place(row.available_at, row.priority), row.id))
+        queues = self._queues(queue)
+        if state == "dead":
+            places = self._newest_dead(queues, limit)
+        else:
+            places = [(name, id) for name in queues for id in self._ids(name, state, limit)]
+        rows = [row._replace(certificates=last_of_dead(row)) for row in self._rows(places) if listed(row.state, state)]
+        if state != "dead":
+            rows.sort(key=lambda row: (place(row.available_at, row.priority), row.id))
         return rows[:limit]
 
     def stats(self) -> dict[str, QueueStats]:
@@ -67,6 +72,27 @@ class RedisClient:
             if row is not None and row.state == "dead" and row.certificates[-1:] == (certificate,):
                 return True
             return any(self._wire.ask(calls))
+
+    def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._of_dead(commands.retry, ids, queue)
+
+    def forget(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._of_dead(commands.forget, ids, queue)
+
+    def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
+        marks: list[Mark] = []
+        found = limit
+        seen = 0
+        while len(marks) < limit and found == limit:  # those that died in the moment of `after` come again before the others
+            (flat,) = self._wire.ask([commands.dead(queue, after, until, seen, limit)])
+            marks += commands.read_dead(flat, after, until)
+            found = len(flat) // 2
+            seen += found
+        return marks[:limit]
+
+    def last_dead(self, queue: str) -> Mark | None:
+        (flat,) = self._wire.ask([commands.newest_dead(queue, 1)])
+        return next(iter(commands.read_dead(flat)), None)
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         (keys,) = self._wire.ask([("HKEYS", commands.DOCUMENTS_KEY)])
@@ -83,6 +109,10 @@ class RedisClient:
         found = [(f"{node[0]}:{node[1]}: " if len(answers) > 1 else "", durability(replies)) for node, replies in answers.items()]
         return [finding._replace(text=where + finding.text) for where, findings in found for finding in findings]
 
+    def version(self) -> str:
+        answers = self._wire.each_node([("INFO", "server")])
+        return ", ".join(sorted({commands.server_version(reply) for (reply,) in answers.values()}))
+
     def close(self) -> None:
         self._wire.close()
 
@@ -93,6 +123,17 @@ class RedisClient:
             return [queue]
         (names,) = self._wire.ask([("SMEMBERS", commands.QUEUES_KEY)])
         return sorted(name.decode("utf-8", "replace") for name in names)
+
+    def _of_dead(
+        self, call: Callable[[str, Sequence[str]], Call], ids: Sequence[str], queue: str | None
+    ) -> Sequence[bool]:
+        done = dict.fromkeys(ids, False)
+        for name in self._queues(queue):
+            left = [id for id, found in done.items() if not found]
+            if left:
+                (digits,) = self._wire.ask([call(name, left)])
+                done |= zip(left, commands.read_digits(digits), strict=True)
+        return [done[id] for id in ids]
 
     def _stats(self, queues: Sequence[str]) -> dict[str, QueueStats]:
         replies = self._wire.ask([commands.stats(queue) for queue in queues])
@@ -114,6 +155,12 @@ class RedisClient:
             for epoch in epochs:
                 ids += self._leased(f"{prefix}leased:".encode() + epoch, limit)
         return [id.decode("utf-8", "surrogateescape") for id in ids]
+
+    def _newest_dead(self, queues: Sequence[str], limit: int) -> Sequence[tuple[str, str]]:
+        """Queue and id of the last `limit` deaths, the last first."""
+        replies = self._wire.ask([commands.newest_dead(queue, limit) for queue in queues])
+        found = [(mark, queue) for queue, flat in zip(queues, replies, strict=True) for mark in commands.read_dead(flat)]
+        return [(queue, mark.id) for mark, queue in sorted(found, reverse=True)[:limit]]
 
     def _leased(self, key: bytes, limit: int) -> Sequence[bytes]:
         ids: dict[bytes, None] = {}  # HSCAN may say one twice

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-from ..brokers.base import Finding, NewJob, QueueStats, Row
+from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row
 from ..brokers.commands import sqlite as commands
+from ..brokers.commands.host_clock import HOST, HostClock
 from ..brokers.commands.sqlite_file import LOCKED_PAUSE_S, SQLiteFile, is_locked, is_passing, jittered, ring
+from ..brokers.commands.sqlite_transaction import Transaction
 from ..errors import BrokerUnavailable
+from .sqlite_health import sqlite_health
 
 T = TypeVar("T")
 
@@ -26,7 +29,7 @@ class SQLiteClient:
     """
 
     def __init__(
-        self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time, patience_s: float = PATIENCE_S
+        self, path: str, *, mode: int = 0o600, clock: HostClock = HOST, patience_s: float = PATIENCE_S
     ) -> None:
         self.address = f"sqlite:///{path}"
         self._file = SQLiteFile(path, mode=mode, clock=clock)
@@ -36,7 +39,7 @@ class SQLiteClient:
         return self._write(lambda tx: commands.enqueue(tx, jobs, max_depth), create=True)
 
     def show(self, id: str, queue: str | None = None) -> Row | None:
-        return self._read(lambda tx: commands.show(tx, id))
+        return self._read(lambda tx: commands.show(tx, id)) if _is_text(id) else None
 
     def list(self, state: str | None, queue: str | None, limit: int) -> list[Row]:
         return self._read(lambda tx: commands.list_jobs(tx, state, queue, limit))
@@ -47,13 +50,28 @@ class SQLiteClient:
     def cancel(self, id: str, certificate: bytes, queue: str | None = None) -> bool:
         return self._write(lambda tx: commands.cancel(tx, id, certificate), create=False)
 
+    def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._of_dead(commands.retry, ids)
+
+    def forget(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
+        return self._of_dead(commands.forget, ids)
+
+    def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
+        return self._read(lambda tx: commands.dead(tx, queue, after, until, limit))
+
+    def last_dead(self, queue: str) -> Mark | None:
+        return self._read(lambda tx: commands.last_dead(tx, queue))
+
     def documents(self, prefix: str) -> dict[str, bytes]:
         if not os.path.exists(self._file.path):
             return {}  # nobody has published anything; the first dispatch asks, before it creates the file
         return self._read(lambda tx: commands.documents(tx, prefix))
 
     def health(self) -> Sequence[Finding]:
-        return []
+        return sqlite_health(self._file.path)
+
+    def version(self) -> str:
+        return self._read(lambda tx: commands.version(tx))
 
     def close(self) -> None:
         """Close the connection. A client that is used again opens another."""
@@ -61,13 +79,19 @@ class SQLiteClient:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _write(self, work: Callable[[commands.Transaction], T], *, create: bool) -> T:
+    def _of_dead(self, command: Callable[..., Sequence[bool]], ids: Sequence[str]) -> Sequence[bool]:
+        able = [id for id in ids if _is_text(id)]
+        answers = self._write(lambda tx: command(tx, able), create=False)
+        done = dict(zip(able, answers, strict=True))
+        return [done.get(id, False) for id in ids]
+
+    def _write(self, work: Callable[[Transaction], T], *, create: bool) -> T:
         value, rings = self._patiently(lambda: self._file.write(work, create=create))
         if rings:
             ring(self._file.bells)
         return value
 
-    def _read(self, work: Callable[[commands.Transaction], T]) -> T:
+    def _read(self, work: Callable[[Transaction], T]) -> T:
         return self._patiently(lambda: self._file.read(work))
 
     def _patiently(self, transact: Callable[[], T]) -> T:
@@ -89,5 +113,14 @@ class SQLiteClient:
                 f"{self.address}: {error} for {self._patience_s:g} s; end the process that holds it (fuser {self._file.path})"
             )
         if is_passing(error):
-            return BrokerUnavailable(f"{self.address}: {error}; nothing was added: free space or mend the disk, then try again")
+            return BrokerUnavailable(f"{self.address}: {error}; nothing was changed: {self._file.remedy(error)}, then try again")
         return self._file.explain(error)
+
+
+def _is_text(id: str) -> bool:
+    """Whether `id` can stand in a database at all; what somebody typed may hold bytes that are no UTF-8."""
+    try:
+        id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -182,6 +182,10 @@ def _jobs_recovered(fact: facts.JobsRecovered) -> Line:
     return Line(WARNING, "jobs of a daemon that died are ready again", fact._asdict())
 
 
+def _dead_forgotten(fact: facts.DeadForgotten) -> Line:
+    return Line(WARNING, "dead letters dropped, as queue.dead says", fact._asdict())
+
+
 def _template_died(fact: facts.TemplateDied) -> Line:
     message = "template died, and with it the jobs in its children; another one is started"
     return Line(ERROR, message, _rounded(fact, restart_in_s=2))
@@ -231,6 +235,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.BrokerLost: (WARNING, _broker_lost),
     facts.BrokerBack: (INFO, lambda fact: Line(INFO, "broker back", fact._asdict())),
     facts.JobsRecovered: (WARNING, _jobs_recovered),
+    facts.DeadForgotten: (WARNING, _dead_forgotten),
     facts.TemplateStarted: (DEBUG, lambda fact: Line(DEBUG, "template started", _rounded(fact, start_s=3))),
     facts.TemplateDied: (ERROR, _template_died),
     facts.Warned: (WARNING, lambda fact: Line(WARNING, fact.message)),

@@ -1,6 +1,7 @@
 """Status: what the supervisor is doing now, as the one document that `kqueue status --json` prints (see INTERFACES).
 
     {"pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed",
+     "forgotten",
      "running": [{"id", "job", "strategy", "pid", "elapsed_s", "memory_mib", "progress"}],
      "queues": {NAME: {"ready", "delayed", "leased", "dead"}},
      "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"}}
@@ -39,11 +40,13 @@ class Status:
         self._began = runtime.kernel.clock.monotonic()
         self._retried = 0
         self._killed = 0
+        self._forgotten = 0
         self._counts: dict[str, QueueStats] = {}
         self._count_again_at = 0.0  # by the kernel's clock
         self._counting: Task | None = None
         self._marks = ((self._began, 0), (self._began, 0))  # (when, turns of the loop) at the last two heartbeats
         runtime.events.subscribe(facts.JobEnded, self._count_job)
+        runtime.events.subscribe(facts.DeadForgotten, self._count_forgotten)
         runtime.events.subscribe(facts.DaemonReady, self._name_queues)
         runtime.events.subscribe(facts.Heartbeat, self._mark)
 
@@ -62,6 +65,7 @@ class Status:
             "failed": runtime.failed,
             "retried": self._retried,
             "killed": self._killed,
+            "forgotten": self._forgotten,
             "running": running,
             "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
             "loop": self._loop(),
@@ -76,6 +80,9 @@ class Status:
         outcome = fact.outcome
         self._retried += fact.then == "retry"
         self._killed += outcome.pid is not None and outcome.cause not in ("ok", "refused") and outcome.ended_by != "job"
+
+    def _count_forgotten(self, fact: facts.DeadForgotten) -> None:
+        self._forgotten += fact.jobs
 
     def _name_queues(self, fact: facts.DaemonReady) -> None:
         self._counts.update(dict.fromkeys(fact.queues, QueueStats()))  # a queue that nobody used is worth a line of zeros

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kqueue.brokers.base import Broker, NewJob, Owner, Store
+from kqueue.brokers.commands.host_clock import HostClock
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.brokers.redis import RedisBroker
@@ -62,6 +63,10 @@ class Rig:
 
         self.kernel.run(pause())  # type: ignore[arg-type]
 
+    def jump(self, seconds: float) -> None:
+        """Set the wall clock, and no other, forward."""
+        pytest.skip("it has one clock, and no other process may set it")
+
     def corrupt(self, id: str, garbage: bytes) -> None:
         """Overwrite the envelope of a job behind the broker's back."""
         raise NotImplementedError
@@ -78,7 +83,8 @@ class MemoryRig(Rig):
     def __init__(self, tmp_path: Any, request: pytest.FixtureRequest) -> None:
         super().__init__()
         self.now = 1_790_000_000.0
-        self.store = MemoryStore(clock=lambda: self.now)
+        self.ticks = 5_000.0
+        self.store = MemoryStore(clock=lambda: self.now, ticks=lambda: self.ticks)
 
     def make_broker(self) -> Broker:
         return MemoryBroker(self.store)
@@ -88,9 +94,27 @@ class MemoryRig(Rig):
 
     def elapse(self, seconds: float) -> None:
         self.now += seconds
+        self.ticks += seconds
+
+    def jump(self, seconds: float) -> None:
+        self.now += seconds
 
     def corrupt(self, id: str, garbage: bytes) -> None:
         self.store._jobs[id].envelope = garbage
+
+
+class RigClock(HostClock):
+    """That of a host which `rig` moves."""
+
+    def __init__(self, rig: SQLiteRig) -> None:
+        self._rig = rig
+        self.boot = "this-boot"
+
+    def wall(self) -> float:
+        return self._rig.now
+
+    def ticks(self) -> float:
+        return self._rig.ticks
 
 
 class SQLiteRig(Rig):
@@ -99,17 +123,23 @@ class SQLiteRig(Rig):
     def __init__(self, tmp_path: Any, request: pytest.FixtureRequest) -> None:
         super().__init__()
         self.now = 1_790_000_000.0
+        self.ticks = 5_000.0
+        self.clock = RigClock(self)
         self.path = str(tmp_path / "kqueue.db")
         self.clients: list[SQLiteClient] = []
 
     def make_broker(self) -> Broker:
-        return SQLiteBroker(self.path, clock=lambda: self.now)
+        return SQLiteBroker(self.path, clock=self.clock)
 
     def make_client(self) -> Store:
-        self.clients.append(SQLiteClient(self.path, clock=lambda: self.now))
+        self.clients.append(SQLiteClient(self.path, clock=self.clock))
         return self.clients[-1]
 
     def elapse(self, seconds: float) -> None:
+        self.now += seconds
+        self.ticks += seconds
+
+    def jump(self, seconds: float) -> None:
         self.now += seconds
 
     def corrupt(self, id: str, garbage: bytes) -> None:

@@ -9,14 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kqueue.brokers.base import SETTLED, Counters, Owner, Settlement
-from kqueue.brokers.commands import sqlite as commands
+from kqueue.brokers.base import SETTLED, STALE, Counters, Owner, Settlement
 from kqueue.brokers.commands import sqlite_file
 from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.sqlite import SQLiteClient
@@ -246,7 +244,7 @@ def test_a_client_says_what_is_wrong_with_the_file(rig: SQLiteRig) -> None:
     db = client._file._db
     assert db is not None
     db.execute("PRAGMA max_page_count = 1")
-    with pytest.raises(BrokerUnavailable, match=r"disk is full; nothing was added: free space"):
+    with pytest.raises(BrokerUnavailable, match=r"disk is full; nothing was changed: free space on its disk, then try again"):
         client.enqueue([new_job("big", envelope=b"x" * 100_000)])
     with closing(sqlite3.connect(rig.path, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
@@ -257,13 +255,22 @@ def test_a_client_says_what_is_wrong_with_the_file(rig: SQLiteRig) -> None:
 
 
 def test_a_file_that_is_replaced_is_noticed_by_everyone(rig: SQLiteRig) -> None:
-    broker, client = rig.broker(), rig.make_client()
-    client.enqueue([new_job("a")])
+    broker, client, told = rig.broker(), rig.make_client(), []
+    broker._on_event = lambda *news: told.append(news)
+    client.enqueue([new_job("a"), new_job("c")])
+    old = rig.do(broker.reserve("q", {"inline": 1})).leases
     for name in ("", "-wal", "-shm"):
         os.unlink(rig.path + name)
     client.enqueue([new_job("b")])
+    ends = [Settlement(lease.token, "q", verb) for lease in old for verb in ("hold", "release", "bury", "ack")]
+    assert rig.do(broker.settle(ends)) == [STALE] * 4, "nobody there knows of that job"
+    ((kind, text, _),) = told
+    assert kind == "warning"
+    assert text.startswith(f"{broker.address} is another file than before")
     assert ids(rig, broker) == ["b"]
     assert rig.sql("SELECT count(*) FROM kq_epoch") == [(1,)], "no lease is without an owner"
+    assert rig.do(broker.renew()) is False, "and the runtime is told that something happened to its leases"
+    assert len(told) == 1
 
 
 # -- files that will not do ---------------------------------------------------------------------------------------------
@@ -384,14 +391,3 @@ def test_an_application_s_own_database_can_hold_the_queue(rig: SQLiteRig) -> Non
     assert ids(rig, broker) == ["a"]
     assert rig.sql("SELECT * FROM job") == [(1,)]
     assert rig.sql("PRAGMA user_version") == [(42,)]
-
-
-def test_a_file_of_schema_1_is_brought_up_to_date_with_its_jobs(tmp_path: Path) -> None:
-    path = str(tmp_path / "old.db")
-    sqlite_file.SQLiteFile(path).write(lambda tx: commands.enqueue(tx, [new_job("a")]))
-    with closing(sqlite3.connect(path)) as db, db:
-        db.execute("ALTER TABLE kq_job DROP COLUMN memory")
-        db.execute("UPDATE kq_meta SET value = 1 WHERE key = 'schema'")
-    lease_it = partial(commands.reserve, owner=Owner("e", ""), lease_s=15.0, queue="q", wants={"inline": 1})
-    reserved, _ = sqlite_file.SQLiteFile(path).write(lease_it)
-    assert [(lease.token.id, lease.counters.memory) for lease in reserved.leases] == [("a", 0)]

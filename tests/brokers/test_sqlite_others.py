@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from kqueue.brokers.base import SETTLED, Counters, Owner, Settlement
+from kqueue.brokers.base import SETTLED, STALE, Counters, Owner, Retention, Settlement
+from kqueue.brokers.commands import sqlite as commands
 from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.sqlite import SQLiteClient
 from kqueue.ids import new_id
@@ -113,7 +114,7 @@ def test_a_lease_of_nobody_and_an_epoch_without_end_are_recovered(rig: SQLiteRig
     broker, gone = rig.broker(), rig.broker(lease_s=1000)
     rig.do(broker.enqueue([new_job("a"), new_job("b")]))
     assert len(reserve(rig, gone)) == 2
-    rig.sql("UPDATE kq_epoch SET expires_at = 'never' WHERE epoch = ?", gone._owner.epoch)
+    rig.sql("UPDATE kq_epoch SET lapses_at = 'never' WHERE epoch = ?", gone._owner.epoch)
     rig.sql("UPDATE kq_job SET epoch = '' WHERE id = 'b'")
     assert rig.do(broker.sweep()).recovered == {"q": 2}
     assert rig.do(broker.sweep()).recovered == {}
@@ -146,14 +147,22 @@ def test_no_verb_reads_more_rows_than_it_needs(rig: SQLiteRig) -> None:
         rig.do(broker.settle([Settlement(lease.token, "q", verb, certificate=b"{}", **how)]))
     rig.elapse(2)
     reserve(rig, broker)
-    rig.do(broker.open(Owner("next", "i"), ["q"], 15))
+    rig.do(broker.open(Owner("next", "i"), ["q"], 15, retention=Retention(0.1, 1)))
     rig.do(broker.sweep())
     rig.do(broker.renew())
     client.enqueue([])
     client._file._db.set_trace_callback(seen.append)
     client.show("d")
     client.cancel("later", b"{}")
+    last = client.last_dead("q")
+    client.last_dead("")
+    assert last is not None
+    client.dead("q", None, last, 500)
+    client.list("dead", "q", 10)
+    client.retry(["later"])
+    client.forget(["d"])
     client.documents("manifest:")
+    client.stats()
     plans = {}
     for statement in {sql for sql in seen if sql.startswith(("SELECT", "UPDATE", "INSERT", "DELETE", "WITH"))}:
         plans[statement] = [row[3] for row in rig.sql(f"EXPLAIN QUERY PLAN {statement}")]
@@ -162,6 +171,33 @@ def test_no_verb_reads_more_rows_than_it_needs(rig: SQLiteRig) -> None:
     scans = {sql: step for sql, plan in plans.items() for step in plan if step.startswith(large)}
     assert [sql for sql, step in scans.items() if "kq_job_odd" not in step] == [], "an index of odd rows has next to none"
     assert any("kq_job_ready" in step for plan in plans.values() for step in plan)
+
+
+# -- dead letters -------------------------------------------------------------------------------------------------------
+
+
+def test_dead_letters_are_retried_and_forgotten(rig: SQLiteRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job(id, priority=2, lane="isolated") for id in ("a", "b", "c")]))
+    how = {"counters": Counters(3, 1, 2, 4, 1), "certificate": b"{}"}
+    bury = [Settlement(lease.token, "q", "bury", **how) for lease in reserve(rig, broker).values()]
+    rig.do(broker.settle(bury))
+    rig.do(broker.enqueue([new_job("waits")]))
+    rig.elapse(100)
+    rig.do(broker.wait(0))
+    retried, rings = client._file.write(lambda tx: commands.retry(tx, ["b", "nobody", "waits", "a", "b"]))
+    assert (retried, rings) == ([True, False, False, True, False], True)
+    row = client.show("a")
+    assert row is not None
+    assert (row.state, row.lane, row.counters, row.certificates) == ("ready", "isolated", Counters(), (b"{}",))
+    assert row.available_at == rig.now, "not the place that it had"
+    leases = reserve(rig, broker)
+    assert list(leases) == ["waits", "a", "b"]
+    assert set(rig.do(broker.settle(bury))) == {STALE}, "no token of before is good again"
+    forgotten, rings = client._file.write(lambda tx: commands.forget(tx, ["c", "a", "nobody", "c"]))
+    assert (forgotten, rings) == ([True, False, False, False], False)
+    assert client.show("c") is None
+    assert rig.sql("SELECT DISTINCT job_id FROM kq_certificate ORDER BY job_id") == [("a",), ("b",)]
 
 
 # -- doorbells ----------------------------------------------------------------------------------------------------------

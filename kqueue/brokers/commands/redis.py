@@ -13,7 +13,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ...errors import QueueFull
-from ..base import MAX_BATCH, SETTLED, STALE, Counters, Lease, NewJob, Owner, QueueStats, Retention, Row, Settlement, Token, lost
+from ..base import (
+    MAX_BATCH,
+    SETTLED,
+    STALE,
+    Counters,
+    Lease,
+    Mark,
+    NewJob,
+    Owner,
+    QueueStats,
+    Retention,
+    Row,
+    Settlement,
+    Token,
+    lost,
+)
 from .redis_asking import Call, Command
 from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, ROW_FIELDS
 from .redis_mend import Arg
@@ -256,6 +271,17 @@ def _of_dead(script: str, queue: str, ids: Sequence[str]) -> Call:
     return Call(script, [1, prefix(queue), os.urandom(9).hex(), CALL_MEMORY_S, *map(_bytes, ids)])
 
 
+def dead(queue: str, after: Mark | None, until: Mark, skip: int, limit: int) -> Command:
+    """Dead jobs by the time of their death, `after` and `until` and all others of the same moments among them."""
+    first = "-inf" if after is None else repr(after.died_at)
+    return ("ZRANGEBYSCORE", f"{prefix(queue)}dead", first, repr(until.died_at), "WITHSCORES", "LIMIT", skip, limit)
+
+
+def newest_dead(queue: str, limit: int) -> Command:
+    """The last `limit` deaths, the last first. Read it by `read_dead`."""
+    return ("ZREVRANGE", f"{prefix(queue)}dead", 0, limit - 1, "WITHSCORES")
+
+
 def show(queue: str, id: str) -> Call:
     return Call("show", [1, prefix(queue), _bytes(id), *ROW_FIELDS])
 
@@ -286,6 +312,24 @@ def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[
 def read_digits(digits: bytes) -> list[bool]:
     """For each job whether the call did what it says."""
     return [digit == YES for digit in digits]
+
+
+def read_dead(flat: Sequence[bytes], after: Mark | None = None, until: Mark | None = None) -> list[Mark]:
+    """The marks in a reply that are behind `after` and up to `until`, which of one moment Redis sorts by the bytes of the id."""
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    marks = [Mark(float(score), id.decode("utf-8", "surrogateescape")) for id, score in pairs]
+    first, last = (None if mark is None else (mark.died_at, _bytes(mark.id)) for mark in (after, until))
+    found = [(mark, (mark.died_at, _bytes(mark.id))) for mark in marks]
+    return [mark for mark, at in found if (first is None or at > first) and (last is None or at <= last)]
+
+
+def server_version(answer: Any) -> str:
+    """Of the answer to INFO server, which may be an error: "Valkey 8.0.1"."""
+    lines = answer.decode("utf-8", "replace").splitlines() if isinstance(answer, bytes) else []
+    info = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    if "valkey_version" in info:
+        return f"Valkey {info['valkey_version']}"
+    return f"Redis {info['redis_version']}" if "redis_version" in info else "a version it does not tell"
 
 
 def read_settled(digits: bytes) -> list[str]:

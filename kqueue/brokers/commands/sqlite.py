@@ -1,108 +1,55 @@
-"""The SQLite commands: the schema, and plain functions that run inside one open write transaction.
+"""The SQLite commands: plain functions that run inside one open write transaction.
 
 What they mean is what `memory.py` means, down to which of two ties wins. Nothing here opens, waits, retries or commits: the
 daemon runs all that one turn of its loop asked for in one transaction, a client one command in one, and both by these functions.
+Neighbours: the tables (sqlite_schema), counts (sqlite_transaction), who is alive (sqlite_epochs), dead letters (sqlite_dead).
 
-Each state has a partial index that holds the rows of that state and no others, so that a verb costs O(log n) a job however many
-dead or delayed ones there are. A test reads the query plans.
-
-SQLite is dynamically typed, and whoever can write the file can write anything. So:
-
-Rule 1. Only an `id` must be one, by a CHECK, since a token has to find its row again. Every other column may hold anything.
-Rule 2. An envelope is handed out as the bytes it is; a counter that is no integer counts as 0; a strange place is still a place.
-Rule 3. What no verb would ever find (an unknown state or lane, a due time that never comes) stands in the index `kq_job_odd`, and
-        a sweep buries it with a certificate, where people see it.
+Every statement finds its rows by an index; a test reads the query plans.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from ...codec import to_json
 from ...errors import QueueFull
-from ...outcome import Outcome
 from ..base import (
     MAX_BATCH,
-    MAX_CERTIFICATES,
+    NO_RETENTION,
     PRIORITY_STEP_S,
     SETTLED,
     STALE,
     Counters,
     Lease,
+    Mark,
     NewJob,
     Owner,
     QueueStats,
     Reserved,
+    Retention,
     Row,
     Settlement,
+    Swept,
     Token,
+    last_of_dead,
+    lost,
+    numbered,
     place,
 )
-
-VERSION: Final = 2  # of the schema; stands in kq_meta, since user_version belongs to the application that shares the file
-
-# What a row needs to be found by the verb that moves it on; NULL (a comparison with one) is no better than 0.
-_ODD: Final = """CASE state
-    WHEN 'ready' THEN typeof(queue) = 'text' AND lane IN ('inline', 'isolated')
-    WHEN 'delayed' THEN typeof(queue) = 'text' AND lane IN ('inline', 'isolated') AND available_at BETWEEN -1e12 AND 1e12
-    WHEN 'leased' THEN typeof(epoch) = 'text'
-    WHEN 'done' THEN 1
-    WHEN 'dead' THEN 1
-  END IS NOT TRUE"""
-
-SCHEMA: Final = (
-    "CREATE TABLE kq_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID",
-    """CREATE TABLE kq_job (
-  id TEXT NOT NULL UNIQUE
-    CHECK (typeof(id) = 'text' AND id NOT GLOB '*[^0-9A-Za-z_-]*' AND length(id) BETWEEN 1 AND 64
-      AND length(id) = length(CAST(id AS BLOB))),  -- both GLOB and length() end at a NUL
-  queue TEXT DEFAULT 'default',
-  lane TEXT DEFAULT 'inline',
-  state TEXT DEFAULT 'ready',
-  priority INTEGER DEFAULT 0,
-  place REAL DEFAULT 0,          -- lower is earlier: available_at - priority * 3600
-  available_at REAL DEFAULT 0,   -- seconds since 1970
-  attempts INTEGER DEFAULT 0,
-  crashes INTEGER DEFAULT 0,
-  recoveries INTEGER DEFAULT 0,
-  deferrals INTEGER DEFAULT 0,
-  memory INTEGER DEFAULT 0,      -- of the attempts, those that ran out of memory
-  number INTEGER DEFAULT 0,      -- of the last reservation; a settlement raises it too, so that a token settles once
-  epoch TEXT DEFAULT '',         -- that holds it, or held it last
-  expires_at REAL,               -- done: when the result goes
-  envelope BLOB,
-  result BLOB
-)""",
-    "CREATE INDEX kq_job_ready ON kq_job (queue, lane, place, id) WHERE state = 'ready'",
-    "CREATE INDEX kq_job_delayed ON kq_job (queue, available_at) WHERE state = 'delayed'",
-    "CREATE INDEX kq_job_leased ON kq_job (epoch, queue) WHERE state = 'leased'",
-    "CREATE INDEX kq_job_done ON kq_job (expires_at) WHERE state = 'done'",
-    "CREATE INDEX kq_job_dead ON kq_job (queue) WHERE state = 'dead'",
-    f"CREATE INDEX kq_job_odd ON kq_job (id) WHERE {_ODD}",
-    "CREATE TABLE kq_certificate (job_id TEXT NOT NULL, n INTEGER NOT NULL, body BLOB, PRIMARY KEY (job_id, n))",
-    "CREATE TABLE kq_epoch (epoch TEXT PRIMARY KEY NOT NULL, identity TEXT, expires_at REAL)",
-    "CREATE TABLE kq_document (key TEXT PRIMARY KEY NOT NULL, value BLOB)",
-    f"INSERT INTO kq_meta (key, value) VALUES ('schema', {VERSION})",
-)
-
-FROM_VERSION_1: Final = (
-    "ALTER TABLE kq_job ADD COLUMN memory INTEGER DEFAULT 0",
-    "UPDATE kq_meta SET value = 2 WHERE key = 'schema'",
-)
+from . import sqlite_dead, sqlite_epochs, sqlite_transaction
+from .sqlite_transaction import Transaction, count, distinct, text
 
 _STANDS: Final = "CASE WHEN available_at > ? THEN 'delayed' ELSE 'ready' END"  # parameter: now
-_FENCE: Final = "id = ? AND number = ? AND epoch = ? AND coalesce(state, '') NOT IN ('done', 'dead')"  # parameters: _token
+_LEASED: Final = "id = ? AND number = ? AND epoch = ? AND state = 'leased' AND queue IS coalesce(?, queue)"
+_OURS: Final = (  # leased, or recovered and not yet reserved again
+    "SELECT rowid, queue, state FROM kq_job WHERE id = ? AND number = ? AND epoch = ? "
+    "AND coalesce(state, '') NOT IN ('done', 'dead')"
+)
 _COUNTERS: Final = "attempts = ?, crashes = ?, recoveries = ?, deferrals = ?, memory = ?"
 
 _ENQUEUE: Final = (
     "INSERT INTO kq_job (id, queue, lane, state, priority, place, available_at, envelope) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
     "ON CONFLICT (id) DO NOTHING"
-)
-_WAITING: Final = (
-    "SELECT (SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'ready' AND queue = :queue LIMIT :most)) + "
-    "(SELECT count(*) FROM (SELECT 1 FROM kq_job WHERE state = 'delayed' AND queue = :queue LIMIT :most))"
 )
 _NEXT_DUE: Final = (
     "SELECT available_at FROM kq_job WHERE state = 'delayed' AND queue = ? AND available_at BETWEEN -1e12 AND 1e12 "
@@ -117,38 +64,26 @@ _BEST: Final = (
     "FROM kq_job WHERE state = 'ready' AND queue = ? AND lane = ? ORDER BY place, id LIMIT ?"
 )
 _LEASE: Final = "UPDATE kq_job SET state = 'leased', epoch = ?, number = ? WHERE rowid = ?"
-_OWN: Final = "INSERT INTO kq_epoch (epoch, identity, expires_at) VALUES (?, ?, ?) ON CONFLICT (epoch) "
-_ACK: Final = f"DELETE FROM kq_job WHERE {_FENCE}"
+_ACK: Final = f"DELETE FROM kq_job WHERE {_LEASED}"
 _KEEP: Final = (
-    f"UPDATE kq_job SET state = 'done', result = ?, expires_at = ?, number = number + 1, epoch = '' WHERE {_FENCE}"
+    f"UPDATE kq_job SET state = 'done', result = ?, expires_at = ?, number = number + 1, epoch = '' WHERE {_LEASED}"
 )
-_BURY: Final = f"UPDATE kq_job SET state = 'dead', {_COUNTERS}, number = number + 1, epoch = '' WHERE {_FENCE}"
+_BURY: Final = (
+    f"UPDATE kq_job SET state = 'dead', died_at = ?, {_COUNTERS}, number = number + 1, epoch = '' WHERE {_LEASED}"
+)
 _RELEASE: Final = (
-    f"UPDATE kq_job SET state = {_STANDS}, lane = coalesce(?, lane), {_COUNTERS}, number = number + 1, epoch = '' WHERE {_FENCE}"
+    f"UPDATE kq_job SET state = {_STANDS}, lane = coalesce(?, lane), {_COUNTERS}, number = number + 1, epoch = '' "
+    f"WHERE {_LEASED}"
 )
 _DELAY: Final = (
     f"UPDATE kq_job SET state = 'delayed', available_at = ?, place = ? - priority * {PRIORITY_STEP_S}, "
-    f"lane = coalesce(?, lane), {_COUNTERS}, number = number + 1, epoch = '' WHERE {_FENCE}"
+    f"lane = coalesce(?, lane), {_COUNTERS}, number = number + 1, epoch = '' WHERE {_LEASED}"
 )
-_CERTIFY: Final = (
-    "INSERT OR REPLACE INTO kq_certificate (job_id, n, body) "
-    "SELECT :id, coalesce(max(n), 0) + 1, :body FROM kq_certificate WHERE job_id = :id"
+_HELD: Final = (
+    f"SELECT rowid, id, queue, {_STANDS}, attempts, crashes, recoveries FROM kq_job WHERE state = 'leased' AND epoch = ? LIMIT ?"
 )
-_ONLY_THE_LAST: Final = (
-    "DELETE FROM kq_certificate WHERE job_id = :id "
-    f"AND n <= (SELECT max(n) - {MAX_CERTIFICATES} FROM kq_certificate WHERE job_id = :id)"
-)
-_FORGET: Final = "DELETE FROM kq_certificate WHERE job_id = ?"  # of a job that is gone
-_HELD: Final = "SELECT rowid, queue, id FROM kq_job WHERE state = 'leased' AND epoch = ? LIMIT ?"
-_RECOVER: Final = (
-    f"UPDATE kq_job SET state = {_STANDS}, %(counter)s = CASE typeof(%(counter)s) WHEN 'integer' THEN %(counter)s + 1 ELSE 1 END "
-    "WHERE rowid = ?"
-)
-_LIVING: Final = "SELECT epoch FROM kq_epoch WHERE typeof(expires_at) IN ('real', 'integer') AND expires_at > ?"
+_RECOVER: Final = "UPDATE kq_job SET state = ?, crashes = ?, recoveries = ? WHERE rowid = ?"
 _EXPIRED: Final = f"SELECT id FROM kq_job WHERE state = 'done' AND expires_at <= ? ORDER BY expires_at LIMIT {MAX_BATCH}"
-_FIND_ODD: Final = (
-    f"SELECT rowid, id, state, lane, attempts FROM kq_job INDEXED BY kq_job_odd WHERE {_ODD} ORDER BY id LIMIT {MAX_BATCH}"
-)
 _ROW: Final = (
     "SELECT id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, memory, "
     "CAST(envelope AS BLOB), CAST(result AS BLOB) FROM kq_job "
@@ -156,32 +91,20 @@ _ROW: Final = (
 _DOCUMENTS: Final = "SELECT key, CAST(value AS BLOB) FROM kq_document WHERE key >= ? AND key < ?"
 
 
-class Transaction:
-    """One open transaction: what commands run in."""
-
-    __slots__ = ("db", "now", "rings")
-
-    def __init__(self, db: sqlite3.Connection, now: float) -> None:
-        self.db = db
-        self.now = now  # seconds since 1970, one moment for the whole transaction
-        self.rings = False  # something became ready or delayed: ring, once this is committed
-
-
 # -- the daemon's verbs -----------------------------------------------------------------------------------------------
 
 
 def open_epoch(tx: Transaction, owner: Owner, lease_s: float, culprit: str = "") -> dict[str, int]:
     """Register `owner` and recover up to MAX_BATCH jobs of its own dead epochs; call it until it recovers none."""
-    same = "SELECT epoch FROM kq_epoch WHERE identity = ? AND identity <> '' AND epoch <> ?"
-    dead = [epoch for (epoch,) in tx.db.execute(same, (owner.identity, owner.epoch)).fetchall()]
-    renew(tx, owner, lease_s)
+    dead = sqlite_epochs.earlier(tx, owner)
+    sqlite_epochs.renew(tx, owner, lease_s)
     return _recover(tx, dead, culprit)
 
 
 def enqueue(tx: Transaction, jobs: Sequence[NewJob], max_depth: int = 0) -> list[bool]:
     if max_depth:
         for queue in {job.queue for job in jobs}:
-            (waiting,) = tx.db.execute(_WAITING, {"queue": queue, "most": max_depth}).fetchone()
+            waiting = tx.count(queue, "ready") + tx.count(queue, "delayed")
             if waiting + sum(job.queue == queue for job in jobs) > max_depth:
                 raise QueueFull(f"queue {queue!r} holds {waiting} jobs, allowed are {max_depth}")
     fresh = []
@@ -190,6 +113,8 @@ def enqueue(tx: Transaction, jobs: Sequence[NewJob], max_depth: int = 0) -> list
         state = "delayed" if at > tx.now else "ready"
         values = (job.id, job.queue, job.lane, state, job.priority, place(at, job.priority), at, job.envelope)
         fresh.append(tx.db.execute(_ENQUEUE, values).rowcount == 1)
+        if fresh[-1]:
+            tx.move(job.queue, None, state)
     tx.rings |= True in fresh
     return fresh
 
@@ -197,7 +122,7 @@ def enqueue(tx: Transaction, jobs: Sequence[NewJob], max_depth: int = 0) -> list
 def reserve(tx: Transaction, owner: Owner, lease_s: float, queue: str, wants: Mapping[str, int]) -> Reserved:
     due = _next_due(tx, queue)
     if due is not None and due <= tx.now:
-        tx.db.execute(_MOVE_DUE, (queue, tx.now))
+        _move_due(tx, queue)
         due = _next_due(tx, queue)
     leases: list[Lease] = []
     for lane, want in wants.items():
@@ -205,7 +130,8 @@ def reserve(tx: Transaction, owner: Owner, lease_s: float, queue: str, wants: Ma
         if room > 0:
             leases += _lease(tx, owner.epoch, queue, lane, room)
     if leases:
-        tx.db.execute(_OWN + "DO NOTHING", (owner.epoch, owner.identity, tx.now + lease_s))
+        tx.move(queue, "ready", "leased", len(leases))
+        sqlite_epochs.revive(tx, owner, lease_s)
     return Reserved(leases, None if due is None else max(0.0, due - tx.now))
 
 
@@ -214,36 +140,34 @@ def settle(tx: Transaction, batch: Sequence[Settlement]) -> list[str]:
 
 
 def renew(tx: Transaction, owner: Owner, lease_s: float) -> bool:
-    """Whether it was alive until now."""
-    alive = tx.db.execute(_LIVING + " AND epoch = ?", (tx.now, owner.epoch)).fetchone() is not None
-    update = "DO UPDATE SET identity = excluded.identity, expires_at = excluded.expires_at"
-    tx.db.execute(_OWN + update, (owner.epoch, owner.identity, tx.now + lease_s))
-    return alive
+    return sqlite_epochs.renew(tx, owner, lease_s)
 
 
-def sweep(tx: Transaction) -> tuple[dict[str, int], bool]:
-    """One bounded round: recovered jobs by queue, and whether there may be more to do."""
+def sweep(
+    tx: Transaction, lease_s: float, queues: Iterable[str] = (), retention: Retention = NO_RETENTION
+) -> tuple[Swept, bool]:
+    """One bounded round, and whether there may be more to do. `retention` holds for `queues`."""
+    sqlite_epochs.beat(tx, lease_s)
     full = False
-    for queue in _distinct(tx, "queue", "delayed"):
-        full |= tx.db.execute(_MOVE_DUE, (queue, tx.now)).rowcount == MAX_BATCH
-    expired = tx.db.execute(_EXPIRED, (tx.now,)).fetchall()
-    tx.db.executemany("DELETE FROM kq_job WHERE id = ?", expired)
-    tx.db.executemany(_FORGET, expired)
-    living = {epoch for (epoch,) in tx.db.execute(_LIVING, (tx.now,)).fetchall()}
-    known = [epoch for (epoch,) in tx.db.execute("SELECT epoch FROM kq_epoch").fetchall()]
-    recovered = _recover(tx, {epoch: None for epoch in (*known, *_distinct(tx, "epoch", "leased")) if epoch not in living})
-    buried = _bury_odd(tx)  # the recovered may be odd as well
-    return recovered, full or MAX_BATCH in (len(expired), buried, sum(recovered.values()))
+    for queue in distinct(tx, "queue", "delayed"):
+        full |= _move_due(tx, queue) == MAX_BATCH
+    expired = [id for (id,) in tx.db.execute(_EXPIRED, (tx.now,))]
+    tx.db.executemany("DELETE FROM kq_job WHERE id = ?", [(id,) for id in expired])
+    for id in expired:
+        sqlite_dead.tear_up(tx, id)
+    living = sqlite_epochs.living(tx)
+    holders = dict.fromkeys([*sqlite_epochs.known(tx), *distinct(tx, "epoch", "leased")])
+    recovered = _recover(tx, [epoch for epoch in holders if epoch not in living])
+    buried = sqlite_dead.bury_odd(tx)  # the recovered may be odd as well
+    dropped = sqlite_dead.retire(tx, queues, retention)
+    more = full or MAX_BATCH in (len(expired), sum(recovered.values()), buried, sum(dropped.values()))
+    if not more:
+        sqlite_transaction.check_counts(tx)
+    return Swept(recovered, dropped), more
 
 
 def stats(tx: Transaction) -> dict[str, QueueStats]:
-    counts: dict[str, QueueStats] = {}
-    for state in QueueStats._fields:
-        # Four queries, because each is answered by that state's index alone, without a look at the table.
-        for queue, n in tx.db.execute(f"SELECT queue, count(*) FROM kq_job WHERE state = '{state}' GROUP BY queue"):
-            queue_stats = counts.get(_text(queue), QueueStats())
-            counts[_text(queue)] = queue_stats._replace(**{state: getattr(queue_stats, state) + n})
-    return counts
+    return sqlite_transaction.stats(tx)
 
 
 def publish(tx: Transaction, documents: Mapping[str, bytes]) -> None:
@@ -251,7 +175,7 @@ def publish(tx: Transaction, documents: Mapping[str, bytes]) -> None:
 
 
 def close_epoch(tx: Transaction, epoch: str) -> None:
-    tx.db.execute("UPDATE kq_epoch SET expires_at = ? WHERE epoch = ?", (tx.now, epoch))
+    sqlite_epochs.give_up(tx, epoch)
 
 
 # -- for clients ------------------------------------------------------------------------------------------------------
@@ -266,21 +190,45 @@ def show(tx: Transaction, id: str) -> Row | None:
 
 
 def list_jobs(tx: Transaction, state: str | None, queue: str | None, limit: int) -> list[Row]:
+    if state == "dead":
+        dead = [show(tx, id) for id in sqlite_dead.newest(tx, queue, limit)]
+        return [row._replace(certificates=last_of_dead(row)) for row in dead if row is not None]
     wanted = [(f"{column} = ?", value) for column, value in (("state", state), ("queue", queue)) if value is not None]
     others = "coalesce(state, '') <> 'done'" if state is None else "1"
     where = " AND ".join([others, *(test for test, _ in wanted)])
     # Found first and read then, so that sorting a million jobs does not drag their envelopes along.
     found = f"SELECT rowid FROM kq_job WHERE {where} ORDER BY place, id LIMIT ?"
     rows = tx.db.execute(f"{_ROW} WHERE rowid IN ({found}) ORDER BY place, id", (*(value for _, value in wanted), limit))
-    return [_row(row) for row in rows]
+    return [_row(row)._replace(certificates=sqlite_dead.last_words(tx, row[0], row[2])) for row in rows.fetchall()]
+
+
+def version(tx: Transaction) -> str:
+    """SQLite's, the schema's, and how this connection writes."""
+    schema = "SELECT value FROM kq_meta WHERE key = 'schema'"
+    queries = ("SELECT sqlite_version()", schema, "PRAGMA journal_mode", "PRAGMA synchronous")
+    release, schema, journal, synchronous = (tx.db.execute(query).fetchone()[0] for query in queries)
+    level = ("OFF", "NORMAL", "FULL", "EXTRA")[synchronous]
+    return f"SQLite {release}, schema {schema}, journal_mode {journal.upper()}, synchronous {level}"
+
+
+def dead(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: int) -> list[Mark]:
+    return sqlite_dead.walk(tx, queue, after, until, limit)
+
+
+def last_dead(tx: Transaction, queue: str) -> Mark | None:
+    return sqlite_dead.last(tx, queue)
 
 
 def cancel(tx: Transaction, id: str, certificate: bytes) -> bool:
-    bury = "UPDATE kq_job SET state = 'dead', number = number + 1 WHERE id = ? AND state IN ('ready', 'delayed')"
-    if not tx.db.execute(bury, (id,)).rowcount:
-        return False
-    _certify(tx, id, certificate)
-    return True
+    return sqlite_dead.cancel(tx, id, certificate)
+
+
+def retry(tx: Transaction, ids: Sequence[str]) -> list[bool]:
+    return sqlite_dead.retry(tx, ids)
+
+
+def forget(tx: Transaction, ids: Sequence[str]) -> list[bool]:
+    return sqlite_dead.forget(tx, ids)
 
 
 def documents(tx: Transaction, prefix: str) -> dict[str, bytes]:
@@ -299,55 +247,86 @@ def _next_due(tx: Transaction, queue: str) -> float | None:
 def _lease(tx: Transaction, epoch: str, queue: str, lane: str, want: int) -> list[Lease]:
     leases, held = [], []
     for rowid, id, number, envelope, available_at, *counters in tx.db.execute(_BEST, (queue, lane, want)).fetchall():
-        token = Token(epoch, id, _count(number) + 1)
+        token = Token(epoch, id, count(number) + 1)
         held.append((epoch, token.number, rowid))
         at = available_at if isinstance(available_at, float) else 0.0
-        leases.append(Lease(token, queue, lane, envelope, Counters(*map(_count, counters)), at))
+        leases.append(Lease(token, queue, lane, envelope, Counters(*map(count, counters)), at))
     tx.db.executemany(_LEASE, held)
     return leases
 
 
+def _move_due(tx: Transaction, queue: str) -> int:
+    moved = tx.db.execute(_MOVE_DUE, (queue, tx.now)).rowcount
+    tx.move(queue, "delayed", "ready", moved)
+    return moved
+
+
 def _settle(tx: Transaction, item: Settlement) -> bool:
-    token = (item.token.id, item.token.number, item.token.epoch)
-    if item.verb == "ack" and item.keep_s <= 0:
-        if not tx.db.execute(_ACK, token).rowcount:
-            return False
-        tx.db.execute(_FORGET, (item.token.id,))
-        enqueue(tx, item.follow_ups)
-        return True
-    if item.verb == "ack":
-        done = tx.db.execute(_KEEP, (item.result, tx.now + item.keep_s, *token))
-    elif item.verb == "bury":
-        done = tx.db.execute(_BURY, (*item.counters, *token))
-    elif item.delay_s > 0:
-        due = tx.now + item.delay_s
-        done = tx.db.execute(_DELAY, (due, due, item.lane or None, *item.counters, *token))
-    else:
-        done = tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters, *token))
-    if not done.rowcount:
+    if item.verb != "hold":
+        after = _end(tx, item, item.queue)  # one statement, where the job is what we think it is
+        if after is not None:
+            tx.move(item.queue, "leased", after)
+            return True
+    found = tx.db.execute(_OURS, _token(item)).fetchone()
+    if found is None:
         return False
-    tx.rings |= item.verb == "release"
-    enqueue(tx, item.follow_ups)
-    if item.certificate is not None:
-        _certify(tx, item.token.id, item.certificate)
+    rowid, queue, state = found
+    if state != "leased":
+        tx.db.execute("UPDATE kq_job SET state = 'leased' WHERE rowid = ?", (rowid,))
+        tx.move(text(queue), text(state), "leased")
+    if item.verb != "hold":
+        tx.move(text(queue), "leased", _end(tx, item, None))
     return True
 
 
-def _certify(tx: Transaction, id: str, certificate: bytes) -> None:
-    tx.db.execute(_CERTIFY, {"id": id, "body": certificate})
-    tx.db.execute(_ONLY_THE_LAST, {"id": id})
+def _end(tx: Transaction, item: Settlement, queue: str | None) -> str | None:
+    """End a lease of `queue` (None: whatever its queue is): the state that the job is in now, or None: there is no such lease."""
+    leased = (*_token(item), queue)
+    if item.verb == "ack" and item.keep_s <= 0:
+        after, done = "gone", tx.db.execute(_ACK, leased)
+    elif item.verb == "ack":
+        after, done = "done", tx.db.execute(_KEEP, (item.result, tx.now + item.keep_s, *leased))
+    elif item.verb == "bury":
+        after, done = "dead", tx.db.execute(_BURY, (tx.now, *item.counters, *leased))
+    elif item.delay_s > 0:
+        due = tx.now + item.delay_s
+        after, done = "delayed", tx.db.execute(_DELAY, (due, due, item.lane or None, *item.counters, *leased))
+    else:
+        after, done = "ready", tx.db.execute(_RELEASE, (tx.now, item.lane or None, *item.counters, *leased))
+    if not done.rowcount:
+        return None
+    if item.follow_ups and item.verb == "ack":
+        enqueue(tx, item.follow_ups)
+    elif item.verb == "release":
+        tx.rings = True
+    if after == "gone":
+        sqlite_dead.tear_up(tx, item.token.id)
+    elif item.certificate is not None:
+        sqlite_dead.certify(tx, item.token.id, item.certificate)
+    if after == "ready":  # or delayed, when the wall clock went back
+        (after,) = tx.db.execute("SELECT state FROM kq_job WHERE id = ?", (item.token.id,)).fetchone()
+    return after
+
+
+def _token(item: Settlement) -> tuple[str, int, str]:
+    return (item.token.id, item.token.number, item.token.epoch)
 
 
 def _recover(tx: Transaction, epochs: Iterable[str], culprit: str = "") -> dict[str, int]:
+    """Make what `epochs` hold ready again, at most MAX_BATCH jobs."""
     recovered: dict[str, int] = {}
     room = MAX_BATCH
+    blameless = lost(tx.now)
     for epoch in epochs:
-        held = tx.db.execute(_HELD, (epoch, room)).fetchall()
-        for counter in ("recoveries", "crashes"):
-            rows = [(tx.now, rowid) for rowid, _, id in held if (counter == "crashes") == (id == culprit)]
-            tx.db.executemany(_RECOVER % {"counter": counter}, rows)
-        for _, queue, _ in held:
-            recovered[_text(queue)] = recovered.get(_text(queue), 0) + 1
+        held = tx.db.execute(_HELD, (tx.now, epoch, room)).fetchall()
+        for rowid, id, queue, stands, *counters in held:
+            attempts, crashes, recoveries = map(count, counters)
+            guilty = id == culprit
+            tx.db.execute(_RECOVER, (stands, crashes + guilty, recoveries + (not guilty), rowid))
+            certificate = lost(tx.now, culprit=True) if guilty else blameless
+            sqlite_dead.certify(tx, id, numbered(certificate, attempts + crashes + recoveries + 1))
+            tx.move(text(queue), "leased", stands)
+            recovered[text(queue)] = recovered.get(text(queue), 0) + 1
         room -= len(held)
         if room <= 0:
             break  # it may hold more, so it stays known
@@ -356,41 +335,9 @@ def _recover(tx: Transaction, epochs: Iterable[str], culprit: str = "") -> dict[
     return recovered
 
 
-def _bury_odd(tx: Transaction) -> int:
-    """Make what no verb finds visible, as dead. Returns how many."""
-    odd = tx.db.execute(_FIND_ODD).fetchall()
-    for rowid, id, state, lane, attempts in odd:
-        message = f"the store held what no job can be: state {state!r:.40}, lane {lane!r:.40}, or a queue or time out of range"
-        outcome = Outcome("refused", "supervisor", error={"class": "Refused", "message": message})
-        certificate = outcome.certificate(attempt=_count(attempts), strategy="", ended_at=tx.now)
-        tx.db.execute("UPDATE kq_job SET state = 'dead', number = number + 1 WHERE rowid = ?", (rowid,))
-        _certify(tx, id, to_json(certificate))
-    return len(odd)
-
-
-def _distinct(tx: Transaction, column: str, state: str) -> list[str]:
-    """The values that stand in front of a state's index: one seek each, since DISTINCT would read the whole index."""
-    lowest = f"SELECT min({column}) FROM kq_job WHERE state = '{state}'"
-    walk = (
-        f"WITH RECURSIVE found (value) AS ({lowest} UNION ALL "
-        f"SELECT ({lowest} AND {column} > found.value) FROM found WHERE found.value IS NOT NULL) "
-        "SELECT value FROM found WHERE typeof(value) = 'text'"
-    )
-    return [value for (value,) in tx.db.execute(walk).fetchall()]
-
-
 def _row(found: Sequence[Any]) -> Row:
     id, queue, state, lane, priority, available_at, attempts, crashes, recoveries, deferrals, memory, envelope, result = found
-    counters = Counters(*map(_count, (attempts, crashes, recoveries, deferrals, memory)))
+    counters = Counters(*map(count, (attempts, crashes, recoveries, deferrals, memory)))
     at = available_at if isinstance(available_at, float) else 0.0
     rank = priority if isinstance(priority, int) else 0
-    return Row(id, _text(queue), _text(state), _text(lane), rank, at, counters, envelope, result)
-
-
-def _count(value: Any) -> int:
-    """A number that may be counted on: SQLite's integers end at 2**63, and whoever reads this one adds to it."""
-    return value if isinstance(value, int) and 0 <= value < 1 << 62 else 0
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    return Row(id, text(queue), text(state), text(lane), rank, at, counters, envelope, result)

@@ -15,17 +15,19 @@ refuses has lost its daemon for good (names are epochs, never used twice), and w
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sqlite3
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from ...errors import BrokerRefused, BrokerUnavailable
-from .sqlite import FROM_VERSION_1, SCHEMA, VERSION, Transaction
+from .host_clock import HOST, HostClock
+from .sqlite_schema import FROM_VERSION_1, SCHEMA, VERSION
+from .sqlite_transaction import Transaction
 
 T = TypeVar("T")
 
@@ -34,6 +36,13 @@ LOCKED_PAUSE_S: Final = 0.001  # between two tries of a locked file; other write
 _LOCKED: Final = ("is locked", "locking protocol")
 _PASSING: Final = ("disk is full", "disk I/O error", "out of memory")
 _PASSING_ONCE_OPEN: Final = ("unable to open", "readonly database")  # before, they mean that the path will not do
+_REMEDIES: Final = {
+    "disk is full": "free space on its disk",
+    "readonly database": "make the file, those beside it and their directory writable again (mode, owner, mount)",
+    "unable to open": "see whether its directory is there, and how many files may be open (ulimit -n)",
+    "out of memory": "give this process more memory",
+}
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_locked(error: Exception) -> bool:
@@ -57,7 +66,7 @@ class SQLiteFile:
     `mode` is that of a file it creates; a file that exists keeps its own. Its directory and the doorbells follow the file's mode.
     """
 
-    def __init__(self, path: str, *, mode: int = 0o600, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, *, mode: int = 0o600, clock: HostClock = HOST) -> None:
         self.path = os.path.abspath(path)  # neither a URI nor ":memory:" survives that
         self.bells = self.path + ".bells"
         self._mode = mode
@@ -65,7 +74,8 @@ class SQLiteFile:
         self._lock = threading.RLock()  # re-entrant, for a signal handler that forks
         self._db: sqlite3.Connection | None = None
         self._pid = 0  # of the process that opened it
-        self._inode = (0, 0)
+        self._inode = (0, 0)  # of the file that was opened last; (0, 0): none was
+        self.replaced = 0  # how often another file stood there when it was opened again
         with _forking:
             _files.add(self)
 
@@ -94,8 +104,9 @@ class SQLiteFile:
         with self._lock:
             db = self._connection(create)
             with _between(db, begin):
-                transaction = Transaction(db, self._clock())
+                transaction = Transaction(db, self._clock)
                 value = work(transaction)
+                transaction.write_counts()
             return value, transaction.rings
 
     def _connection(self, create: bool) -> sqlite3.Connection:
@@ -124,8 +135,12 @@ class SQLiteFile:
                 db.close()
             if isinstance(error, BrokerRefused) or is_locked(error) or _says(error, _PASSING):
                 raise
+            if _is_full(os.path.dirname(self.path)):
+                raise sqlite3.OperationalError(f"{error}, since the disk is full") from None
             raise self.explain(error) from None
-        self._db, self._pid, self._inode = db, os.getpid(), _inode(self.path)
+        inode = _inode(self.path)
+        self.replaced += self._inode not in ((0, 0), inode)
+        self._db, self._pid, self._inode = db, os.getpid(), inode
         return db
 
     def _create(self) -> None:
@@ -139,6 +154,8 @@ class SQLiteFile:
         except OSError as error:
             if os.path.exists(self.path):
                 return  # the usual case; whether it will do is for SQLite to say
+            if error.errno in _FULL:
+                raise sqlite3.OperationalError(f"cannot create it, since the disk is full ({error.strerror})") from None
             raise BrokerRefused(
                 f"cannot create the database {self.path}: {error.strerror}; "
                 f"make {folder} a directory that this user may write, or set queue.url to another path"
@@ -184,12 +201,22 @@ class SQLiteFile:
             return error  # the others are about what was asked
         return self._refusal(str(error))
 
+    def remedy(self, error: Exception) -> str:
+        """What people can do about an error that `is_passing`."""
+        if _is_full(os.path.dirname(self.path)):  # which SQLite may call an I/O error
+            return _REMEDIES["disk is full"]
+        return next((step for words, step in _REMEDIES.items() if words in str(error)), "look at its disk (dmesg)")
+
     def _refusal(self, said: str) -> BrokerRefused:
         path, folder = self.path, os.path.dirname(self.path)
         if os.path.isdir(path):
             why = f"it is a directory; name a file in it, such as {os.path.join(path, 'kqueue.db')}"
-        elif "not a database" in said or "malformed" in said:
+        elif "not a database" in said:
             why = f"{said}; move it away, or set queue.url to another path"
+        elif "malformed" in said:
+            why = f"{said}; stop whatever uses it, save what is left by `sqlite3 {path} .recover`, and move it away"
+        elif _is_read_only(folder):
+            why = "its file system is mounted read-only; mount it for writing, or set queue.url to another path"
         elif not os.access(path, os.R_OK | os.W_OK):
             why = "this user may not read and write it; change its mode or owner"
         elif not os.access(folder, os.W_OK | os.X_OK):
@@ -264,6 +291,21 @@ def _between(db: sqlite3.Connection, begin: str) -> Iterator[None]:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _is_full(folder: str) -> bool:
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return disk.f_bavail == 0 or disk.f_favail == 0 < disk.f_files  # some file systems have no number of files
+
+
+def _is_read_only(folder: str) -> bool:
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def _says(error: Exception, words: tuple[str, ...]) -> bool:
