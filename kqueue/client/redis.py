@@ -64,9 +64,8 @@ class RedisClient:
             return any(self._wire.ask(calls, repeat=False))
         except BrokerUnavailable:
             row = self.show(id, queue)  # the reply may have been lost after it was done
-            if row is not None and row.state == "dead" and row.certificates[-1:] == (certificate,):
-                return True
-            return any(self._wire.ask(calls))
+            ours = row is not None and row.state == "dead" and row.certificates[-1:] == (certificate,)
+            return any(self._wire.ask(calls)) or ours  # asked again it changes nothing more, but waits for replicas
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         (keys,) = self._wire.ask([("HKEYS", commands.DOCUMENTS_KEY)])
