@@ -24,6 +24,7 @@ from .settings import (
     Kind,
     Setting,
     with_password,
+    with_sync_replicas,
 )
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -159,6 +160,11 @@ def _url(values: Mapping[str, Any], source: _Source, url_given: bool) -> str:
             url = with_password(url, _secret(values, "queue.password_file", source))
         except UsageError as error:
             raise source.error("queue.password_file", f"queue.password_file: {error}") from None
+    if values["queue.sync_replicas"]:
+        try:
+            url = with_sync_replicas(url, values["queue.sync_replicas"])
+        except UsageError as error:
+            raise source.error("queue.sync_replicas", f"queue.sync_replicas: {error}") from None
     return url
 
 

@@ -250,6 +250,16 @@ def with_password(url: str, password: str) -> str:
     return f"{scheme}://{name}:{quote(password, safe='')}@{host}{tail}"
 
 
+def with_sync_replicas(url: str, count: int) -> str:
+    """`url`, that says how many replicas must have what is promised. It travels in the URL, so that whoever connects knows it."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in _REDIS:
+        raise UsageError(f"a {scheme}:// queue has no replicas; leave it at 0")
+    if re.search("[?&]sync_replicas=", rest):
+        raise UsageError("the URL says sync_replicas= already; keep one of the two")
+    return f"{url}{'&' if '?' in rest else '?'}sync_replicas={count}"
+
+
 def _read_url(value: Any, directory: str) -> str:
     _wanted(isinstance(value, str), "write sqlite:///path, redis://host:6379/0 or memory://")
     return resolve_url(value, directory)
@@ -323,7 +333,7 @@ QUEUE_SETTINGS: Final = (
 )
 """What may stand below queue.names.NAME."""
 
-NOT_YET: Final = ("queue.sync_replicas", "isolated.start", "isolated.user")
+NOT_YET: Final = ("isolated.start", "isolated.user")
 """Settings of features that this version does not have: refused unless they stand at their default."""
 
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}

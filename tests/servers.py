@@ -153,11 +153,15 @@ class RedisServer:
             assert time.monotonic() < deadline, f"{field} stays {self.info(field)!r}, and never becomes {value!r}"
             time.sleep(0.01)
 
-    def replicate(self, master: RedisServer) -> None:
-        """Become its replica, and wait until all it has is here."""
-        self.command("REPLICAOF", "127.0.0.1", master.port)
+    def replicate(self, master: RedisServer, port: int = 0) -> None:
+        """Become its replica (by another port than its own), and wait until all it has is here and it knows that."""
+        self.command("REPLICAOF", "127.0.0.1", port or master.port)
         self.until("master_link_status", "up")
         self.until("slave_repl_offset", master.info("master_repl_offset"))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "'state': 'online'" not in master.info("slave0"):
+            assert time.monotonic() < deadline, "the master never takes its replica for one"
+            time.sleep(0.01)
 
     def pause(self) -> None:
         """SIGSTOP: it is there, and says nothing."""

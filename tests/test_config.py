@@ -282,6 +282,12 @@ def test_references_that_are_refused(load: Load, written: str, message: str) -> 
     assert message in said
 
 
+def test_replicas_that_must_have_a_write_travel_in_the_url(load: Load) -> None:
+    assert load('queue: {url: "redis://h:1/0", sync_replicas: 2}').queue.url == "redis://h:1/0?sync_replicas=2"
+    assert load('queue: {url: "unix:///r.sock?db=1", sync_replicas: 2}').queue.url == "unix:///r.sock?db=1&sync_replicas=2"
+    assert load('queue: {url: "redis://h:1/0", sync_replicas: 0}').queue.url == "redis://h:1/0"
+
+
 def test_the_url_from_a_file(load: Load, tmp_path: Path) -> None:
     (tmp_path / "url").write_text("redis://:p@h:6379/1\r\n")
     assert load("queue: {url_file: url}").queue.url == "redis://:p@h:6379/1"
@@ -421,7 +427,8 @@ def test_secrets_that_cannot_be_used(load: Load, tmp_path: Path, queue: str, mes
         ("queue:\n  names:\n    - a\n    - b\n    - a", "5: queue.names lists 'a' twice; keep one"),
         ("queue:\n  names:\n    - 5", "3: queue.names.0 must be 1 to 64 letters, digits and _ . : -, not 5: put quotes"),
         # what this version does not have
-        ("queue: {sync_replicas: 1}", "1: queue.sync_replicas is not supported by this version; leave it at 0"),
+        ("queue: {sync_replicas: 1}", "1: queue.sync_replicas: a sqlite:// queue has no replicas; leave it at 0"),
+        ("queue:\n  url: redis://h?sync_replicas=1\n  sync_replicas: 1", "3: queue.sync_replicas: the URL says"),
         ("isolated: {start: pool}", "1: isolated.start is not supported by this version; leave it at fork"),
         ("isolated: {start: exec}", "1: isolated.start is not supported by this version; leave it at fork"),
         ("isolated: {start: spawn}", "1: isolated.start must be fork, pool or exec, not 'spawn'"),

@@ -69,9 +69,8 @@ class RedisClient:
             return any(self._wire.ask(calls, repeat=False))
         except BrokerUnavailable:
             row = self.show(id, queue)  # the reply may have been lost after it was done
-            if row is not None and row.state == "dead" and row.certificates[-1:] == (certificate,):
-                return True
-            return any(self._wire.ask(calls))
+            ours = row is not None and row.state == "dead" and row.certificates[-1:] == (certificate,)
+            return any(self._wire.ask(calls)) or ours  # asked again it changes nothing more, but waits for replicas
 
     def retry(self, ids: Sequence[str], queue: str | None = None) -> Sequence[bool]:
         return self._of_dead(commands.retry, ids, queue)

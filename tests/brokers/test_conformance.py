@@ -16,35 +16,6 @@ from kqueue.errors import QueueFull
 
 from .conftest import new_job
 
-# What Redis has not yet. To be deleted, with the fixture below, when it has.
-NOT_YET_ON_REDIS = {
-    "test_to_hold_a_lease_that_is_ours_changes_nothing",
-    "test_to_hold_takes_back_what_was_recovered_and_not_reserved_since",
-    "test_what_is_held_is_recovered_again_when_its_owner_dies",
-    "test_a_dead_job_is_nobody_s_to_hold",
-    "test_what_an_earlier_life_could_not_settle_is_settled_before_anything_is_recovered",
-    "test_an_outbox_settles_what_another_has_recovered_and_not_what_it_has_reserved",
-    "test_a_long_outbox_is_settled_in_order",
-    "test_every_recovered_run_has_its_certificate",
-    "test_of_many_recoveries_the_last_ten_certificates_are_kept",
-    "test_a_renewal_says_that_the_epoch_had_lapsed",
-    "test_a_reservation_does_not_hide_that_the_epoch_had_lapsed",
-    "test_nobody_is_taken_for_dead_before_all_had_a_lease_s_time_to_renew_when_nobody_could",
-    "test_who_renews_first_after_nobody_could_does_not_harm_the_others",
-    "test_an_epoch_that_was_given_up_is_recovered_whoever_was_away",
-    "test_dead_letters_go_when_they_are_too_old",
-    "test_the_oldest_dead_letters_go_when_they_are_too_many",
-    "test_more_than_a_batch_of_dead_letters_is_dropped",
-    "test_dead_letters_of_queues_that_are_not_ours_are_not_ours_to_drop",
-    "test_counts_are_the_truth_after_a_random_walk",
-}
-
-
-@pytest.fixture(autouse=True)
-def _skip_what_redis_has_not(request: pytest.FixtureRequest, rig: Any) -> None:
-    if rig.name == "redis" and request.function.__name__ in NOT_YET_ON_REDIS:
-        pytest.skip("not yet on Redis")
-
 
 def reserve(rig: Any, broker: Any, queue: str = "q", **wants: int) -> list[Lease]:
     leases: list[Lease] = rig.do(broker.reserve(queue, wants or {"inline": 10, "isolated": 10})).leases
