@@ -43,7 +43,10 @@ from .book import (
 )
 
 SETTLE_S: Final = 1.0  # from a job's last mark until its end is settled, on a machine that is busy
+ORPHAN_S: Final = 0.5  # in which what a dead daemon had forked may still begin to run, before it is ended
 ALONE: Final = 2 / 3  # of a lease without a renewal may be its end
+ADJACENT: Final = 0.1  # of a lease between two troubles is too little to get over the first
+SILENT: Final = 0.95  # of a lease between two renewals, as seen on their way: the broker may have got them later
 CRASHES: Final = 3  # that a job may have before it is dead
 
 KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
@@ -52,7 +55,7 @@ KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
 class Fault(NamedTuple):
     """Something inflicted on `daemon` ("a.3"; "": on every one), or on its process `pid` alone."""
 
-    how: str  # KILL, STOP (told to stop), GONE (paused or split off), TROUBLE (nothing can be settled; it excuses no second run)
+    how: str  # KILL, STOP (told to stop), TROUBLE (it cannot settle or renew), or what follows from that: GONE, its lease is lost
     nemesis: str
     began: float
     ended: float
@@ -68,6 +71,7 @@ class Run(NamedTuple):
     daemon: str
     pid: int
     parent: int
+    attempt: str  # as the job was told
     started: float
     ended: float | None
     how: str | None  # FINISHED, FAILED, CANCELLED, DYING
@@ -164,31 +168,50 @@ class History:
         for key, start in self._starts.items():
             end = self._ends.get(key)
             ended, how = (None, None) if end is None else (end.at, end.kind)
-            found[start.job].append(Run(*key, start.daemon, start.pid, start.parent, start.at, ended, how))
+            found[start.job].append(Run(*key, start.daemon, start.pid, start.parent, start.word, start.at, ended, how))
         for runs in found.values():
             runs.sort(key=lambda run: run.started)
         return found
 
 
 def absences(faults: Sequence[Fault], lease_s: float) -> list[Fault]:
-    """Where several troubles in a row, of which one at least is a daemon's own, add up to an absence as long as its lease.
+    """A daemon's troubles of its own that last so long, or add up to it with others, that its lease may have come to an end.
 
     A lease is renewed every third of it, so two thirds without a renewal may be its end. What hits every daemon is no reason to
     expire anything (sweepers know that the broker was away), so such troubles alone add up to nothing.
     """
     found = []
-    for daemon in {fault.daemon for fault in faults if fault.daemon and fault.how == TROUBLE}:
+    for daemon in sorted({fault.daemon for fault in faults if fault.daemon and fault.how == TROUBLE}):
         row: list[Fault] = []
-        mine = [fault for fault in faults if fault.how in (TROUBLE, GONE) and fault.daemon in ("", daemon)]
+        mine = [fault for fault in faults if fault.how == TROUBLE and fault.daemon in ("", daemon)]
         for fault in [*sorted(mine, key=lambda fault: fault.began), None]:
-            if row and (fault is None or fault.began > max(each.ended for each in row) + lease_s / 3):
-                began, ended = row[0].began, max(each.ended for each in row)
-                if ended - began + lease_s / 3 >= lease_s * ALONE and any(each.daemon for each in row):
-                    found.append(Fault(GONE, "+".join(dict.fromkeys(each.nemesis for each in row)), began, ended, daemon))
+            if row and (fault is None or fault.began > max(each.ended for each in row) + lease_s * ADJACENT):
+                found += _absence(row, daemon, row[0].began, max(each.ended for each in row), lease_s * ALONE)
                 row = []
             if fault is not None:
                 row.append(fault)
     return found
+
+
+def silences(renewals: Mapping[str, Sequence[float]], faults: Sequence[Fault], lease_s: float) -> list[Fault]:
+    """The same where it is known when each daemon's renewals went to the broker, and so when its lease did come to an end.
+
+    `renewals`: by daemon, the time of its start first, that of its end last.
+    """
+    found = []
+    for daemon, times in renewals.items():
+        for last, following in pairwise(times):
+            if following - last > lease_s * SILENT:
+                mine = [fault for fault in faults if fault.how == TROUBLE and fault.daemon in ("", daemon)]
+                row = [fault for fault in mine if fault.began < following and fault.ended > last]
+                found += _absence(row, daemon, last, following, 0.0)
+    return found
+
+
+def _absence(row: Sequence[Fault], daemon: str, began: float, ended: float, least_s: float) -> list[Fault]:
+    if ended - began < least_s or not any(fault.daemon for fault in row):
+        return []
+    return [Fault(GONE, "+".join(dict.fromkeys(fault.nemesis for fault in row)), began, ended, daemon)]
 
 
 def judge(
@@ -287,7 +310,8 @@ class _Court:
             return False
         if fault.pid and fault.pid not in (run.pid, run.parent):
             return False
-        return run.started <= fault.ended and fault.began <= self._settled_by(run)
+        until = fault.ended + (ORPHAN_S if fault.how == KILL and not fault.pid else 0.0)
+        return run.started <= until and fault.began <= self._settled_by(run)
 
     def _settled_by(self, run: Run) -> float:
         """When the end of `run` must have been settled at the latest."""

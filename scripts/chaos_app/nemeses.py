@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from . import book
 from .arena import CLIENTS, Arena
-from .checker import GONE, KILL, STOP, TROUBLE
+from .checker import KILL, STOP, TROUBLE
 from .world import Service, Steps, descendants
 
 PAIR: Final = ("a", "b")
@@ -148,7 +148,7 @@ def pause(arena: Arena, strike: Strike) -> Steps:
     if daemon.process is process:
         for pid in stopped:
             _signal(pid, signal.SIGCONT)
-    arena.inflict(_absent(arena, strike), strike.nemesis, began, daemon=label)
+    arena.inflict(TROUBLE, strike.nemesis, began, daemon=label)
 
 
 def pause_redis(arena: Arena, strike: Strike) -> Steps:
@@ -214,7 +214,7 @@ def _wrong(arena: Arena, strike: Strike, begin: Callable[[], object]) -> Steps:
         left_s -= 0.05
     arena.proxies[strike.target].heal()
     for label in labels:
-        arena.inflict(_absent(arena, strike), strike.nemesis, began, daemon=label)
+        arena.inflict(TROUBLE, strike.nemesis, began, daemon=label)
 
 
 # -- what is around ---------------------------------------------------------------------------------------------------
@@ -309,11 +309,6 @@ def _redis_back(arena: Arena) -> Steps:
         if arena.redis.answers():
             return
         yield 0.02
-
-
-def _absent(arena: Arena, strike: Strike) -> str:
-    """A daemon that was away for so long may have lost its lease."""
-    return GONE if strike.seconds > arena.setting.lease_s / 2 else TROUBLE
 
 
 NEMESES: Final[dict[str, Nemesis]] = {

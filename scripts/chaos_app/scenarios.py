@@ -12,12 +12,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 from . import book, nemeses, workload
 from .arena import CLIENTS, Arena, Setting
-from .checker import GONE
+from .checker import TROUBLE
 from .nemeses import Strike
 from .proxy import Walk, Walker
 from .report import Result
@@ -138,7 +137,9 @@ def cut_every_byte(wishes: Wishes) -> Result:
             dispatcher.stop()
             dispatcher.over = True
         bound_s = wishes.bound_s or 60.0
-        _hold_against_renewals(arena)
+        for daemon in arena.daemons.values():
+            for label in daemon.started_at:
+                arena.inflict(TROUBLE, CUT_EVERY_BYTE, arena.began_at, healed_at, label)
         standing = _end(arena, bound_s)
         cuts = Counter(each.kind for proxy in arena.proxies.values() for each in proxy.cuts)
         if not over:
@@ -269,15 +270,6 @@ def _provoke(arena: Arena, walk: Walk, walkers: Mapping[str, Walker]) -> Steps:
                 walker.renew()
                 nemeses.kill(arena, arena.daemons[name], "kill-daemon")
         yield 0.05
-
-
-def _hold_against_renewals(arena: Arena) -> None:
-    """Two renewals that went to Redis further apart than a lease are an absence, by however many cuts: the proxies saw them."""
-    for name, daemon in arena.daemons.items():
-        for last, next_one in pairwise(arena.proxies[name].renewed_at):
-            if next_one - last > arena.setting.lease_s - 0.1:
-                for label in daemon.started_at:
-                    arena.inflict(GONE, "no renewal for a lease", last, next_one, daemon=label)
 
 
 def _save_cuts(arena: Arena) -> None:
