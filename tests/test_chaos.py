@@ -6,16 +6,24 @@ history without the crime.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.servers import lack
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -25,6 +33,9 @@ from chaos_app.checker import GONE, KILL, TROUBLE, Fault, History, Verdict, abse
 from chaos_app.proxy import Proxy, Walk, Walker  # noqa: E402
 
 LEASE_S = 3.0
+SEED = "7"
+KILLS = ("kill-child", "kill-template", "kill-daemon", "kill-dispatcher", "kill-all", "restart", "blink")
+SHORT_RUN = {"sqlite": KILLS, "redis": (*KILLS, "kill-redis", "cut", "pause")}
 
 
 class Forger:
@@ -46,11 +57,11 @@ class Forger:
 
     def run(
         self, job: str, began: float, ended: float | None = None, how: str = book.FINISHED, daemon: str = "a.1", pid: int = 100,
-        word: str = "-",
+        word: str = "-", attempt: str = "1",
     ) -> str:  # fmt: skip
         self._runs += 1
         run = f"{self._runs:08x}"
-        self.mark(book.STARTED, job, began, run, "1", daemon, pid)
+        self.mark(book.STARTED, job, began, run, attempt, daemon, pid)
         if ended is not None:
             self.mark(how, job, ended, run, word, daemon, pid)
         return run
@@ -216,6 +227,16 @@ def test_a_retry_that_was_asked_for_is_no_duplicate(forger: Forger) -> None:
     assert (verdict.asked, verdict.duplicated) == (1, {})
     forger.run("flaky", 5, 6)
     assert forger.verdict().guilty
+
+
+@pytest.mark.parametrize(("attempts", "began", "excused"), [("31", 6.2, True), ("13", 6.2, False), ("31", 8, False)])
+def test_a_run_of_a_lost_reservation_is_stale(forger: Forger, attempts: str, began: float, excused: bool) -> None:
+    """Reserved, stopped, recovered and run by another meanwhile, and begun all the same: by the lower number of its attempt."""
+    forger.dispatch("stale")
+    forger.run("stale", 4, 5, daemon="b.1", attempt=attempts[0])
+    forger.run("stale", began, 9, attempt=attempts[1])
+    forger.fault(GONE, 1, 6)
+    assert forger.verdict().guilty is not excused
 
 
 def test_poison_excuses_its_neighbours_only(forger: Forger) -> None:
@@ -479,11 +500,100 @@ def test_a_walk_cuts_at_every_byte_and_only_what_lives(echo: Echo) -> None:
 # -- the harness itself -------------------------------------------------------------------------------------------------
 
 
-def chaos(*arguments: str) -> tuple[int, dict[str, object], str]:
-    """Run it; its exit code, its (last) result, and all that it said."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
-    command = [sys.executable, "-m", "chaos_app.run", "--json", "/dev/stdout", "--keep", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=180)
-    said = done.stdout + done.stderr
-    start = done.stdout.find("\n[\n")
-    return done.returncode, json.loads(done.stdout[start:])[-1] if start >= 0 else {}, said
+class Chaos:
+    """A run of the harness, with its own directory in `directory`. It runs until it is asked how it ended."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.directory = directory
+        self._file = directory / "results.json"
+        command = [sys.executable, "-m", "chaos_app.run", "--seed", SEED, "--json", str(self._file), *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "TMPDIR": str(directory)},
+        )  # fmt: skip
+
+    def ended(self, status: int) -> tuple[dict[str, Any], str]:
+        """Its result, and what it said; it must have ended with `status` and left nothing behind."""
+        said, _ = self.process.communicate(timeout=120)
+        assert self.process.returncode == status, said
+        assert leftovers(self.directory) == []
+        (result,) = json.loads(self._file.read_text())
+        return result, said
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.communicate()
+
+
+def leftovers(directory: Path) -> list[str]:
+    """What a run left behind: its directory, a mount in it, processes that have it in their environment."""
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(directory) in line]
+    return [str(path) for path in directory.glob("kqueue-chaos-*")] + mounts + processes_of(directory)
+
+
+def processes_of(directory: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if f"{book.PATH_VARIABLE}={directory}".encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().decode())
+    return found
+
+
+@pytest.fixture
+def run_chaos() -> Iterator[Callable[..., Chaos]]:
+    """Starts runs, each in a directory whose path leaves room for that of a Unix socket."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> Chaos:
+            chaos = Chaos(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kqc-"))), *arguments)
+            stack.callback(chaos.close)
+            return chaos
+
+        yield start
+
+
+def test_nothing_is_lost_whatever_is_killed(run_chaos: Callable[..., Chaos]) -> None:
+    need_redis()
+    short = ("--minutes", "0.1", "--jobs", "750", "--every", "0.3")
+    runs = {broker: run_chaos("--broker", broker, *short, "--nemesis", ",".join(names)) for broker, names in SHORT_RUN.items()}
+    for broker, run in runs.items():
+        result, said = run.ended(0)
+        verdict = result["verdict"]
+        assert verdict["dispatched"] + verdict["unknown"] >= 750, said
+        assert verdict["done"] >= 650, said
+        assert verdict["recovered"], said  # it did hit something
+        assert set(result["strikes"]) <= set(SHORT_RUN[broker]), said
+        assert len(result["strikes"]) >= 5, said
+
+
+def test_nothing_is_lost_at_any_byte_and_what_is_lost_is_found(run_chaos: Callable[..., Chaos]) -> None:
+    """Every 30th byte (`./scripts/chaos --nemesis cut-every-byte` takes them all); and a Redis that is emptied is too much."""
+    need_redis()
+    cut = run_chaos("--nemesis", "cut-every-byte", "--stride", "30", "--minutes", "1.5")
+    emptied = run_chaos("--broker", "redis", "--minutes", "0.05", "--jobs", "300", "--nemesis", "flush", "--bound", "1")
+    result, said = cut.ended(0)
+    assert result["strikes"]["cut"] >= 25, said
+    result, said = emptied.ended(1)
+    assert result["verdict"]["lost"], said
+    assert "GUILTY" in said
+
+
+def test_ctrl_c_leaves_nothing_behind(run_chaos: Callable[..., Chaos]) -> None:
+    run = run_chaos("--broker", "sqlite", "--minutes", "1")
+    deadline = time.monotonic() + 30
+    while len(processes_of(run.directory)) < 4:  # two daemons, their templates
+        assert run.process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.process.send_signal(signal.SIGINT)
+    run.process.communicate(timeout=30)
+    assert run.process.returncode != 0
+    assert leftovers(run.directory) == []
+
+
+def need_redis() -> None:
+    if shutil.which("redis-server") is None:
+        lack("redis-server")

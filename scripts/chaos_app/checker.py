@@ -8,6 +8,7 @@ What a job is owed: whose dispatch returned is run to its end ("done"), or, when
     poisoned    the same, by an inline job that killed the daemon of all of them
     ended       the daemon was told to stop, and the run was cut off
     gone        the run's daemon was stopped, or alone without its broker, for longer than its lease allows
+    stale       the second run's was, between its reservation and its start, and what ran meanwhile is the newer reservation
     redispatch  a dispatcher that had got an error dispatched it again, when it had already run
 
 A run that was over cannot be excused by what came later: its end counts as settled SETTLE_S after it, or after the end of a
@@ -44,6 +45,7 @@ from .book import (
 
 SETTLE_S: Final = 1.0  # from a job's last mark until its end is settled, on a machine that is busy
 ORPHAN_S: Final = 0.5  # in which what a dead daemon had forked may still begin to run, before it is ended
+STALE_S: Final = 0.5  # after an absence, until a daemon knows that its lease is lost
 ALONE: Final = 2 / 3  # of a lease without a renewal may be its end
 ADJACENT: Final = 0.1  # of a lease between two troubles is too little to get over the first
 SILENT: Final = 0.95  # of a lease between two renewals, as seen on their way: the broker may have got them later
@@ -267,7 +269,7 @@ class _Court:
         self._settle_s = settle_s
         self._restarts = restarts
         poisons = [
-            Fault(KILL, "poison", at, at + settle_s, daemon) for daemon, at in history.killed_by_jobs.items()
+            Fault(KILL, "poison", at, at, daemon) for daemon, at in history.killed_by_jobs.items()
         ]
         self._excuses = sorted(
             (fault for fault in [*faults, *poisons] if fault.how != TROUBLE), key=lambda fault: fault.began
@@ -300,6 +302,9 @@ class _Court:
                 return {KILL: f"killed: {fault.nemesis}", STOP: f"ended: {fault.nemesis}", GONE: f"gone: {fault.nemesis}"}[
                     fault.how
                 ], fault
+        for fault in self._excuses:
+            if fault.how == GONE and self._is_stale(run, before, fault):
+                return f"stale: {fault.nemesis}", fault
         if any(before.started < at < run.started for at in self._history.attempts.get(before.job, [])[1:]):
             return "redispatch", None
         return "", None
@@ -312,6 +317,11 @@ class _Court:
             return False
         until = fault.ended + (ORPHAN_S if fault.how == KILL and not fault.pid else 0.0)
         return run.started <= until and fault.began <= self._settled_by(run)
+
+    def _is_stale(self, run: Run, before: Run, fault: Fault) -> bool:
+        """Whether `run` began by a reservation older than that of `before`, just after the absence in which it lost it."""
+        in_time = fault.began <= run.started <= fault.ended + STALE_S
+        return fault.daemon == run.daemon and in_time and _number(run.attempt) < _number(before.attempt)
 
     def _settled_by(self, run: Run) -> float:
         """When the end of `run` must have been settled at the latest."""
@@ -358,6 +368,10 @@ class _Court:
             since = each.fault.ended if began is None or began > each.run.started else began
             waits.append(max(0.0, each.run.started - since))
         return waits
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _lag(each: Again) -> float:

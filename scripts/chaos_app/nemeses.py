@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -145,8 +146,8 @@ def pause(arena: Arena, strike: Strike) -> Steps:
     while left_s > 0 and daemon.process is process:
         yield min(left_s, 0.05)
         left_s -= 0.05
-    if daemon.process is process:
-        for pid in stopped:
+    for pid in stopped if daemon.process is process else stopped[1:]:  # what it left behind must hear that it is dead
+        if _state(pid) == "T":
             _signal(pid, signal.SIGCONT)
     arena.inflict(TROUBLE, strike.nemesis, began, daemon=label)
 
@@ -235,6 +236,16 @@ def full_disk(arena: Arena, strike: Strike) -> Steps:
     arena.inflict(TROUBLE, strike.nemesis, began)
 
 
+def flush(arena: Arena, strike: Strike) -> Steps:
+    """Everything that Redis holds is gone. No queue can survive that: it shows that the checker convicts."""
+    assert arena.redis is not None
+    with suppress(OSError), socket.create_connection(("127.0.0.1", arena.redis.port), timeout=5) as connection:
+        connection.sendall(b"FLUSHALL SYNC\r\n")
+        connection.recv(64)
+    return
+    yield 0.0
+
+
 def jump(arena: Arena, strike: Strike) -> Steps:
     """The wall clock is set, and stays so: forward by up to an hour, or back by up to two leases."""
     names = [name for name in arena.clocks if strike.target in (EVERYBODY, name) or arena.redis is None]
@@ -295,12 +306,16 @@ def _kill_pid(pid: int) -> Steps:
     """SIGKILL, until it is gone or a zombie."""
     _signal(pid, signal.SIGKILL)
     for _ in range(500):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-                return
-        except OSError:
+        if _state(pid) in ("Z", "X", ""):
             return
         yield 0.002
+
+
+def _state(pid: int) -> str:
+    """The letter that ps shows; "": there is no such process."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def _redis_back(arena: Arena) -> Steps:
@@ -329,12 +344,15 @@ NEMESES: Final[dict[str, Nemesis]] = {
     "split": Nemesis("the network splits one off from Redis", split, "redis", REDIS_AT_CLIENT, (0.2, 1.8)),
     "lock": Nemesis("another process holds SQLite's lock", lock, "sqlite", ("file",), (0.1, 1.5)),
     "full-disk": Nemesis("the broker's disk is full", full_disk, targets=("disk",), leases=(0.2, 1.2)),
+    "flush": Nemesis("FLUSHALL, only when named: jobs are lost, and the run must say so", flush, "redis", ("redis",)),
     "jump": Nemesis("a wall clock is set, for good", jump, targets=(*PAIR, "redis", EVERYBODY)),
 }
 
 
-def available(broker: str) -> list[str]:
-    return [name for name, nemesis in NEMESES.items() if broker in nemesis.brokers.split()]
+def available(broker: str, chosen: Collection[str] = ()) -> list[str]:
+    """Those of `chosen` (empty: all that can be survived) that there are for `broker`."""
+    mine = [name for name, nemesis in NEMESES.items() if broker in nemesis.brokers.split()]
+    return [name for name in mine if (name in chosen if chosen else name != "flush")]
 
 
 def schedule(seed: int, names: Iterable[str], seconds: float, lease_s: float, pause_s: float) -> list[Strike]:

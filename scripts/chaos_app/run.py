@@ -85,7 +85,7 @@ def main(
             seconds=seconds,
             jobs=jobs or (int(seconds * JOBS_A_SECOND) if scenario == "chaos" else 6000),
             lease_s=lease or (15 if scenario == "survivor" else 3),
-            nemeses=[each for each in nemeses.available(name) if each in chosen or not chosen],
+            nemeses=nemeses.available(name, chosen),
             without=_lacking(inline_poison),
             pause_s=every,
             bound_s=bound,
