@@ -274,7 +274,7 @@ class _Court:
         self._excuses = sorted(
             (fault for fault in [*faults, *poisons] if fault.how != TROUBLE), key=lambda fault: fault.began
         )
-        self._troubles = [fault for fault in faults if fault.how in (TROUBLE, GONE)]
+        self._troubles = sorted((fault for fault in faults if fault.how in (TROUBLE, GONE)), key=lambda fault: fault.began)
 
     def again(self, runs: Sequence[Run]) -> list[Again]:
         """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""
@@ -295,8 +295,9 @@ class _Court:
     def _excuse(self, before: Run, run: Run) -> tuple[str, Fault | None]:
         if before.how in (FAILED, DYING):
             return "asked", None
+        by = self._settled_by(before)
         for fault in self._excuses:
-            if fault.began <= run.started and self._hits(fault, before):
+            if fault.began <= run.started and self._hits(fault, before, by):
                 if fault.nemesis == "poison":
                     return "poisoned", fault
                 return {KILL: f"killed: {fault.nemesis}", STOP: f"ended: {fault.nemesis}", GONE: f"gone: {fault.nemesis}"}[
@@ -309,14 +310,14 @@ class _Court:
             return "redispatch", None
         return "", None
 
-    def _hits(self, fault: Fault, run: Run) -> bool:
-        """Whether `run` was going on, or not settled yet, when `fault` came."""
+    def _hits(self, fault: Fault, run: Run, by: float) -> bool:
+        """Whether `run`, whose end was settled `by` then, was going on or not settled yet when `fault` came."""
         if fault.daemon and fault.daemon != run.daemon:
             return False
         if fault.pid and fault.pid not in (run.pid, run.parent):
             return False
         until = fault.ended + (ORPHAN_S if fault.how == KILL and not fault.pid else 0.0)
-        return run.started <= until and fault.began <= self._settled_by(run)
+        return run.started <= until and fault.began <= by
 
     def _is_stale(self, run: Run, before: Run, fault: Fault) -> bool:
         """Whether `run` began by a reservation older than that of `before`, just after the absence in which it lost it."""
@@ -328,15 +329,18 @@ class _Court:
         if run.ended is None:
             return float("inf")
         by = run.ended + self._settle_s
-        for trouble in sorted(self._troubles, key=lambda trouble: trouble.began):
+        for trouble in self._troubles:
             if trouble.began <= by and trouble.ended > by - self._settle_s and trouble.daemon in ("", run.daemon):
                 by = trouble.ended + self._settle_s
         return by
 
     def was_killed_often(self, runs: Sequence[Run]) -> bool:
         """Whether so much was done to a job that it may be dead."""
-        cut = [run for run in runs if run.how != FINISHED and any(self._hits(fault, run) for fault in self._excuses)]
-        return len(cut) >= CRASHES
+        cut = 0
+        for run in runs:
+            by = self._settled_by(run)
+            cut += run.how != FINISHED and any(self._hits(fault, run, by) for fault in self._excuses)
+        return cut >= CRASHES
 
     def false_follow_ups(self, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         """Follow-ups of runs that did not finish, and all but one of those of each job."""
