@@ -591,7 +591,7 @@ def test_ctrl_c_leaves_nothing_behind(run_chaos: Callable[..., Chaos]) -> None:
     run.process.send_signal(signal.SIGINT)
     run.process.communicate(timeout=30)
     assert run.process.returncode != 0
-    while processes_of(run.directory):  # a daemon that was still starting has a child that reads its configuration, and ends itself
+    while processes_of(run.directory):  # a daemon that was starting had a child that reads its configuration, and ends itself
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert leftovers(run.directory) == []

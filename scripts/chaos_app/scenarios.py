@@ -49,6 +49,8 @@ class Wishes(NamedTuple):
     bound_s: float | None  # from the last heal to the end of the last job; None: by what is left to do
     keep: bool
     verbose: bool
+    slots: int  # for inline jobs of each daemon; 0: as the scenario has it
+    heavy_share: float  # of the jobs of kills and survivor run in children
     stride: int  # cut-every-byte: only every so many bytes
     command: str
     say: Callable[[str], None]
@@ -70,9 +72,11 @@ def chaos(wishes: Wishes) -> Result:
 
 def kills(wishes: Wishes) -> Result:
     """The whole worker tree, killed at five points of the work, started again at once."""
-    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, daemons=1, inline=100, disk_mib=0, proxies=False)
+    setting = Setting(
+        wishes.broker, wishes.seed, wishes.lease_s, daemons=1, inline=wishes.slots or 100, disk_mib=0, proxies=False
+    )
     points = [0.08, 0.25, 0.45, 0.7, 0.95]
-    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=0.02)
+    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=wishes.heavy_share)
     with Arena(setting, wishes.keep, wishes.say) as arena:
         arena.start()
         began = time.monotonic()
@@ -82,9 +86,10 @@ def kills(wishes: Wishes) -> Result:
             _until(arena, lambda point=point: len(arena.history.finished) >= point * len(orders), 120)  # type: ignore[misc]
             nemeses.kill(arena, daemon, "kill-daemon")
             arena.loop.run_until(lambda: daemon.alive, 5)
-        left = len(orders) - len(arena.history.finished)
+        left = [order for order in orders if order.id not in arena.history.finished]
         restarted_at = daemon.started_at[daemon.label]
-        work_s = left * 0.1 / (setting.inline + setting.isolated)
+        heavy = sum(order.module == "heavy" for order in left)
+        work_s = 0.1 * max((len(left) - heavy) / setting.inline, heavy / setting.isolated)
         standing = _end(arena, 60 + work_s)
         beyond_s = _last_end(arena) - restarted_at - work_s
         return _result(
@@ -95,8 +100,8 @@ def kills(wishes: Wishes) -> Result:
 
 def survivor(wishes: Wishes) -> Result:
     """Two daemons on one broker, as two hosts; one is killed for good while it is at work."""
-    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, inline=100, disk_mib=0, proxies=False)
-    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=0.02)
+    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, inline=wishes.slots or 100, disk_mib=0, proxies=False)
+    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=wishes.heavy_share)
     with Arena(setting, wishes.keep, wishes.say) as arena:
         arena.start()
         began = time.monotonic()
