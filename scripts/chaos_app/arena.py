@@ -230,8 +230,26 @@ class Arena:
     def judge(self, left: Mapping[str, str]) -> Verdict:
         self.read_book()
         restarts = {label: at for daemon in self.daemons.values() for label, at in daemon.started_at.items()}
-        faults = [*self.faults, *checker.absences(self.faults, self.setting.lease_s)]
+        lease_s = self.setting.lease_s
+        if self.proxies:
+            faults = [*self.faults, *checker.silences(self._renewals(), self.faults, lease_s)]
+        else:
+            faults = [*self.faults, *checker.absences(self.faults, lease_s)]
+        if self._keep:
+            faults_file = self.directory / "faults"
+            faults_file.write_text("".join(f"{fault}\n" for fault in sorted(faults, key=lambda fault: fault.began)))
         return checker.judge(self.history, faults, left, restarts)
+
+    def _renewals(self) -> dict[str, list[float]]:
+        """By daemon: when it started, when its renewals went to Redis (its proxy saw them), and when another took its place."""
+        found: dict[str, list[float]] = {}
+        for name, daemon in self.daemons.items():
+            lives = list(daemon.started_at.items())
+            ends = [*(at for _, at in lives[1:]), float("inf")]
+            for (label, began), ended in zip(lives, ends, strict=True):
+                found[label] = [began, *(at for at in self.proxies[name].renewed_at if began < at < ended)]
+                found[label] += [ended] if ended < float("inf") else []
+        return found
 
 
 class _OwnRedis(Redis):
@@ -240,8 +258,6 @@ class _OwnRedis(Redis):
     def __init__(self, arena: Arena, directory: Path) -> None:
         self._arena = arena
         super().__init__(arena.loop, directory, arena.directory / "redis.log", arena.environment("redis"))
-        arena.loop.on_tick.append(self._excuse)
 
-    def _excuse(self) -> None:
-        if self._arena.disk_is_full and self.process is not None:
-            self.excused = "a full disk"
+    def is_pardoned(self, label: str, status: int) -> bool:
+        return self._arena.disk_is_full

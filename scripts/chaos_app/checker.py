@@ -8,6 +8,7 @@ What a job is owed: whose dispatch returned is run to its end ("done"), or, when
     poisoned    the same, by an inline job that killed the daemon of all of them
     ended       the daemon was told to stop, and the run was cut off
     gone        the run's daemon was stopped, or alone without its broker, for longer than its lease allows
+    stale       the second run's was, between its reservation and its start, and what ran meanwhile is the newer reservation
     redispatch  a dispatcher that had got an error dispatched it again, when it had already run
 
 A run that was over cannot be excused by what came later: its end counts as settled SETTLE_S after it, or after the end of a
@@ -43,7 +44,11 @@ from .book import (
 )
 
 SETTLE_S: Final = 1.0  # from a job's last mark until its end is settled, on a machine that is busy
+ORPHAN_S: Final = 0.5  # in which what a dead daemon had forked may still begin to run, before it is ended
+STALE_S: Final = 0.5  # after an absence, until a daemon knows that its lease is lost
 ALONE: Final = 2 / 3  # of a lease without a renewal may be its end
+ADJACENT: Final = 0.1  # of a lease between two troubles is too little to get over the first
+SILENT: Final = 0.95  # of a lease between two renewals, as seen on their way: the broker may have got them later
 CRASHES: Final = 3  # that a job may have before it is dead
 
 KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
@@ -52,7 +57,7 @@ KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
 class Fault(NamedTuple):
     """Something inflicted on `daemon` ("a.3"; "": on every one), or on its process `pid` alone."""
 
-    how: str  # KILL, STOP (told to stop), GONE (paused or split off), TROUBLE (nothing can be settled; it excuses no second run)
+    how: str  # KILL, STOP (told to stop), TROUBLE (it cannot settle or renew), or what follows from that: GONE, its lease is lost
     nemesis: str
     began: float
     ended: float
@@ -68,6 +73,7 @@ class Run(NamedTuple):
     daemon: str
     pid: int
     parent: int
+    attempt: str  # as the job was told
     started: float
     ended: float | None
     how: str | None  # FINISHED, FAILED, CANCELLED, DYING
@@ -164,31 +170,50 @@ class History:
         for key, start in self._starts.items():
             end = self._ends.get(key)
             ended, how = (None, None) if end is None else (end.at, end.kind)
-            found[start.job].append(Run(*key, start.daemon, start.pid, start.parent, start.at, ended, how))
+            found[start.job].append(Run(*key, start.daemon, start.pid, start.parent, start.word, start.at, ended, how))
         for runs in found.values():
             runs.sort(key=lambda run: run.started)
         return found
 
 
 def absences(faults: Sequence[Fault], lease_s: float) -> list[Fault]:
-    """Where several troubles in a row, of which one at least is a daemon's own, add up to an absence as long as its lease.
+    """A daemon's troubles of its own that last so long, or add up to it with others, that its lease may have come to an end.
 
     A lease is renewed every third of it, so two thirds without a renewal may be its end. What hits every daemon is no reason to
     expire anything (sweepers know that the broker was away), so such troubles alone add up to nothing.
     """
     found = []
-    for daemon in {fault.daemon for fault in faults if fault.daemon and fault.how == TROUBLE}:
+    for daemon in sorted({fault.daemon for fault in faults if fault.daemon and fault.how == TROUBLE}):
         row: list[Fault] = []
-        mine = [fault for fault in faults if fault.how in (TROUBLE, GONE) and fault.daemon in ("", daemon)]
+        mine = [fault for fault in faults if fault.how == TROUBLE and fault.daemon in ("", daemon)]
         for fault in [*sorted(mine, key=lambda fault: fault.began), None]:
-            if row and (fault is None or fault.began > max(each.ended for each in row) + lease_s / 3):
-                began, ended = row[0].began, max(each.ended for each in row)
-                if ended - began + lease_s / 3 >= lease_s * ALONE and any(each.daemon for each in row):
-                    found.append(Fault(GONE, "+".join(dict.fromkeys(each.nemesis for each in row)), began, ended, daemon))
+            if row and (fault is None or fault.began > max(each.ended for each in row) + lease_s * ADJACENT):
+                found += _absence(row, daemon, row[0].began, max(each.ended for each in row), lease_s * ALONE)
                 row = []
             if fault is not None:
                 row.append(fault)
     return found
+
+
+def silences(renewals: Mapping[str, Sequence[float]], faults: Sequence[Fault], lease_s: float) -> list[Fault]:
+    """The same where it is known when each daemon's renewals went to the broker, and so when its lease did come to an end.
+
+    `renewals`: by daemon, the time of its start first, that of its end last.
+    """
+    found = []
+    for daemon, times in renewals.items():
+        for last, following in pairwise(times):
+            if following - last > lease_s * SILENT:
+                mine = [fault for fault in faults if fault.how == TROUBLE and fault.daemon in ("", daemon)]
+                row = [fault for fault in mine if fault.began < following and fault.ended > last]
+                found += _absence(row, daemon, last, following, 0.0)
+    return found
+
+
+def _absence(row: Sequence[Fault], daemon: str, began: float, ended: float, least_s: float) -> list[Fault]:
+    if ended - began < least_s or not any(fault.daemon for fault in row):
+        return []
+    return [Fault(GONE, "+".join(dict.fromkeys(fault.nemesis for fault in row)), began, ended, daemon)]
 
 
 def judge(
@@ -244,12 +269,12 @@ class _Court:
         self._settle_s = settle_s
         self._restarts = restarts
         poisons = [
-            Fault(KILL, "poison", at, at + settle_s, daemon) for daemon, at in history.killed_by_jobs.items()
+            Fault(KILL, "poison", at, at, daemon) for daemon, at in history.killed_by_jobs.items()
         ]
         self._excuses = sorted(
             (fault for fault in [*faults, *poisons] if fault.how != TROUBLE), key=lambda fault: fault.began
         )
-        self._troubles = [fault for fault in faults if fault.how in (TROUBLE, GONE)]
+        self._troubles = sorted((fault for fault in faults if fault.how in (TROUBLE, GONE)), key=lambda fault: fault.began)
 
     def again(self, runs: Sequence[Run]) -> list[Again]:
         """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""
@@ -270,39 +295,52 @@ class _Court:
     def _excuse(self, before: Run, run: Run) -> tuple[str, Fault | None]:
         if before.how in (FAILED, DYING):
             return "asked", None
+        by = self._settled_by(before)
         for fault in self._excuses:
-            if fault.began <= run.started and self._hits(fault, before):
+            if fault.began <= run.started and self._hits(fault, before, by):
                 if fault.nemesis == "poison":
                     return "poisoned", fault
                 return {KILL: f"killed: {fault.nemesis}", STOP: f"ended: {fault.nemesis}", GONE: f"gone: {fault.nemesis}"}[
                     fault.how
                 ], fault
+        for fault in self._excuses:
+            if fault.how == GONE and self._is_stale(run, before, fault):
+                return f"stale: {fault.nemesis}", fault
         if any(before.started < at < run.started for at in self._history.attempts.get(before.job, [])[1:]):
             return "redispatch", None
         return "", None
 
-    def _hits(self, fault: Fault, run: Run) -> bool:
-        """Whether `run` was going on, or not settled yet, when `fault` came."""
+    def _hits(self, fault: Fault, run: Run, by: float) -> bool:
+        """Whether `run`, whose end was settled `by` then, was going on or not settled yet when `fault` came."""
         if fault.daemon and fault.daemon != run.daemon:
             return False
         if fault.pid and fault.pid not in (run.pid, run.parent):
             return False
-        return run.started <= fault.ended and fault.began <= self._settled_by(run)
+        until = fault.ended + (ORPHAN_S if fault.how == KILL and not fault.pid else 0.0)
+        return run.started <= until and fault.began <= by
+
+    def _is_stale(self, run: Run, before: Run, fault: Fault) -> bool:
+        """Whether `run` began by a reservation older than that of `before`, just after the absence in which it lost it."""
+        in_time = fault.began <= run.started <= fault.ended + STALE_S
+        return fault.daemon == run.daemon and in_time and _number(run.attempt) < _number(before.attempt)
 
     def _settled_by(self, run: Run) -> float:
         """When the end of `run` must have been settled at the latest."""
         if run.ended is None:
             return float("inf")
         by = run.ended + self._settle_s
-        for trouble in sorted(self._troubles, key=lambda trouble: trouble.began):
+        for trouble in self._troubles:
             if trouble.began <= by and trouble.ended > by - self._settle_s and trouble.daemon in ("", run.daemon):
                 by = trouble.ended + self._settle_s
         return by
 
     def was_killed_often(self, runs: Sequence[Run]) -> bool:
         """Whether so much was done to a job that it may be dead."""
-        cut = [run for run in runs if run.how != FINISHED and any(self._hits(fault, run) for fault in self._excuses)]
-        return len(cut) >= CRASHES
+        cut = 0
+        for run in runs:
+            by = self._settled_by(run)
+            cut += run.how != FINISHED and any(self._hits(fault, run, by) for fault in self._excuses)
+        return cut >= CRASHES
 
     def false_follow_ups(self, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         """Follow-ups of runs that did not finish, and all but one of those of each job."""
@@ -334,6 +372,10 @@ class _Court:
             since = each.fault.ended if began is None or began > each.run.started else began
             waits.append(max(0.0, each.run.started - since))
         return waits
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _lag(each: Again) -> float:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -18,7 +19,7 @@ from typing import Final, NamedTuple
 
 from . import book
 from .arena import CLIENTS, Arena
-from .checker import GONE, KILL, STOP, TROUBLE
+from .checker import KILL, STOP, TROUBLE
 from .world import Service, Steps, descendants
 
 PAIR: Final = ("a", "b")
@@ -145,10 +146,10 @@ def pause(arena: Arena, strike: Strike) -> Steps:
     while left_s > 0 and daemon.process is process:
         yield min(left_s, 0.05)
         left_s -= 0.05
-    if daemon.process is process:
-        for pid in stopped:
+    for pid in stopped if daemon.process is process else stopped[1:]:  # what it left behind must hear that it is dead
+        if _state(pid) == "T":
             _signal(pid, signal.SIGCONT)
-    arena.inflict(_absent(arena, strike), strike.nemesis, began, daemon=label)
+    arena.inflict(TROUBLE, strike.nemesis, began, daemon=label)
 
 
 def pause_redis(arena: Arena, strike: Strike) -> Steps:
@@ -214,7 +215,7 @@ def _wrong(arena: Arena, strike: Strike, begin: Callable[[], object]) -> Steps:
         left_s -= 0.05
     arena.proxies[strike.target].heal()
     for label in labels:
-        arena.inflict(_absent(arena, strike), strike.nemesis, began, daemon=label)
+        arena.inflict(TROUBLE, strike.nemesis, began, daemon=label)
 
 
 # -- what is around ---------------------------------------------------------------------------------------------------
@@ -233,6 +234,16 @@ def full_disk(arena: Arena, strike: Strike) -> Steps:
         yield from _redis_back(arena)
     arena.disk_is_full = False
     arena.inflict(TROUBLE, strike.nemesis, began)
+
+
+def flush(arena: Arena, strike: Strike) -> Steps:
+    """Everything that Redis holds is gone. No queue can survive that: it shows that the checker convicts."""
+    assert arena.redis is not None
+    with suppress(OSError), socket.create_connection(("127.0.0.1", arena.redis.port), timeout=5) as connection:
+        connection.sendall(b"FLUSHALL SYNC\r\n")
+        connection.recv(64)
+    return
+    yield 0.0
 
 
 def jump(arena: Arena, strike: Strike) -> Steps:
@@ -295,12 +306,16 @@ def _kill_pid(pid: int) -> Steps:
     """SIGKILL, until it is gone or a zombie."""
     _signal(pid, signal.SIGKILL)
     for _ in range(500):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-                return
-        except OSError:
+        if _state(pid) in ("Z", "X", ""):
             return
         yield 0.002
+
+
+def _state(pid: int) -> str:
+    """The letter that ps shows; "": there is no such process."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def _redis_back(arena: Arena) -> Steps:
@@ -309,11 +324,6 @@ def _redis_back(arena: Arena) -> Steps:
         if arena.redis.answers():
             return
         yield 0.02
-
-
-def _absent(arena: Arena, strike: Strike) -> str:
-    """A daemon that was away for so long may have lost its lease."""
-    return GONE if strike.seconds > arena.setting.lease_s / 2 else TROUBLE
 
 
 NEMESES: Final[dict[str, Nemesis]] = {
@@ -334,12 +344,15 @@ NEMESES: Final[dict[str, Nemesis]] = {
     "split": Nemesis("the network splits one off from Redis", split, "redis", REDIS_AT_CLIENT, (0.2, 1.8)),
     "lock": Nemesis("another process holds SQLite's lock", lock, "sqlite", ("file",), (0.1, 1.5)),
     "full-disk": Nemesis("the broker's disk is full", full_disk, targets=("disk",), leases=(0.2, 1.2)),
+    "flush": Nemesis("FLUSHALL, only when named: jobs are lost, and the run must say so", flush, "redis", ("redis",)),
     "jump": Nemesis("a wall clock is set, for good", jump, targets=(*PAIR, "redis", EVERYBODY)),
 }
 
 
-def available(broker: str) -> list[str]:
-    return [name for name, nemesis in NEMESES.items() if broker in nemesis.brokers.split()]
+def available(broker: str, chosen: Collection[str] = ()) -> list[str]:
+    """Those of `chosen` (empty: all that can be survived) that there are for `broker`."""
+    mine = [name for name, nemesis in NEMESES.items() if broker in nemesis.brokers.split()]
+    return [name for name in mine if (name in chosen if chosen else name != "flush")]
 
 
 def schedule(seed: int, names: Iterable[str], seconds: float, lease_s: float, pause_s: float) -> list[Strike]:

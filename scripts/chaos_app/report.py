@@ -103,7 +103,8 @@ def _failures(result: Result) -> list[str]:
 def _again(each: Again) -> str:
     before, run = each.before, each.run
     ended = f"ended {before.how} at {before.ended:.3f}" if before.ended is not None else "told no end"
-    return f"{run.job} ran on {before.daemon} from {before.started:.3f}, {ended}; again on {run.daemon} at {run.started:.3f}"
+    first = f"{run.job}: run {before.attempt} on {before.daemon} from {before.started:.3f}, {ended}"
+    return f"{first}; run {run.attempt} on {run.daemon} at {run.started:.3f}"
 
 
 def _causes(causes: Mapping[str, int]) -> str:

@@ -48,6 +48,8 @@ def tell(context: click.Context, parameter: click.Parameter, value: bool) -> Non
 @click.option("--lease", type=click.FloatRange(min=3), help="queue.lease, in seconds.  [default: 3; survivor: 15]")
 @click.option("--every", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between strikes.")
 @click.option("--bound", type=float, help="Seconds from the last strike to the last job's end.  [default: by what is left]")
+@click.option("--slots", type=click.IntRange(min=1), help="inline.max_concurrent of kills, survivor.  [default: 100]")
+@click.option("--heavy", type=click.FloatRange(0, 100), default=2, show_default=True, help="kills, survivor: % run in children.")
 @click.option("--inline-poison/--no-inline-poison", default=True, show_default=True, help="Inline jobs that kill their daemon.")
 @click.option("--stride", type=click.IntRange(min=1), default=1, show_default=True, help="cut-every-byte: every so many bytes.")
 @click.option("--keep", is_flag=True, help="Keep the directory of the run: configurations, logs, the book.")
@@ -56,8 +58,8 @@ def tell(context: click.Context, parameter: click.Parameter, value: bool) -> Non
 @click.option("--verbose", "-v", is_flag=True, help="Print the schedule, and each strike as it falls.")
 def main(
     broker: str, scenario: str, minutes: float | None, jobs: int | None, seed: int | None, chosen: list[str],
-    lease: float | None, every: float, bound: float | None, inline_poison: bool, stride: int, keep: bool,
-    json_file: Path | None, markdown: bool, verbose: bool,
+    lease: float | None, every: float, bound: float | None, slots: int | None, heavy: float, inline_poison: bool, stride: int,
+    keep: bool, json_file: Path | None, markdown: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Jobs under fire: starts a broker, daemons and dispatchers of its own, kills, stops and cuts what it can.
 
@@ -85,12 +87,14 @@ def main(
             seconds=seconds,
             jobs=jobs or (int(seconds * JOBS_A_SECOND) if scenario == "chaos" else 6000),
             lease_s=lease or (15 if scenario == "survivor" else 3),
-            nemeses=[each for each in nemeses.available(name) if each in chosen or not chosen],
+            nemeses=nemeses.available(name, chosen),
             without=_lacking(inline_poison),
             pause_s=every,
             bound_s=bound,
             keep=keep,
             verbose=verbose,
+            slots=slots or 0,
+            heavy_share=heavy / 100,
             stride=stride,
             command=_command(name, seed),
             say=_say,

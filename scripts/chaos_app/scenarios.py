@@ -12,12 +12,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 from . import book, nemeses, workload
 from .arena import CLIENTS, Arena, Setting
-from .checker import GONE
+from .checker import TROUBLE
 from .nemeses import Strike
 from .proxy import Walk, Walker
 from .report import Result
@@ -50,6 +49,8 @@ class Wishes(NamedTuple):
     bound_s: float | None  # from the last heal to the end of the last job; None: by what is left to do
     keep: bool
     verbose: bool
+    slots: int  # for inline jobs of each daemon; 0: as the scenario has it
+    heavy_share: float  # of the jobs of kills and survivor run in children
     stride: int  # cut-every-byte: only every so many bytes
     command: str
     say: Callable[[str], None]
@@ -71,9 +72,11 @@ def chaos(wishes: Wishes) -> Result:
 
 def kills(wishes: Wishes) -> Result:
     """The whole worker tree, killed at five points of the work, started again at once."""
-    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, daemons=1, inline=100, disk_mib=0, proxies=False)
+    setting = Setting(
+        wishes.broker, wishes.seed, wishes.lease_s, daemons=1, inline=wishes.slots or 100, disk_mib=0, proxies=False
+    )
     points = [0.08, 0.25, 0.45, 0.7, 0.95]
-    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=0.02)
+    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=wishes.heavy_share)
     with Arena(setting, wishes.keep, wishes.say) as arena:
         arena.start()
         began = time.monotonic()
@@ -83,9 +86,10 @@ def kills(wishes: Wishes) -> Result:
             _until(arena, lambda point=point: len(arena.history.finished) >= point * len(orders), 120)  # type: ignore[misc]
             nemeses.kill(arena, daemon, "kill-daemon")
             arena.loop.run_until(lambda: daemon.alive, 5)
-        left = len(orders) - len(arena.history.finished)
+        left = [order for order in orders if order.id not in arena.history.finished]
         restarted_at = daemon.started_at[daemon.label]
-        work_s = left * 0.1 / (setting.inline + setting.isolated)
+        heavy = sum(order.module == "heavy" for order in left)
+        work_s = 0.1 * max((len(left) - heavy) / setting.inline, heavy / setting.isolated)
         standing = _end(arena, 60 + work_s)
         beyond_s = _last_end(arena) - restarted_at - work_s
         return _result(
@@ -96,8 +100,8 @@ def kills(wishes: Wishes) -> Result:
 
 def survivor(wishes: Wishes) -> Result:
     """Two daemons on one broker, as two hosts; one is killed for good while it is at work."""
-    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, inline=100, disk_mib=0, proxies=False)
-    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=0.02)
+    setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, inline=wishes.slots or 100, disk_mib=0, proxies=False)
+    orders = workload.uniform(wishes.jobs, 0.1, heavy_share=wishes.heavy_share)
     with Arena(setting, wishes.keep, wishes.say) as arena:
         arena.start()
         began = time.monotonic()
@@ -138,7 +142,9 @@ def cut_every_byte(wishes: Wishes) -> Result:
             dispatcher.stop()
             dispatcher.over = True
         bound_s = wishes.bound_s or 60.0
-        _hold_against_renewals(arena)
+        for daemon in arena.daemons.values():
+            for label in daemon.started_at:
+                arena.inflict(TROUBLE, CUT_EVERY_BYTE, arena.began_at, healed_at, label)
         standing = _end(arena, bound_s)
         cuts = Counter(each.kind for proxy in arena.proxies.values() for each in proxy.cuts)
         if not over:
@@ -269,15 +275,6 @@ def _provoke(arena: Arena, walk: Walk, walkers: Mapping[str, Walker]) -> Steps:
                 walker.renew()
                 nemeses.kill(arena, arena.daemons[name], "kill-daemon")
         yield 0.05
-
-
-def _hold_against_renewals(arena: Arena) -> None:
-    """Two renewals that went to Redis further apart than a lease are an absence, by however many cuts: the proxies saw them."""
-    for name, daemon in arena.daemons.items():
-        for last, next_one in pairwise(arena.proxies[name].renewed_at):
-            if next_one - last > arena.setting.lease_s - 0.1:
-                for label in daemon.started_at:
-                    arena.inflict(GONE, "no renewal for a lease", last, next_one, daemon=label)
 
 
 def _save_cuts(arena: Arena) -> None:

@@ -27,6 +27,7 @@ from .checker import History
 
 HERE: Final = Path(__file__).resolve().parent
 RESTART_S: Final = 0.1  # systemd's RestartSec
+STARTING_S: Final = 2.0  # an interpreter that starts on a busy machine
 TICK_S: Final = 0.01
 START_S: Final = 20.0  # for a process to come up
 REDIS_OPTIONS: Final = ("--save", "", "--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync", "no")
@@ -174,10 +175,15 @@ class Service:
             return
         if not self.excused:
             self._loop.spawn(self._accuse(self.label, status))
-        elif self.excused == "told to stop" and status != 0:
+        elif self.excused == "told to stop" and status not in self._clean():
             self.mishaps.append(f"{self.label} ended with {_told(status)} when it was told to stop{self._last_words()}")
         if self.wanted:
             self._loop.spawn(self._restart(), RESTART_S)
+
+    def _clean(self) -> tuple[int, ...]:
+        """What it may end with when it is told to stop: before it has set up its signals, by SIGTERM itself."""
+        age_s = book.now() - self.started_at[self.label]
+        return (0, -signal.SIGTERM) if age_s < STARTING_S else (0,)
 
     def _restart(self) -> Steps:
         if self.wanted:
