@@ -81,10 +81,17 @@ class JobProgress(NamedTuple):
 
 
 class LeaseLost(NamedTuple):
-    """A settlement came too late: the job belongs to somebody else by now, or is gone."""
+    """The job belongs to somebody else by now, or is gone: its run was cancelled, or its outcome came too late to count."""
 
     id: str
     job: str
+
+
+class OutboxSettled(NamedTuple):
+    """At the start, what an earlier life of ours had left unsettled: settled now, or too late, since somebody had reserved it."""
+
+    settled: int
+    late: int
 
 
 class SlowSlice(NamedTuple):

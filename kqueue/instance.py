@@ -49,6 +49,7 @@ class Instance:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         status = os.fstat(self._fd)
+        self.outbox_path = os.path.join(state_dir, f"{instance}.outbox")
         self.slice_page = SlicePage(os.path.join(state_dir, f"{instance}.slice"))
         self.identity = f"{_boot_id()}:{status.st_dev}:{status.st_ino}:{instance}"
 

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 from . import events as facts
 from . import signing
 from .brokers import open_broker
-from .brokers.base import LEASE_S, NO_RETENTION, STALE, Broker, Lease, Owner, Retention
+from .brokers.base import LEASE_S, MAX_BATCH, NO_RETENTION, STALE, Broker, Lease, Owner, Retention, Settlement
 from .codec import decode
 from .config import QueueSpec
 from .context import JobContext
@@ -41,6 +41,7 @@ from .kernel import Abandoned, Clock, Kernel, Park, Task, join, sleep
 from .kernel.signals import Signals
 from .loading import template_config
 from .options import JobOptions
+from .outbox import Outbox
 from .outcome import Outcome, describe_error
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
@@ -51,19 +52,21 @@ from .verdict import Verdict, defer, exhausted, judge, move, postpone
 
 Steps = Generator[Any, Any, Any]
 
+MAX_UNSETTLED: Final = 10_000  # outcomes that await their settlement: with more, nothing is reserved, and nothing is dropped
 SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays within grace + kill_grace + 5 s (INTERFACES)
 
 
 class Held:
     """A lease that this process holds, while its job runs."""
 
-    __slots__ = ("context", "job", "key", "lease", "options", "started", "strategy", "taken_at", "task")
+    __slots__ = ("context", "job", "key", "lease", "lost", "options", "started", "strategy", "taken_at", "task")
 
     task: Task
 
     def __init__(self, lease: Lease, started: float, taken_at: float) -> None:
         self.lease = lease
         self.key = (lease.queue, lease.token.id)
+        self.lost = False  # somebody else has it now: what comes of this run is nobody's
         self.taken_at = taken_at  # when the intake wrote it down
         self.started = started  # by the kernel's clock
         self.job = ""  # its name, once the envelope is decoded
@@ -92,7 +95,7 @@ class KQueueRuntime:
         self, broker: Broker | str = "memory://", *, queues: Sequence[QueueSpec | str] = ("default",),
         strict_order: bool = False, security: SecurityConfig | None = None, events: Events | None = None,
         clock: Clock | None = None, template: Mapping[str, Any] | None = None, identity: str = "",
-        slice_page: SlicePage | None = None,
+        slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
@@ -118,6 +121,7 @@ class KQueueRuntime:
         self._intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
+        self._outbox = Outbox(outbox) if outbox else None
         self._lease_s = lease_s
         self._retention = retention
         self._bury_unknown = bury_unknown
@@ -132,17 +136,19 @@ class KQueueRuntime:
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
         self._unsettled: deque[_Ended] = deque()
-        self._settling = 0
+        self._settling: list[_Ended] = []
         self._burst = False
         self._nudged = False
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
-        # Where tasks wait: for slots or jobs, for something to settle, for the end, for the last job to end.
+        # Where tasks wait: for slots or jobs, for something to settle, for the end, for the last job to end, for
+        # fewer outcomes to await their settlement.
         self._feeder: deque[Task] = deque()
         self._settler: deque[Task] = deque()
         self._stopper: deque[Task] = deque()
         self._drained: deque[Task] = deque()
+        self._relieved: deque[Task] = deque()
         self._began = self.kernel.clock.monotonic()
 
     # -- the life of a job ------------------------------------------------------------------------------------------
@@ -213,6 +219,10 @@ class KQueueRuntime:
             del self._newest[held.key]
         self._intake.ended(held.lease.queue, held.lease.lane)
         ended: _Ended = task.value if task.error is None else self._mishap(held, task.error)
+        if held.lost:
+            self._look_whether_drained()
+            self.nudge()
+            return
         if not ended.ran:
             self._intake.give_back(held.lease.queue, held.taken_at)
         self._unsettled.append(ended)
@@ -242,6 +252,11 @@ class KQueueRuntime:
     def _feed(self) -> Steps:
         """Reserve for every slot that is free, start what came, then wait for a doorbell, a due job, a rate or a slot."""
         while self.state == "running":
+            if len(self._unsettled) + len(self._settling) >= MAX_UNSETTLED:
+                yield Park(self._relieved)
+                continue
+            if self._upkeep.in_doubt:
+                yield from self._upkeep.renew()
             self._nudged = False
             took, next_due_s = yield from self._reserve()
             if took:
@@ -310,15 +325,34 @@ class KQueueRuntime:
         while True:
             if not self._unsettled:
                 yield Park(self._settler)
-            batch, self._unsettled = list(self._unsettled), deque()
-            self._settling = len(batch)
+            self._settling = batch = list(self._unsettled)
+            self._unsettled.clear()
             answers = yield from self.broker.settle([ended.verdict.settlement for ended in batch])
-            self._settling = 0
+            self._settling = []
+            self.kernel.unpark(self._relieved)
             for ended, answer in zip(batch, answers, strict=True):
                 self._account(ended, stale=answer == STALE)
-            if not self._busy():
-                self.kernel.unpark(self._drained)
-                self.nudge()  # for --burst, which ends when the queue is empty, too
+            self._look_whether_drained()
+
+    def _look_whether_drained(self) -> None:
+        if not self._busy():
+            self.kernel.unpark(self._drained)
+            self.nudge()  # for --burst, which ends when the queue is empty, too
+
+    def hold(self) -> Steps:
+        """Our lease may have run out: take back what nobody has reserved since, and cancel what somebody has.
+
+        What has ended and is not settled yet is taken back as well, or we might be the first to reserve it, and run it again.
+        """
+        ours: list[Held] = [*self.held, *(ended.held for ended in (*self._settling, *self._unsettled))]
+        for at in range(0, len(ours), MAX_BATCH):
+            batch = ours[at : at + MAX_BATCH]
+            holds = [Settlement(held.lease.token, held.lease.queue, "hold", held.lease.counters) for held in batch]
+            for held, answer in zip(batch, (yield from self.broker.settle(holds)), strict=True):
+                if answer == STALE and held in self.held and not held.lost:
+                    held.lost = True
+                    self.events.emit(facts.LeaseLost(held.lease.token.id, held.job or "(not begun)"))
+                    self._end(held, "its lease was lost: another daemon has this job now")
 
     def _account(self, ended: _Ended, stale: bool) -> None:
         held, outcome = ended.held, ended.outcome
@@ -477,11 +511,50 @@ class KQueueRuntime:
         """Open the broker. Whose code ran when an earlier life of ours died pays for it; then the page is ours."""
         page = self._slice_page
         culprit = page.culprit if page is not None else ""
-        opened = yield from self.broker.open(self._owner, self.queues, self._lease_s, culprit=culprit, retention=self._retention)
+        unsettled = self._read_outbox()
+        sent_at = self.kernel.clock.boottime()
+        opened = yield from self.broker.open(
+            self._owner, self.queues, self._lease_s, unsettled=unsettled, culprit=culprit, retention=self._retention
+        )
+        self._upkeep.opened(sent_at)
+        if self._outbox is not None:
+            self._outbox.clear()
+        if unsettled:
+            late = opened.answers.count(STALE)
+            self.events.emit(facts.OutboxSettled(len(unsettled) - late, late))
         if page is not None:
             page.clear()
             self.kernel.page = page.page
         return opened
+
+    def _read_outbox(self) -> list[Settlement]:
+        """What an earlier life of ours could not settle."""
+        try:
+            return self._outbox.read() if self._outbox is not None else []
+        except ValueError as error:
+            aside = self._outbox.set_aside() if self._outbox is not None else ""
+            self._upkeep.warn(f"the outcomes in {aside} were not settled, so those jobs run again: {error}")
+            return []
+
+    def _keep_outcomes(self) -> None:
+        """We must exit, and the broker is not there: what jobs came to is kept for the next start."""
+        left = [ended.verdict.settlement for ended in (*self._settling, *self._unsettled)]
+        fate = "they run again once our lease has expired, or when this daemon starts again"
+        if self.held:
+            self._upkeep.warn(f"{len(self.held)} jobs did not end in time; {fate}")
+        if not left:
+            return
+        try:
+            if self._outbox is None:
+                raise OSError(0, "there is no state_dir")
+            self._outbox.write(left)
+        except OSError as error:
+            self._upkeep.warn(f"the outcomes of {len(left)} jobs could be neither settled nor kept ({error.strerror}); {fate}")
+        else:
+            self._upkeep.warn(
+                f"the broker was not there to settle {len(left)} jobs: their outcomes are kept in {self._outbox.path}, "
+                "and settled when this daemon starts again; without that, they run again once our lease has expired"
+            )
 
     def _finish(self) -> Steps:
         """Wait for what runs; end what will not; settle; let go."""
@@ -495,8 +568,7 @@ class KQueueRuntime:
         while self._busy() and (left_s := began + patience_s - clock.monotonic()) > 0:
             yield Park(self._drained, left_s)
         if self._busy():
-            left = len(self.held) + len(self._unsettled) + self._settling
-            self.events.emit(facts.Warned(f"{left} jobs could not be settled; they are ready again once our lease has expired"))
+            self._keep_outcomes()
         yield from self._let_go()
         self.state = "stopped"
         self.events.emit(facts.DaemonStopped(self.exit_code, self.processed))

@@ -34,6 +34,7 @@ class Upkeep:
     def __init__(self, runtime: KQueueRuntime, lease_s: float, heartbeat_s: float, memory_limit_mib: int) -> None:
         self._runtime = runtime
         self._lease_s = lease_s
+        self._renewed_at = 0.0  # by the time since boot: when the last renewal that worked was sent
         self._heartbeat_s = heartbeat_s
         self._memory_limit_mib = memory_limit_mib
 
@@ -43,11 +44,28 @@ class Upkeep:
 
     def _keep_alive(self) -> Steps:
         """Renew our epoch every third of a lease, then recover what dead epochs hold."""
-        broker = self._runtime.broker
         while True:
             yield sleep(self._lease_s / 3)
-            yield from broker.renew()
+            yield from self.renew()
             yield from self.sweep()
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether our lease may have run out, so that somebody may have recovered what we hold. Nothing may be reserved then."""
+        return self._runtime.kernel.clock.boottime() - self._renewed_at > self._lease_s
+
+    def opened(self, sent_at: float) -> None:
+        """The broker was opened by a request sent at `sent_at`, which is as good as a renewal."""
+        self._renewed_at = sent_at
+
+    def renew(self) -> Steps:
+        """Renew our epoch; where it may have lapsed, see what of all that we have is still ours."""
+        sent_at = self._runtime.kernel.clock.boottime()
+        doubtful = self.in_doubt
+        alive = yield from self._runtime.broker.renew()
+        if doubtful or not alive:
+            yield from self._runtime.hold()
+        self._renewed_at = sent_at
 
     def sweep(self) -> Steps:
         """Recover what dead epochs hold, let old dead letters go, and tell of both."""

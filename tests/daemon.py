@@ -23,7 +23,7 @@ PATIENCE_S = 20.0  # a test that waits so long has failed; nothing is measured b
 CONFIG = """\
 instance: test
 state_dir: var
-queue: {{url: "{url}", names: {names}}}
+queue: {{url: "{url}", names: {names}, lease: {lease}}}
 jobs: {{path: ["{root}"], modules: {modules}, isolated_modules: {isolated_modules}}}
 isolated: {{kill_grace: 500ms}}
 shutdown: {{grace: {grace}}}
@@ -79,7 +79,7 @@ class Daemon:
         self.config = directory / "kqueue.yaml"
         fields: dict[str, Any] = {
             "url": url, "root": ROOT, "names": "{default: 1, mail: 3}", "modules": "[tests.apps.inline]",
-            "isolated_modules": "[tests.apps.heavy]", "grace": "10s", "more": "",
+            "isolated_modules": "[tests.apps.heavy]", "grace": "10s", "lease": "15s", "more": "",
         }  # fmt: skip
         self.config.write_text(CONFIG.format(**{**fields, **settings}))
         self.process: subprocess.Popen[str] | None = None

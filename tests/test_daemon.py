@@ -527,3 +527,57 @@ def test_redis_killed_and_back_costs_no_job(tmp_path: Path) -> None:
     finally:
         daemon.close()
         server.stop()
+
+
+def test_what_could_not_be_settled_at_the_exit_is_settled_at_the_next_start(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always").start()
+    daemon = Daemon(tmp_path, server.url, grace="1s").start()
+    try:
+        handles = daemon.dispatch(*[inline.nap.job(1.0, str(n)) for n in range(20)])
+        (long,) = daemon.dispatch(inline.nap.job(25.0, "long"))
+        daemon.marks.wait("start", 21)
+        server.kill()
+        daemon.marks.wait("end", 20)
+        assert daemon.stop() == 0
+        assert "test.outbox" in daemon.wait_log("outcomes are kept")
+        server.start()
+        daemon.start()
+        assert "settled=21" in daemon.wait_log("outcomes that an earlier run")
+        assert [handle.result(20) for handle in handles] == [str(n) for n in range(20)]
+        daemon.marks.wait("start", 22)
+        row = daemon.client.store.show(long.id)
+        assert row is not None
+        assert (row.state, row.counters) == ("leased", Counters()), "it was released, at no cost, and runs again"
+        assert len([line for line in daemon.marks.lines if line.startswith("start")]) == 22, "and nothing else did"
+        assert long.cancel() is False
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+        server.stop()
+
+
+def test_a_daemon_that_was_frozen_longer_than_its_lease_lets_another_s_run_stand(tmp_path: Path, url: str) -> None:
+    """SIGSTOP past the lease, then SIGCONT: what the other one has taken meanwhile is cancelled here, and not acked."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = (Daemon(tmp_path / name, url, more="", lease="3s") for name in ("one", "two"))
+    try:
+        one.start()
+        (handle,) = one.dispatch(inline.nap.job(20.0, "long"))
+        one.marks.wait("start")
+        two.start()
+        one.signal(signal.SIGSTOP)
+        two.marks.wait("start")
+        one.signal(signal.SIGCONT)
+        one.wait_log("lost its lease")
+        row = one.client.store.show(handle.id)
+        assert row is not None
+        assert (row.state, row.counters) == ("leased", Counters(recoveries=1))
+        assert one.marks.lines.count("end") == 0
+        assert one.stop() == 0
+        row = one.client.store.show(handle.id)
+        assert row is not None
+        assert row.state == "leased", "the other one's still"
+    finally:
+        one.close()  # by SIGKILL, which a stopped process hears as well
+        two.close()

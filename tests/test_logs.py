@@ -31,6 +31,7 @@ def ended(then: str, outcome: Outcome, delay_s: float = 0.0) -> facts.JobEnded:
 
 EVERY_FACT: list[Any] = [
     facts.DaemonReady("sqlite:////q.db", ["default", "mail"], 0.1234),
+    facts.OutboxSettled(20, 1),
     facts.DaemonStopping("SIGTERM", 3),
     facts.Heartbeat(14.26, 10, 2, 3, "running"),
     facts.JobStarted("01J0", "send_email", "inline", "mail", 2),

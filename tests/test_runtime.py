@@ -823,6 +823,68 @@ def steal(house: House) -> None:
     house.store.reserve(Owner("another", ""), 1e6, "default", {"inline": 10})
 
 
+def test_a_job_whose_lease_is_gone_is_cancelled_at_the_next_renewal(house: House) -> None:
+    ended: list[Any] = []
+
+    @job(name="long", timeout=0)
+    def long() -> Any:
+        try:
+            yield sleep(1000)
+        finally:
+            ended.append(house.clock.now)
+
+    id = house.dispatch(long.job())
+    runtime = house.runtime()
+    house.at(6, lambda: steal(house), runtime)
+    house.at(20, runtime.stop, runtime)
+    assert house.run(runtime, burst=False) == 0
+    assert ended == [10.0]
+    assert house.facts(facts.LeaseLost) == [facts.LeaseLost(id, "long")]
+    assert house.facts(facts.JobEnded) == [], "what came of it is nobody's"
+    row = house.row(id)
+    assert row is not None
+    assert row.state == "leased"
+    assert runtime.held == set()
+
+
+def test_who_was_stopped_longer_than_a_lease_takes_back_what_nobody_took(house: House, tick: Any, ran: list[Any]) -> None:
+    """Its jobs were recovered meanwhile, those that still run and those that had just ended: it reserves none of them again."""
+
+    def sleep_through() -> None:
+        house.clock.now += 100  # as SIGSTOP and SIGCONT do
+        for _ in range(5):  # the first one gives everybody a lease's time, since nobody renewed
+            house.store.sweep()
+            house.clock.now += 5
+        assert {row.state for row in house.client.list(None, None, 10)} == {"ready"}
+        house.dispatch(tick.job("fresh"))
+
+    for name, seconds in (("ended", 5.0), ("running", 500.0)):
+        house.dispatch(tick.options(timeout=0).job(name, seconds=seconds))
+    runtime = house.runtime()
+    house.at(5, sleep_through, runtime)
+    house.run(runtime)
+    assert sorted(name for name, _ in ran) == ["ended", "fresh", "running"], "each once"
+    assert house.facts(facts.LeaseLost) == []
+    assert house.client.list(None, None, 10) == []
+
+
+def test_who_was_stopped_longer_than_a_lease_lets_go_of_what_somebody_took(house: House, tick: Any, ran: list[Any]) -> None:
+    def sleep_through() -> None:
+        house.clock.now += 100
+        steal(house)
+        house.dispatch(tick.job("fresh"))
+
+    for name, seconds in (("ended", 5.0), ("running", 500.0)):
+        house.dispatch(tick.options(timeout=0).job(name, seconds=seconds))
+    runtime = house.runtime()
+    house.at(5, sleep_through, runtime)
+    house.at(200, runtime.stop, runtime)
+    house.run(runtime, burst=False)
+    assert sorted(name for name, _ in ran) == ["ended", "fresh", "running"]
+    assert len(house.facts(facts.LeaseLost)) == 2
+    assert [row.state for row in house.client.list(None, None, 10)] == ["leased", "leased"], "another's"
+
+
 def test_a_lease_that_was_lost_is_told_and_changes_nothing(house: House, tick: Any) -> None:
     id = house.dispatch(tick.job("a", seconds=10))
     runtime = house.runtime()

@@ -20,8 +20,6 @@ Rule 4. Anything may stand in the store. What is no job (no envelope, garbage) i
 Rule 5. A job that is recovered keeps its token: until somebody reserves it, the run that was given up for lost may still settle
         it, or `hold` it, which takes it back. So expiry makes eligible, no more.
 
-No broker has all of this yet: docs/decisions/0009 says what runs, and nothing calls the rest.
-
 Who runs jobs, and why one is released, is the runtime's business and must not be known here.
 """
 

@@ -128,6 +128,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             template=template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security),
             identity=instance.identity,
             slice_page=instance.slice_page,
+            outbox=instance.outbox_path,
             lease_s=config.queue.lease_s,
             retention=Retention(*config.queue.dead),
             max_inline=config.inline.max_concurrent,

@@ -17,6 +17,10 @@ class Clock:
         """Seconds since some fixed moment."""
         return time.monotonic()
 
+    def boottime(self) -> float:
+        """The same, but that it counts the time that the machine slept, too: what others see pass."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
     def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
         """Wait for events up to `timeout_s` seconds (None: without end), or less."""
         return poller.select(timeout_s if timeout_s is None else min(timeout_s, LONGEST_S))
@@ -32,6 +36,9 @@ class VirtualClock(Clock):
         self.now = 0.0
 
     def monotonic(self) -> float:
+        return self.now
+
+    def boottime(self) -> float:
         return self.now
 
     def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:

@@ -165,8 +165,12 @@ def _job_output(fact: facts.JobOutput) -> Line:
 
 
 def _lease_lost(fact: facts.LeaseLost) -> Line:
-    message = "job ended after its lease was lost: what came of it does not count, and it runs, or ran, once more"
+    message = "job lost its lease: what comes of this run does not count, and another run of it does"
     return Line(WARNING, message, _job(fact))
+
+
+def _outbox_settled(fact: facts.OutboxSettled) -> Line:
+    return Line(INFO, "outcomes that an earlier run of this daemon had kept", fact._asdict())
 
 
 def _slow_slice(fact: facts.SlowSlice) -> Line:
@@ -231,6 +235,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.JobEnded: (ERROR, _job_ended),
     facts.JobOutput: (INFO, _job_output),
     facts.LeaseLost: (WARNING, _lease_lost),
+    facts.OutboxSettled: (INFO, _outbox_settled),
     facts.SlowSlice: (WARNING, _slow_slice),
     facts.BrokerLost: (WARNING, _broker_lost),
     facts.BrokerBack: (INFO, lambda fact: Line(INFO, "broker back", fact._asdict())),
