@@ -1,7 +1,7 @@
 """Status: what the supervisor is doing now, as the one document that `kqueue status --json` prints (see INTERFACES).
 
     {"pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed",
-     "forgotten",
+     "forgotten", "leases_lost",
      "running": [{"id", "job", "strategy", "pid", "elapsed_s", "memory_mib", "progress"}],
      "queues": {NAME: {"ready", "delayed", "leased", "dead"}},
      "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"}}
@@ -41,12 +41,14 @@ class Status:
         self._retried = 0
         self._killed = 0
         self._forgotten = 0
+        self._leases_lost = 0
         self._counts: dict[str, QueueStats] = {}
         self._count_again_at = 0.0  # by the kernel's clock
         self._counting: Task | None = None
         self._marks = ((self._began, 0), (self._began, 0))  # (when, turns of the loop) at the last two heartbeats
         runtime.events.subscribe(facts.JobEnded, self._count_job)
         runtime.events.subscribe(facts.DeadForgotten, self._count_forgotten)
+        runtime.events.subscribe(facts.LeaseLost, self._count_lost)
         runtime.events.subscribe(facts.DaemonReady, self._name_queues)
         runtime.events.subscribe(facts.Heartbeat, self._mark)
 
@@ -66,6 +68,7 @@ class Status:
             "retried": self._retried,
             "killed": self._killed,
             "forgotten": self._forgotten,
+            "leases_lost": self._leases_lost,
             "running": running,
             "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
             "loop": self._loop(),
@@ -80,6 +83,9 @@ class Status:
         outcome = fact.outcome
         self._retried += fact.then == "retry"
         self._killed += outcome.pid is not None and outcome.cause not in ("ok", "refused") and outcome.ended_by != "job"
+
+    def _count_lost(self, fact: facts.LeaseLost) -> None:
+        self._leases_lost += 1
 
     def _count_forgotten(self, fact: facts.DeadForgotten) -> None:
         self._forgotten += fact.jobs
