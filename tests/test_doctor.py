@@ -76,7 +76,7 @@ def test_the_broker_says_what_it_is_and_how_it_keeps_jobs(home: Home) -> None:
 
 
 def test_a_redis_that_keeps_nothing_or_forgets_is_a_warning(make_home: Any, tmp_path: Path) -> None:
-    server = RedisServer(tmp_path, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru").start()
+    server = RedisServer(tmp_path, "--appendonly", "no", "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru").start()
     try:
         ended = doctor(make_home(server.url))
         warnings = [text for level, text in notes(ended, "broker") if level == "warn"]
