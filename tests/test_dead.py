@@ -346,7 +346,7 @@ def test_jobs_that_die_again_meanwhile_do_not_keep_the_command_from_ending(url: 
 
 def test_what_retention_drops_is_logged_and_counted(url: str, tmp_path: Path) -> None:
     ids = bury(url, 1205)
-    daemon = Daemon(tmp_path, url, names="{default: 1, mail: 3}, lease: 3s, dead: {max_count: 5}").start()
+    daemon = Daemon(tmp_path, url, names="{default: 1, mail: 3}, dead: {max_count: 5}", lease="3s").start()
     try:
         daemon.wait_log("dead letters dropped")
         while (found := daemon.status())["queues"]["default"]["dead"] > 5:
