@@ -2,9 +2,9 @@
 
     reserve -> decode -> admit -> choose -> execute -> judge -> settle        (_life, read it first)
 
-Around that there is little: `_feed` reserves for slots that are free and holds no backlog, `_settle_all` ends leases in batches,
+Around that there is little: `_feed` reserves for slots that are free and holds no backlog, `settling.py` ends leases in batches,
 `upkeep.py` keeps the epoch alive, and `stop` turns "running" into "terminating". Everything is a task of one kernel. Only this
-file settles a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
+file says what becomes of a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
 
     starting -> running <-> quiet
                    |          |
@@ -18,12 +18,12 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from . import events as facts
 from . import signing
 from .brokers import open_broker
-from .brokers.base import LEASE_S, MAX_BATCH, NO_RETENTION, STALE, Broker, Lease, Owner, Retention, Settlement
+from .brokers.base import LEASE_S, NO_RETENTION, STALE, Broker, Lease, Owner, Retention
 from .codec import decode
 from .config import QueueSpec
 from .context import JobContext
@@ -46,42 +46,14 @@ from .outcome import Outcome, describe_error
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
+from .settling import Ended, Held, Settling
 from .signing import unsigned
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import Verdict, defer, exhausted, judge, move, postpone
+from .verdict import defer, exhausted, judge, move, postpone
 
 Steps = Generator[Any, Any, Any]
 
-MAX_UNSETTLED: Final = 10_000  # outcomes that await their settlement: with more, nothing is reserved, and nothing is dropped
 SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays within grace + kill_grace + 5 s (INTERFACES)
-
-
-class Held:
-    """A lease that this process holds, while its job runs."""
-
-    __slots__ = ("context", "job", "key", "lease", "lost", "options", "started", "strategy", "taken_at", "task")
-
-    task: Task
-
-    def __init__(self, lease: Lease, started: float, taken_at: float) -> None:
-        self.lease = lease
-        self.key = (lease.queue, lease.token.id)
-        self.lost = False  # somebody else has it now: what comes of this run is nobody's
-        self.taken_at = taken_at  # when the intake wrote it down
-        self.started = started  # by the kernel's clock
-        self.job = ""  # its name, once the envelope is decoded
-        self.strategy = lease.lane
-        self.options = JobOptions()
-        self.context: JobContext | None = None  # None: it has not come to run yet
-
-
-class _Ended(NamedTuple):
-    """A lease that awaits its settlement. `ran` False: no attempt was made."""
-
-    held: Held
-    outcome: Outcome
-    verdict: Verdict
-    ran: bool = True
 
 
 class KQueueRuntime:
@@ -121,7 +93,6 @@ class KQueueRuntime:
         self._intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
-        self._outbox = Outbox(outbox) if outbox else None
         self._lease_s = lease_s
         self._retention = retention
         self._bury_unknown = bury_unknown
@@ -135,20 +106,16 @@ class KQueueRuntime:
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
-        self._unsettled: deque[_Ended] = deque()
-        self._settling: list[_Ended] = []
+        self._settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
         self._burst = False
         self._nudged = False
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
-        # Where tasks wait: for slots or jobs, for something to settle, for the end, for the last job to end, for
-        # fewer outcomes to await their settlement.
+        # Where tasks wait: for slots or jobs, for the end, for the last job to end.
         self._feeder: deque[Task] = deque()
-        self._settler: deque[Task] = deque()
         self._stopper: deque[Task] = deque()
         self._drained: deque[Task] = deque()
-        self._relieved: deque[Task] = deque()
         self._began = self.kernel.clock.monotonic()
 
     # -- the life of a job ------------------------------------------------------------------------------------------
@@ -163,18 +130,18 @@ class KQueueRuntime:
             options = held.options = admit(self.security, envelope, registration, lease.counters.memory).options
         except (NewerEnvelope, JobNotFound) as reason:
             outcome = _refused(reason)
-            return _Ended(held, outcome, defer(lease, outcome, bury=self._bury_unknown), ran=False)
+            return Ended(held, outcome, defer(lease, outcome, bury=self._bury_unknown), ran=False)
         except (EnvelopeError, Refused) as reason:
             outcome = _refused(reason)
-            return _Ended(held, outcome, judge(lease, held.options, outcome, "none"))
+            return Ended(held, outcome, judge(lease, held.options, outcome, "none"))
 
         if (spent := exhausted(lease)) is not None:
-            return _Ended(held, *spent)
+            return Ended(held, *spent)
         strategy = self._choose(registration)
         if strategy.name != lease.lane:
-            return _Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
+            return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
 
-        attempt = lease.counters.attempts + lease.counters.crashes + lease.counters.recoveries + 1
+        attempt = lease.counters.runs + 1
         work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
@@ -182,8 +149,8 @@ class KQueueRuntime:
             outcome = yield from strategy.execute(work)
         except NotStarted as reason:
             self.events.emit(facts.Warned(f"{envelope.job} {envelope.id} could not start and is tried again in 5 s: {reason}"))
-            return _Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
-        return _Ended(held, outcome, judge(lease, options, outcome, strategy.name))
+            return Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
+        return Ended(held, outcome, judge(lease, options, outcome, strategy.name))
 
     def _decode(self, lease: Lease) -> Any:
         if lease.envelope is None:
@@ -218,20 +185,18 @@ class KQueueRuntime:
         if self._newest.get(held.key) is held:
             del self._newest[held.key]
         self._intake.ended(held.lease.queue, held.lease.lane)
-        ended: _Ended = task.value if task.error is None else self._mishap(held, task.error)
+        ended: Ended = task.value if task.error is None else self._mishap(held, task.error)
         if held.lost:
             self._look_whether_drained()
             self.nudge()
             return
         if not ended.ran:
             self._intake.give_back(held.lease.queue, held.taken_at)
-        self._unsettled.append(ended)
-        if self._settler:
-            self.kernel.unpark(self._settler)
+        self._settling.add(ended)
         if not self._sated:
             self.nudge()
 
-    def _mishap(self, held: Held, error: BaseException) -> _Ended:
+    def _mishap(self, held: Held, error: BaseException) -> Ended:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
         if isinstance(error, Abandoned):
             context = held.context
@@ -245,15 +210,15 @@ class KQueueRuntime:
         else:
             outcome = Outcome("lost", "supervisor", error=describe_error(error, whole=True))
             self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
-        return _Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
+        return Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
 
     # -- reserving --------------------------------------------------------------------------------------------------
 
     def _feed(self) -> Steps:
         """Reserve for every slot that is free, start what came, then wait for a doorbell, a due job, a rate or a slot."""
         while self.state == "running":
-            if len(self._unsettled) + len(self._settling) >= MAX_UNSETTLED:
-                yield Park(self._relieved)
+            if self._settling.full:
+                yield self._settling.room()
                 continue
             if self._upkeep.in_doubt:
                 yield from self._upkeep.renew()
@@ -320,41 +285,25 @@ class KQueueRuntime:
 
     # -- settling ---------------------------------------------------------------------------------------------------
 
-    def _settle_all(self) -> Steps:
-        """End leases, all that have come up since the last time in one batch."""
-        while True:
-            if not self._unsettled:
-                yield Park(self._settler)
-            self._settling = batch = list(self._unsettled)
-            self._unsettled.clear()
-            answers = yield from self.broker.settle([ended.verdict.settlement for ended in batch])
-            self._settling = []
-            self.kernel.unpark(self._relieved)
-            for ended, answer in zip(batch, answers, strict=True):
-                self._account(ended, stale=answer == STALE)
-            self._look_whether_drained()
-
     def _look_whether_drained(self) -> None:
         if not self._busy():
             self.kernel.unpark(self._drained)
             self.nudge()  # for --burst, which ends when the queue is empty, too
 
     def hold(self) -> Steps:
-        """Our lease may have run out: take back what nobody has reserved since, and cancel what somebody has.
+        """Our lease may have run out: take back what nobody has reserved since, and cancel what somebody has."""
+        for held in (yield from self._settling.hold(self.held)):
+            if held in self.held and not held.lost:
+                held.lost = True
+                self.events.emit(facts.LeaseLost(held.lease.token.id, held.job or "(not begun)"))
+                self._end(held, "its lease was lost: another daemon has this job now")
 
-        What has ended and is not settled yet is taken back as well, or we might be the first to reserve it, and run it again.
-        """
-        ours: list[Held] = [*self.held, *(ended.held for ended in (*self._settling, *self._unsettled))]
-        for at in range(0, len(ours), MAX_BATCH):
-            batch = ours[at : at + MAX_BATCH]
-            holds = [Settlement(held.lease.token, held.lease.queue, "hold", held.lease.counters) for held in batch]
-            for held, answer in zip(batch, (yield from self.broker.settle(holds)), strict=True):
-                if answer == STALE and held in self.held and not held.lost:
-                    held.lost = True
-                    self.events.emit(facts.LeaseLost(held.lease.token.id, held.job or "(not begun)"))
-                    self._end(held, "its lease was lost: another daemon has this job now")
+    def _settled(self, batch: Sequence[Ended], answers: Sequence[str]) -> None:
+        for ended, answer in zip(batch, answers, strict=True):
+            self._account(ended, stale=answer == STALE)
+        self._look_whether_drained()
 
-    def _account(self, ended: _Ended, stale: bool) -> None:
+    def _account(self, ended: Ended, stale: bool) -> None:
         held, outcome = ended.held, ended.outcome
         id, job = held.lease.token.id, held.job or "(unreadable)"
         if stale:
@@ -499,7 +448,7 @@ class KQueueRuntime:
         if self.keys is not None and self.keys.warning:
             self._upkeep.warn(self.keys.warning)
         yield from self._upkeep.sweep()
-        for steps in (self._settle_all(), self._listen(), *self._upkeep.loops()):
+        for steps in (self._settling.run(), self._listen(), *self._upkeep.loops()):
             self._loop(steps)
         if self.state != "starting":  # stopped meanwhile
             return
@@ -511,50 +460,17 @@ class KQueueRuntime:
         """Open the broker. Whose code ran when an earlier life of ours died pays for it; then the page is ours."""
         page = self._slice_page
         culprit = page.culprit if page is not None else ""
-        unsettled = self._read_outbox()
+        kept = self._settling.kept()
         sent_at = self.kernel.clock.boottime()
         opened = yield from self.broker.open(
-            self._owner, self.queues, self._lease_s, unsettled=unsettled, culprit=culprit, retention=self._retention
+            self._owner, self.queues, self._lease_s, unsettled=kept, culprit=culprit, retention=self._retention
         )
         self._upkeep.opened(sent_at)
-        if self._outbox is not None:
-            self._outbox.clear()
-        if unsettled:
-            late = opened.answers.count(STALE)
-            self.events.emit(facts.OutboxSettled(len(unsettled) - late, late))
+        self._settling.replayed(kept, opened.answers)
         if page is not None:
             page.clear()
             self.kernel.page = page.page
         return opened
-
-    def _read_outbox(self) -> list[Settlement]:
-        """What an earlier life of ours could not settle."""
-        try:
-            return self._outbox.read() if self._outbox is not None else []
-        except ValueError as error:
-            aside = self._outbox.set_aside() if self._outbox is not None else ""
-            self._upkeep.warn(f"the outcomes in {aside} were not settled, so those jobs run again: {error}")
-            return []
-
-    def _keep_outcomes(self) -> None:
-        """We must exit, and the broker is not there: what jobs came to is kept for the next start."""
-        left = [ended.verdict.settlement for ended in (*self._settling, *self._unsettled)]
-        fate = "they run again once our lease has expired, or when this daemon starts again"
-        if self.held:
-            self._upkeep.warn(f"{len(self.held)} jobs did not end in time; {fate}")
-        if not left:
-            return
-        try:
-            if self._outbox is None:
-                raise OSError(0, "there is no state_dir")
-            self._outbox.write(left)
-        except OSError as error:
-            self._upkeep.warn(f"the outcomes of {len(left)} jobs could be neither settled nor kept ({error.strerror}); {fate}")
-        else:
-            self._upkeep.warn(
-                f"the broker was not there to settle {len(left)} jobs: their outcomes are kept in {self._outbox.path}, "
-                "and settled when this daemon starts again; without that, they run again once our lease has expired"
-            )
 
     def _finish(self) -> Steps:
         """Wait for what runs; end what will not; settle; let go."""
@@ -568,7 +484,7 @@ class KQueueRuntime:
         while self._busy() and (left_s := began + patience_s - clock.monotonic()) > 0:
             yield Park(self._drained, left_s)
         if self._busy():
-            self._keep_outcomes()
+            self._settling.keep(len(self.held))
         yield from self._let_go()
         self.state = "stopped"
         self.events.emit(facts.DaemonStopped(self.exit_code, self.processed))
@@ -584,7 +500,7 @@ class KQueueRuntime:
         self.kernel.cancel(closing, GeneratorExit())
 
     def _busy(self) -> bool:
-        return bool(self.held or self._unsettled or self._settling)
+        return bool(self.held or self._settling)
 
     def _end_everything(self) -> None:
         for held in list(self.held):

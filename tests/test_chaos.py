@@ -267,6 +267,18 @@ def test_a_lease_that_was_not_renewed_is_an_absence_if_something_was_done_to_its
     assert [(fault.daemon, fault.began, fault.ended, fault.nemesis) for fault in found] == [("a.1", 1.0, 5.0, "cut+away")]
 
 
+def test_a_job_that_was_dispatched_twice_may_arrive_twice(forger: Forger) -> None:
+    """What a killed dispatcher had sent may arrive after the job that its successor dispatched is done."""
+    forger.dispatch("twice", at=0.0).dispatch("twice", at=0.5)
+    forger.run("twice", 1, 2)
+    forger.run("twice", 3, 4)
+    verdict = forger.verdict()
+    assert not verdict.guilty
+    assert verdict.duplicated == {"redispatch": 1}
+    forger.run("twice", 5, 6)
+    assert forger.verdict().guilty
+
+
 # -- follow-ups ---------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +313,23 @@ def test_two_runs_that_finish_have_one_follow_up(forger: Forger) -> None:
     forger.run("second-child", 5, 6)
     assert not forger.verdict().guilty
     forger.run("first-child", 5, 6)
-    assert len(forger.verdict().unexpected) == 1
+    verdict = forger.verdict()
+    assert len(verdict.unexpected) == 1
+    assert any("first-child" in line for line in verdict.evidence)
+    assert any(line.startswith("parent S at 1.000") for line in verdict.evidence)
+
+
+@pytest.mark.parametrize(("again", "guilty"), [(0.5, False), (1.5, False), (2.05, False), (3.5, True)])
+def test_one_that_was_dispatched_anew_when_it_may_have_been_done_has_a_follow_up_more(
+    forger: Forger, again: float, guilty: bool
+) -> None:
+    """Its dispatcher was killed before it heard that the first dispatch was done; that kill excuses the run, and comes first."""
+    forger.dispatch("parent").dispatch("parent", at=again)
+    for child, at in (("first-child", 1.0), ("second-child", 3.0)):
+        forger.mark(book.PROMISED, "parent", at + 0.5, forger.run("parent", at, at + 1), child)
+        forger.run(child, 5, 6)
+    forger.fault(KILL, 2.1, 2.2)
+    assert forger.verdict().guilty is guilty
 
 
 # -- the book -----------------------------------------------------------------------------------------------------------

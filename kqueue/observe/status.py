@@ -22,7 +22,8 @@ from ..brokers.base import QueueStats
 from ..context import JobContext
 from ..kernel import Park, Task
 from ..process import resident_mib
-from ..runtime import Held, KQueueRuntime
+from ..runtime import KQueueRuntime
+from ..settling import Held
 
 Steps = Generator[Any, Any, Any]
 

@@ -9,7 +9,7 @@ What a job is owed: whose dispatch returned is run to its end ("done"), or, when
     ended       the daemon was told to stop, and the run was cut off
     gone        the run's daemon was stopped, or alone without its broker, for longer than its lease allows
     stale       the second run's was, between its reservation and its start, and what ran meanwhile is the newer reservation
-    redispatch  a dispatcher that had got an error dispatched it again, when it had already run
+    redispatch  a dispatcher that did not hear that it was dispatched did it again, and each of the two arrived when it did
 
 A run that was over cannot be excused by what came later: its end counts as settled SETTLE_S after it, or after the end of a
 trouble in which nothing could be settled. Each run excuses one run after it at most.
@@ -104,6 +104,7 @@ class Verdict(NamedTuple):
     duplicated: Mapping[str, int]  # by cause
     recovered: Mapping[str, int]  # runs cut off that were followed by another, by cause
     unexplained: Sequence[Again]
+    evidence: Sequence[str]  # what the book says of the jobs above, line by line
     at_once: int  # runs that began before an earlier one of the same job had ended
     settle_lag_s: float  # the longest from a finish to a kill that undid it
     since_fault_s: Sequence[float]  # from a kill to the next start of the job, sorted
@@ -128,12 +129,14 @@ class History:
         self.promises: dict[str, tuple[str, str]] = {}  # id of a follow-up -> job and run that promised it
         self.killed_by_jobs: dict[str, float] = {}  # daemon -> when an inline job began to kill it
         self.started = 0
+        self._marks: dict[str, list[Mark]] = defaultdict(list)
         self._starts: dict[tuple[str, str], Mark] = {}
         self._ends: dict[tuple[str, str], Mark] = {}
 
     def add(self, marks: Iterable[Mark]) -> None:
         for mark in marks:
             key = (mark.job, mark.run)
+            self._marks[mark.job].append(mark)
             if mark.kind == ATTEMPTED:
                 self.owed[mark.job] = mark.word
                 self.attempts[mark.job].append(mark.at)
@@ -163,6 +166,15 @@ class History:
             1 for job in self.returned
             if job not in self.finished and not (self.owed[job] == "dead" and self.failures[job] + self.deaths[job] >= 2)
         )  # fmt: skip
+
+    def told(self, jobs: Iterable[str]) -> list[str]:
+        """Every mark of `jobs`, and of those that promised one of them, a line each."""
+        lines = []
+        for id in dict.fromkeys(id for job in jobs for id in (self.promises.get(job, (job,))[0], job)):
+            for mark in self._marks.get(id, []):
+                who = f"run {mark.run} on {mark.daemon} ({mark.pid} of {mark.parent})"
+                lines.append(f"{id} {mark.kind} at {mark.at:.3f}, {who}: {mark.word}")
+        return lines
 
     def runs(self) -> dict[str, list[Run]]:
         """By job, in the order of their starts."""
@@ -236,6 +248,8 @@ def judge(
             buried.append(job)
     undead = [job for job in history.returned if history.owed[job] == "dead" and job in left and job not in dead]
     undead += [job for job in history.returned if history.owed[job] == "dead" and job in history.finished]
+    late = sorted(id for id, state in left.items() if state != "dead")
+    unexplained = [each for each in again if not each.reason]
     never = history.unknown - history.returned
     duplicates = [each for each in again if each.before.how == FINISHED]
     cut = [each for each in again if each.before.how in (None, CANCELLED) and each.fault is not None]
@@ -248,14 +262,15 @@ def judge(
         done=len(history.finished),
         dead=sum(1 for job in dead if history.owed.get(job) == "dead"),
         lost=sorted(lost) + follow_ups,
-        late=sorted(id for id, state in left.items() if state != "dead"),
+        late=late,
         buried=sorted(buried),
         undead=sorted(set(undead)),
         unexpected=sorted(unexpected),
         asked=sum(1 for each in again if each.reason == "asked"),
         duplicated=Counter(each.reason or "unexplained" for each in duplicates),
         recovered=Counter(each.reason for each in cut),
-        unexplained=[each for each in again if not each.reason],
+        unexplained=unexplained,
+        evidence=history.told([*lost, *late, *buried, *undead, *unexpected, *(each.run.job for each in unexplained)]),
         at_once=sum(1 for each in again if each.before.ended is not None and each.before.ended > each.run.started),
         settle_lag_s=max((_lag(each) for each in duplicates if each.fault in {k.fault for k in kills}), default=0.0),
         since_fault_s=sorted(each.run.started - each.fault.ended for each in kills if each.fault is not None),
@@ -280,6 +295,7 @@ class _Court:
         """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""
         found: list[Again] = []
         unused: list[Run] = []
+        redispatched = 0
         for before, run in pairwise(runs):
             unused.append(before)
             for candidate in reversed(unused):
@@ -289,7 +305,9 @@ class _Court:
                     found.append(Again(run, candidate, reason, fault))
                     break
             else:
-                found.append(Again(run, before, "", None))
+                by_dispatch = self._dispatches(run) - 1 > redispatched
+                redispatched += by_dispatch
+                found.append(Again(run, before, "redispatch" if by_dispatch else "", None))
         return found
 
     def _excuse(self, before: Run, run: Run) -> tuple[str, Fault | None]:
@@ -306,8 +324,6 @@ class _Court:
         for fault in self._excuses:
             if fault.how == GONE and self._is_stale(run, before, fault):
                 return f"stale: {fault.nemesis}", fault
-        if any(before.started < at < run.started for at in self._history.attempts.get(before.job, [])[1:]):
-            return "redispatch", None
         return "", None
 
     def _hits(self, fault: Fault, run: Run, by: float) -> bool:
@@ -343,15 +359,24 @@ class _Court:
         return cut >= CRASHES
 
     def false_follow_ups(self, runs: Mapping[str, Sequence[Run]]) -> list[str]:
-        """Follow-ups of runs that did not finish, and all but one of those of each job."""
-        by_job: dict[str, list[str]] = defaultdict(list)
+        """Follow-ups of runs that did not finish, and all but one of those of each job.
+
+        A job that was dispatched twice, since its dispatcher was killed before it heard of the first one, may be done and gone when
+        the second arrives, and is a new job then, which may have a follow-up of its own.
+        """
+        false, kept = [], Counter[str]()
         for id, (job, run_id) in self._history.promises.items():
-            if id in runs:
-                maker = next((run for run in runs.get(job, []) if run.id == run_id), None)
-                if maker is None or maker.how != FINISHED:
-                    by_job[job] += [id, id]
-                by_job[job].append(id)
-        return [id for ids in by_job.values() for id in dict.fromkeys(ids[1:])]
+            if id not in runs:
+                continue
+            maker = next((run for run in runs.get(job, []) if run.id == run_id), None)
+            if maker is None or maker.how != FINISHED or kept[job] >= max(1, self._dispatches(maker)):
+                false.append(id)
+            kept[job] += 1
+        return false
+
+    def _dispatches(self, run: Run) -> int:
+        """How often its job was dispatched, or tried to be, before `run`."""
+        return sum(1 for at in self._history.attempts.get(run.job, []) if at < run.started)
 
     def missing_follow_ups(self, runs: Mapping[str, Sequence[Run]], left: Mapping[str, str]) -> list[str]:
         """Jobs that finished after promising a follow-up, and none was run."""

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 from .checker import Again, Verdict
 
 SHOWN: Final = 10  # examples of each kind of failure
+EVIDENCE: Final = 60  # lines of the book
 
 
 class Result(NamedTuple):
@@ -97,6 +98,7 @@ def _failures(result: Result) -> list[str]:
         if ids:
             lines.append(f"{name}: {', '.join(ids[:SHOWN])}{' …' if len(ids) > SHOWN else ''}")
     lines += [f"unexplained: {_again(each)}" for each in verdict.unexplained[:SHOWN]]
+    lines += [f"evidence: {line}" for line in verdict.evidence[:EVIDENCE]]
     return lines + [f"mishap: {mishap}" for mishap in result.mishaps]
 
 
