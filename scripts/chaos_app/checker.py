@@ -361,8 +361,8 @@ class _Court:
     def false_follow_ups(self, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         """Follow-ups of runs that did not finish, and all but one of those of each job.
 
-        A job that was dispatched twice, since its dispatcher was killed before it heard of the first one, may be done and gone when
-        the second arrives, and is a new job then, which may have a follow-up of its own.
+        A job that was dispatched twice, since its dispatcher was killed before it heard of the first one, may be done and gone
+        when the second arrives, and is a new job then, which may have a follow-up of its own.
         """
         false, kept = [], Counter[str]()
         for id, (job, run_id) in self._history.promises.items():
