@@ -16,7 +16,6 @@ from typing import Final
 
 from .errors import AlreadyRunning, ConfigError
 
-MARK_SIZE: Final = 64  # the longest id
 PATIENCE_S: Final = 5.0  # the old daemon of a restart may still be on its way out
 
 
@@ -70,11 +69,11 @@ class SlicePage:
                 os.close(fd)
         except OSError as error:
             raise ConfigError(f"{path} cannot be used: {error.strerror}; free space there, or choose another state_dir") from None
-        self.culprit = self.page[:MARK_SIZE].partition(b"\0")[0].decode("ascii", "replace")  # id of a job; "": none ran
+        self.culprit = self.page[:].partition(b"\0")[0].decode("ascii", "replace")  # id of a job; "": none ran
 
     def clear(self) -> None:
         """Forget the culprit, who has been dealt with."""
-        self.page[:MARK_SIZE] = bytes(MARK_SIZE)
+        self.page[0] = 0
         self.culprit = ""
 
 

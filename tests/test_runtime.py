@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kqueue import events as facts
+from kqueue import settling
 from kqueue.brokers.base import Counters, Lease, Owner, Row
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
@@ -29,7 +31,7 @@ from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import BrokerRefused, EnvelopeError, JobCancelled, JobNotFound, JobTimedOut, QueueFull, UsageError
 from kqueue.execution.jobtraps import enqueue, offload, progress
 from kqueue.job import BoundJob, JobFunction, job
-from kqueue.kernel import Kernel, VirtualClock, join, sleep
+from kqueue.kernel import Kernel, Park, VirtualClock, join, sleep
 from kqueue.outcome import Outcome
 from kqueue.registry import registry
 from kqueue.runtime import KQueueRuntime
@@ -638,6 +640,60 @@ def test_what_an_earlier_boot_of_the_same_identity_held_is_ready_before_the_firs
     house.store.reserve(Owner("earlier", "host:main"), 15, "default", {"inline": 1})
     house.run(house.runtime(identity="host:main"))
     assert ran == [("a", 0)]
+
+
+class AwayBroker(MemoryBroker):
+    """Takes no settlement until `back` is called."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.away = True
+        self._waiting: deque[Any] = deque()
+
+    def settle(self, settlements: Any) -> Any:
+        while self.away:
+            yield Park(self._waiting)
+        return (yield from super().settle(settlements))
+
+    def back(self, kernel: Kernel) -> None:
+        self.away = False
+        kernel.unpark(self._waiting)
+
+
+def test_with_too_many_outcomes_to_settle_nothing_more_is_reserved_and_none_is_dropped(
+    house: House, tick: Any, ran: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "MAX_UNSETTLED", 10)
+    broker = AwayBroker(house.store)
+    runtime = house.runtime(broker, max_inline=4)
+    ids = [house.dispatch(tick.job(str(number), 1)) for number in range(40)]
+    unsettled: list[int] = []
+
+    def back() -> None:
+        unsettled.append(len(ran))
+        broker.back(runtime.kernel)
+
+    house.at(10_000, back, runtime)
+    assert house.run(runtime) == 0
+    assert unsettled == [12], "three rounds of four: the third began with eight"
+    assert sorted(int(name) for name, _ in ran) == list(range(40)), "each ran once"
+    assert [house.row(id) for id in ids] == [None] * 40
+    assert not house.facts(facts.LeaseLost)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "folder"])
+def test_outcomes_that_cannot_be_read_are_set_aside_and_said(house: House, tick: Any, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "main.outbox"
+    if damage == "garbage":
+        path.write_bytes(b"{")
+    else:
+        path.mkdir()
+    house.dispatch(tick.job("a"))
+    assert house.run(house.runtime(outbox=str(path))) == 0
+    (warned,) = house.facts(facts.Warned)
+    assert f"the outcomes in {path}.unreadable were not settled, so those jobs run again: " in warned.message
+    assert not path.exists()
+    assert house.runtimes[0].processed == 1
 
 
 # -- stopping -----------------------------------------------------------------------------------------------------------------

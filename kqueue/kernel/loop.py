@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from mmap import mmap
-from struct import pack_into
+from struct import Struct
 from typing import Any, Final
 
 from .clock import Clock
@@ -28,7 +28,7 @@ from .timers import ANY_WAIT, Timer, Timers
 from .traps import PARKED, Trap
 
 MAX_IMMEDIATE: Final = 64
-MARK_SIZE: Final = 64
+MARK: Final = Struct("64s")
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
 
 Steps = Generator[Any, Any, Any] | Coroutine[Any, Any, Any]
@@ -52,7 +52,7 @@ class Task:
         self.context = context  # every step runs in it, so context variables never leak into another task
         self.value: Any = None  # what the next step sends; once ended, what it returned
         self.error: BaseException | None = None  # what the next step throws; once ended, what it raised
-        self.mark = b""  # what `Kernel.page` says while it runs; at most MARK_SIZE bytes. Empty: nothing
+        self.mark = b""  # what `Kernel.page` says while it runs; at most as long as a MARK. Empty: nothing
         self.parked = False  # False: in the ready queue, being stepped, or ended
         self.ended = False
         self.wait_number = 0  # rises with every wake, so that timers of earlier waits are stale
@@ -238,7 +238,7 @@ class Kernel:
         ended, value, error = True, None, None
         page = self.page if task.mark else None
         if page is not None:
-            pack_into("64s", page, 0, task.mark)
+            MARK.pack_into(page, 0, task.mark)
         try:
             self._advance(task)
             ended = False
