@@ -609,6 +609,19 @@ def test_nothing_is_lost_at_any_byte_and_what_is_lost_is_found(run_chaos: Callab
     assert "GUILTY" in said
 
 
+def test_what_a_killed_daemon_had_is_done_by_the_next_one_or_by_another(run_chaos: Callable[..., Chaos]) -> None:
+    need_redis()
+    runs = {
+        scenario: run_chaos("--broker", broker, "--scenario", scenario, "--jobs", "400", "--lease", "3")
+        for scenario, broker in (("kills", "sqlite"), ("survivor", "redis"))
+    }
+    for scenario, run in runs.items():
+        result, said = run.ended(0)
+        assert result["verdict"]["done"] == 400, said
+        assert result["strikes"] == {"kill-daemon": 5 if scenario == "kills" else 1}, said
+        assert result["verdict"]["recovered"], said
+
+
 def test_ctrl_c_leaves_nothing_behind(run_chaos: Callable[..., Chaos]) -> None:
     run = run_chaos("--broker", "sqlite", "--minutes", "1")
     deadline = time.monotonic() + 30
