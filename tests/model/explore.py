@@ -1,0 +1,93 @@
+"""Every reachable state of a Model, breadth first, so that the first trace to a violation is a shortest one.
+
+A property is a predicate of one World; what a step does wrong, the step itself writes into `World.wrong`. When none is violated, the
+last one is checked backwards: whatever has happened, without a further fault every job can still come to its end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from .protocol import ABSENT, DEAD, DONE, DOWN, LEASED, OPENING, RUNS, Model, World, first, in_doubt, normal, steps
+
+
+class Found(NamedTuple):
+    states: int
+    steps: int
+    again: dict[str, tuple[str, ...]]  # why jobs were run a second time, each with a shortest trace
+    violated: str = ""  # "": nothing is
+    trace: tuple[str, ...] = ()
+
+
+def violated(m: Model, w: World) -> str:
+    """What does not hold in `w`; "": all does."""
+    if w.wrong:
+        return w.wrong
+    live = [(j, n, s) for s, d in enumerate(w.daemons) for j, n, state in d.runs if state == RUNS and not in_doubt(m, d)]
+    if len({j for j, _, _ in live}) < len(live):
+        return "two runs of a job are live, and neither daemon is in doubt"
+    for j, n, s in live:
+        if w.jobs[j].number != n and w.daemons[s].phase not in (DOWN, OPENING):
+            return "a daemon that is not in doubt runs a job that it has lost"
+    for j, job in enumerate(w.jobs):
+        if job.place == DONE and not job.ended and not any(run[0] == j for d in w.daemons for run in d.runs):
+            return "a job is lost: acked, and never run to its end"
+        if job.place == LEASED and not job.owner:
+            return "a job is leased to nobody"
+    if w.born > 1:
+        return "a follow-up was enqueued twice"
+    if w.born and w.jobs[0].place != DONE:
+        return "a follow-up was enqueued, and its job is not done"
+    return ""
+
+
+def over(w: World) -> bool:
+    """Every job came to its end, and what follows them did, too."""
+    rest = () if w.jobs[0].place != DEAD else (ABSENT,)
+    return not w.entry and all(job.place in (DONE, DEAD, *rest) for job in w.jobs)
+
+
+def finished(w: World) -> bool:
+    """Nothing can happen any more that a job would notice."""
+    return over(w) and not (w.stray or w.wrong or any(d.wire or d.runs or d.file or d.handing for d in w.daemons))
+
+
+def explore(model: Model) -> Found:
+    queue = [first(model)]
+    index = {queue[0]: 0}
+    came: list[tuple[int, str]] = [(0, "")]  # of each state: from which one, and how
+    before: defaultdict[int, list[int]] = defaultdict(list)  # of each state: from which ones it comes without a fault
+    again: dict[str, tuple[str, ...]] = {}
+    count = 0
+
+    def trace(n: int, *last: str) -> tuple[str, ...]:
+        told = list(last)
+        while n:
+            n, what = came[n]
+            told.append(what)
+        return tuple(reversed(told))
+
+    for n, world in enumerate(queue):
+        for step in () if finished(world) else steps(model, world):
+            count += 1
+            then = normal(step.world)
+            to = index.setdefault(then, len(queue))
+            if to == len(queue):
+                queue.append(then)
+                came.append((n, step.what))
+                if why := violated(model, then):
+                    return Found(len(queue), count, again, why, trace(to))
+            if step.again and step.again not in again:
+                again[step.again] = trace(n, step.what)
+            if not step.fault:
+                before[to].append(n)
+    near = {n for n, world in enumerate(queue) if over(world)}
+    hopeful = set(near)
+    while near:
+        near = {n for to in near for n in before[to]} - hopeful
+        hopeful |= near
+    stuck = next((n for n in range(len(queue)) if n not in hopeful), None)
+    if stuck is not None:
+        return Found(len(queue), count, again, "a job waits for ever", trace(stuck))
+    return Found(len(queue), count, again)
