@@ -50,7 +50,7 @@ def over(w: World) -> bool:
 
 def finished(w: World) -> bool:
     """Nothing can happen any more that a job would notice."""
-    return over(w) and not (w.stray or w.wrong or any(d.wire or d.runs or d.file or d.handing for d in w.daemons))
+    return over(w) and not (w.stray or any(d.runs or d.file or d.handing or (d.wire and d.wire.answer) for d in w.daemons))
 
 
 def explore(model: Model) -> Found:

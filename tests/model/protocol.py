@@ -513,7 +513,7 @@ def faults(m: Model, w: World) -> Iterator[Step]:
     kinds = m.bounds.kinds
     for s, d in enumerate(w.daemons):
         name = "AB"[s]
-        if d.phase == DOWN:
+        if d.phase == DOWN or (w.faults == 1 and s > 0):  # the first one may as well hit A, for they are alike
             continue
         if "kill" in kinds:
             for after, astray in dropped(m, w, s):
