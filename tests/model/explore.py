@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from .protocol import ABSENT, DEAD, DONE, DOWN, LEASED, OPENING, RUNS, Model, World, first, in_doubt, normal, steps
+from .protocol import ABSENT, DEAD, DONE, LEASED, RUNS, Model, World, first, in_doubt, normal, steps
 
 
 class Found(NamedTuple):
@@ -24,17 +24,17 @@ def violated(m: Model, w: World) -> str:
     """What does not hold in `w`; "": all does."""
     if w.wrong:
         return w.wrong
-    live = [(j, n, s) for s, d in enumerate(w.daemons) for j, n, state in d.runs if state == RUNS and not in_doubt(m, d)]
-    if len({j for j, _, _ in live}) < len(live):
+    live = [(j, n) for d in w.daemons for j, n, state in d.runs if state == RUNS and not in_doubt(m, d)]
+    if len({j for j, _ in live}) < len(live):
         return "two runs of a job are live, and neither daemon is in doubt"
-    for j, n, s in live:
-        if w.jobs[j].number != n and w.daemons[s].phase not in (DOWN, OPENING):
+    for j, n in live:
+        if w.jobs[j].number != n:
             return "a daemon that is not in doubt runs a job that it has lost"
     for j, job in enumerate(w.jobs):
         if job.place == DONE and not job.ended and not any(run[0] == j for d in w.daemons for run in d.runs):
             return "a job is lost: acked, and never run to its end"
-        if job.place == LEASED and not job.owner:
-            return "a job is leased to nobody"
+        if job.place == LEASED and job.owner not in dict(w.epochs):
+            return "a job is leased to an epoch that nobody knows, so nobody will ever recover it"
     if w.born > 1:
         return "a follow-up was enqueued twice"
     if w.born and w.jobs[0].place != DONE:

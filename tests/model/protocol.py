@@ -25,6 +25,7 @@ RULES: Final = {
     "hush": "who finds that nobody renewed or swept for half a lease gives everybody a lease before anybody is expired",
     "steady": "who has not been connected for a whole lease expires nobody",
     "doubt": "who renews more than a lease after its last renewal holds all that it has before it reserves anything",
+    "tell of lapses": "a renewal is told when its epoch had lapsed since its owner last heard, and then all is held, too",
     "count from asking": "that lease counts from when the renewal was sent, not from when its answer was heard",
     "cancel": "a run whose hold is stale is cancelled",
     "identity": "open recovers the epochs of its own identity alone (its lock, its boot, its lock file)",
@@ -81,7 +82,8 @@ class Job(NamedTuple):
 class Request(NamedTuple):
     verb: str
     number: int = 0
-    items: tuple[tuple[Epoch, Run], ...] = ()  # settle: tokens and verbs
+    items: tuple[tuple[Epoch, Run], ...] = ()  # settle, hold: tokens and verbs
+    doubtful: bool = False  # renew: its sender was in doubt
     age: int = 0  # ticks since it was first sent
     state: str = ASKED
     answer: Any = None
@@ -114,6 +116,7 @@ class World(NamedTuple):
     daemons: tuple[Daemon, ...]
     epochs: tuple[tuple[Epoch, int], ...]  # ticks until expiry
     memory: tuple[tuple[tuple[Epoch, str], Memory], ...] = ()  # (sender, verb): its last request
+    lapsed: tuple[Epoch, ...] = ()  # epochs that were found expired, and whose owners have not heard of it
     beat: int = 0  # ticks since anybody renewed or swept
     hush: int = 0  # ticks for which nobody is expired
     up: bool = True
@@ -189,7 +192,7 @@ def answer(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, 
     if request.verb == "open":
         return open_(m, w, sender), None
     if request.verb == "renew":
-        return renew(m, w, sender), None
+        return renew(m, revive(m, w, sender, always=True), sender), sender in w.lapsed or not alive(w, sender)
     return with_epoch(w, sender, GIVEN_UP), None  # close
 
 
@@ -212,8 +215,14 @@ def leased(w: World, epoch: Epoch, run: Run) -> bool:
     return (job.place, job.owner, job.number) == (LEASED, epoch, run[1])
 
 
-def revive(m: Model, w: World, epoch: Epoch) -> World:
-    return with_epoch(w, epoch, m.bounds.lease) if dict(w.epochs).get(epoch, 0) <= 0 and m.has("revive") else w
+def alive(w: World, epoch: Epoch) -> bool:
+    return dict(w.epochs).get(epoch, 0) > 0
+
+
+def revive(m: Model, w: World, epoch: Epoch, always: bool = False) -> World:
+    if alive(w, epoch) or not (always or m.has("revive")):
+        return w
+    return with_epoch(w, epoch, m.bounds.lease)._replace(lapsed=tuple(sorted({*w.lapsed, epoch})))
 
 
 def settle(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, tuple[bool, ...]]:
@@ -306,8 +315,8 @@ def wants(m: Model, w: World, s: int) -> Iterator[Request]:
         if d.must_hold >= 0:
             yield Request("hold", number, tuple((epoch, (j, n, "hold")) for j, n, _ in d.runs))
         elif not d.renewed or in_doubt(m, d):
-            yield Request("renew")
-        elif d.phase == UP and any(job.place == READY for job in w.jobs):
+            yield Request("renew", doubtful=in_doubt(m, d))
+        if d.phase == UP and d.must_hold < 0 and not in_doubt(m, d) and any(job.place == READY for job in w.jobs):
             yield Request("reserve", number)
         outcomes = ended(d) if m.has("ack after work") else tuple((j, n, "ack") for j, n, _ in d.runs if w.jobs[j].place == LEASED)
         if outcomes:
@@ -322,7 +331,11 @@ def hear(m: Model, w: World, s: int, request: Request) -> tuple[World, str]:
     if request.verb == "open":
         return with_daemon(w, s, phase=UP, age=request.age, renewed=request.age == 0), ""
     if request.verb == "renew":
-        return hear_renewal(m, w, s, request.age if m.has("count from asking") else 0), ""
+        age = request.age if m.has("count from asking") else 0
+        doubtful = (request.doubtful and m.has("doubt")) or (request.answer and m.has("tell of lapses"))
+        fields = {"must_hold": age} if doubtful and d.runs else {"age": age}
+        w = w._replace(lapsed=tuple(epoch for epoch in w.lapsed if epoch != (s, d.boot)))
+        return with_daemon(w, s, renewed=request.age == 0, **fields), ""
     if request.verb == "close":
         return leave(m, w, s), ""
     if request.verb == "reserve":
@@ -337,13 +350,6 @@ def hear(m: Model, w: World, s: int, request: Request) -> tuple[World, str]:
     if request.verb == "hold":
         d = d._replace(age=d.must_hold, must_hold=-1)
     return with_daemon(w, s, runs=d.runs, age=d.age, must_hold=d.must_hold, file=() if request.items == d.file else d.file), ""
-
-
-def hear_renewal(m: Model, w: World, s: int, age: int) -> World:
-    d = w.daemons[s]
-    if in_doubt(m, d) and d.runs and m.has("doubt"):
-        return with_daemon(w, s, must_hold=age, renewed=age == 0)
-    return with_daemon(w, s, age=age, renewed=age == 0)
 
 
 def start(m: Model, w: World, s: int, leases: tuple[Run, ...]) -> tuple[World, str]:
