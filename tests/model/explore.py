@@ -1,7 +1,7 @@
-"""Every reachable state of a Model, breadth first, so that the first trace to a violation is a shortest one.
+"""Every reachable state of a Model, breadth first, so that the trace to a violation is a shortest one; and what must hold in it.
 
-A property is a predicate of one World; what a step does wrong, the step itself writes into `World.wrong`. When none is violated, the
-last one is checked backwards: whatever has happened, without a further fault every job can still come to its end.
+A property is a predicate of one World; what a step should not have done, it says itself in `World.wrong`. When nothing is violated,
+the states are walked backwards: from each of them, whatever has happened, every job must still come to its end without a fault.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from .protocol import ABSENT, DEAD, DONE, LEASED, RUNS, Model, World, first, in_doubt, normal, steps
+from .steps import steps
+from .world import ABSENT, DEAD, DONE, LEASED, RUNS, Model, World, first, in_doubt, normal
 
 
 class Found(NamedTuple):
@@ -24,17 +25,16 @@ def violated(m: Model, w: World) -> str:
     """What does not hold in `w`; "": all does."""
     if w.wrong:
         return w.wrong
-    live = [(j, n) for d in w.daemons for j, n, state in d.runs if state == RUNS and not in_doubt(m, d)]
-    if len({j for j, _ in live}) < len(live):
+    sure = [(j, n) for d in w.daemons if not in_doubt(m, d) for j, n, state in d.runs if state == RUNS]
+    if len({j for j, _ in sure}) < len(sure):
         return "two runs of a job are live, and neither daemon is in doubt"
-    for j, n in live:
-        if w.jobs[j].number != n:
-            return "a daemon that is not in doubt runs a job that it has lost"
+    if any(w.jobs[j].number != n for j, n in sure):
+        return "a daemon that is not in doubt runs a job that it has lost"
     for j, job in enumerate(w.jobs):
         if job.place == DONE and not job.ended and not any(run[0] == j for d in w.daemons for run in d.runs):
             return "a job is lost: acked, and never run to its end"
         if job.place == LEASED and job.owner not in dict(w.epochs):
-            return "a job is leased to an epoch that nobody knows, so nobody will ever recover it"
+            return "a job is leased to an epoch that nobody knows, so nobody can recover it"
     if w.born > 1:
         return "a follow-up was enqueued twice"
     if w.born and w.jobs[0].place != DONE:
@@ -43,9 +43,9 @@ def violated(m: Model, w: World) -> str:
 
 
 def over(w: World) -> bool:
-    """Every job came to its end, and what follows them did, too."""
-    rest = () if w.jobs[0].place != DEAD else (ABSENT,)
-    return not w.entry and all(job.place in (DONE, DEAD, *rest) for job in w.jobs)
+    """Every job came to its end, and so did what followed."""
+    ends = (DONE, DEAD, ABSENT) if w.jobs[0].place == DEAD else (DONE, DEAD)
+    return not w.entry and all(job.place in ends for job in w.jobs)
 
 
 def finished(w: World) -> bool:

@@ -1,0 +1,61 @@
+"""The protocol of delivery, explored whole within small bounds; and each of its rules is missed when it is left out."""
+
+from __future__ import annotations
+
+import pytest
+
+from .model.explore import explore
+from .model.world import CUT, ECONOMIES, GONE, KILLED, PAUSED, RULES, Bounds, Model
+
+EXPLORED = {  # and for which reasons, and no others, a job may be run a second time there
+    "one of any fault": (Bounds(faults=1), {KILLED, PAUSED, CUT}),
+    "the broker away, or its clock set": (Bounds(kinds=("away", "jump")), set()),
+    "killed, deployed": (Bounds(kinds=("kill", "stop")), {KILLED}),
+    "deployed while the broker is away": (Bounds(kinds=("stop", "away")), {GONE}),
+    "two jobs": (Bounds(jobs=2, faults=1, kinds=("kill",)), {KILLED}),
+    "a follow-up": (Bounds(jobs=2, faults=1, kinds=("kill", "cut"), failures=1, follow="same"), {KILLED, CUT}),
+    "a follow-up in another queue": (Bounds(jobs=2, faults=1, kinds=("kill",), follow="another"), {KILLED}),
+}
+
+MISSED = {  # rule -> bounds within which it is
+    "fence": Bounds(faults=1, kinds=("pause",), failures=1),
+    "keep token": Bounds(faults=1, kinds=("cut",)),
+    "take back": Bounds(faults=1, kinds=("pause",)),
+    "remember reserve": Bounds(faults=1, kinds=("cut",)),
+    "remember settle": Bounds(faults=1, kinds=("cut",)),
+    "abort": Bounds(faults=2, kinds=("kill", "cut")),
+    "revive": Bounds(faults=1, kinds=("pause",)),
+    "hush": Bounds(faults=1, kinds=("jump",)),
+    "steady": Bounds(faults=2, kinds=("away",)),
+    "tell of lapses": Bounds(faults=1, kinds=("pause",)),
+    "count from asking": Bounds(faults=1, kinds=("pause",)),
+    "cancel": Bounds(faults=1, kinds=("pause",)),
+    "identity": Bounds(faults=1, kinds=("kill",)),
+    "replay first": Bounds(faults=2, kinds=("stop", "cut")),
+    "keep outcomes": Bounds(faults=2, kinds=("stop", "cut")),
+    "settle before close": Bounds(faults=1, kinds=("stop",)),
+    "ack after work": Bounds(faults=1, kinds=("kill",)),
+    "follow with ack": Bounds(jobs=2, faults=1, kinds=("kill",), follow="same"),
+    "mark": Bounds(jobs=2, faults=0, follow="another"),
+    "lasting mark": Bounds(jobs=2, faults=0, follow="another"),
+}
+
+
+@pytest.mark.parametrize("name", EXPLORED)
+def test_nothing_is_lost_and_nothing_runs_twice_but_for_a_reason_that_the_promise_names(name: str) -> None:
+    bounds, reasons = EXPLORED[name]
+    found = explore(Model(bounds))
+    assert not found.violated, "\n".join((found.violated, *found.trace))
+    assert set(found.again) == reasons
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_is_missed(rule: str) -> None:
+    found = explore(Model(MISSED[rule], rule))
+    assert found.violated, f"nothing is amiss without the rule that {RULES[rule]}"
+    assert len(found.trace) < 25
+
+
+@pytest.mark.parametrize("rule", ECONOMIES)
+def test_an_economy_is_not_missed(rule: str) -> None:
+    assert not explore(Model(Bounds(faults=1), rule)).violated
