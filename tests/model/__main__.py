@@ -1,4 +1,4 @@
-"""Explore more than the tests do; or leave a rule out, and read a shortest way to what that costs. Exits with 1 on a violation. """
+"""Explore more than the tests do; or leave a rule out, and read a shortest way to what that costs. Exits with 1 then."""
 
 from __future__ import annotations
 

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from .world import BEGUN, DEAD, DONE, GIVEN_UP, LEASED, READY, RUNS, Epoch, Memory, Model, Request, Run, World, leased, with_daemon, with_job
+from .world import (
+    BEGUN,
+    DEAD,
+    DONE,
+    GIVEN_UP,
+    LEASED,
+    READY,
+    RUNS,
+    Epoch,
+    Memory,
+    Model,
+    Request,
+    Run,
+    World,
+    leased,
+    with_daemon,
+    with_job,
+)
 
 
 def serve(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, Any]:
@@ -70,7 +87,8 @@ def settle(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, 
             w = with_job(w, j, place=LEASED, ran=BEGUN if job.ran else "")
             w = register(m, w, epoch) if m.has("revive") else w
         elif good and verb != "hold":
-            w = with_job(w, j, place={"ack": DONE, "bury": DEAD}.get(verb, READY), owner=None, ran="" if verb == "release" else job.ran)
+            place = {"ack": DONE, "bury": DEAD}.get(verb, READY)
+            w = with_job(w, j, place=place, owner=None, ran="" if verb == "release" else job.ran)
             if verb == "ack" and j == 0 and m.has("follow with ack"):
                 w = follow(m, w)
     return remembering(w, sender, "settle", request.number, tuple(answers)) if any(answers) else w, tuple(answers)

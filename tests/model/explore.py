@@ -1,7 +1,7 @@
 """Every reachable state of a Model, breadth first, so that the trace to a violation is a shortest one; and what must hold in it.
 
-A property is a predicate of one World; what a step should not have done, it says itself in `World.wrong`. When nothing is violated,
-the states are walked backwards: from each of them, whatever has happened, every job must still come to its end without a fault.
+A property is a predicate of one World; what a step should not have done, it says itself in `World.wrong`. When nothing is
+violated, the states are walked backwards: whatever has happened, every job can still come to its end without another fault.
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ def of_itself(m: Model, w: World) -> Iterator[Step]:
         yield Step("the broker is back", w._replace(up=True))
     if w.stray and w.up:
         (s, boot), request = w.stray
-        yield Step(f"what {NAMES[s]}{boot} had sent arrives: {told(request)}", broker.serve(m, w._replace(stray=None), *w.stray)[0])
+        after, _ = broker.serve(m, w._replace(stray=None), *w.stray)
+        yield Step(f"what {NAMES[s]}{boot} had sent arrives: {told(request)}", after)
     if w.mark and not w.entry and not any(d.handing for d in w.daemons):
         yield Step("the mark expires", w._replace(mark=False))
     if all(d.renewed or not sound(w, d) for d in w.daemons):  # nothing but a fault keeps anybody from renewing in time
@@ -202,7 +203,8 @@ def faults(m: Model, w: World) -> Iterator[Step]:
         yield Step("the broker goes away", after._replace(up=False), fault=True)
     if "jump" in m.bounds.kinds:
         epochs = tuple((epoch, min(ticks, 0)) for epoch, ticks in w.epochs)
-        yield Step("the broker's clock is put forward by hours", w._replace(epochs=epochs, beat=m.bounds.lease, hush=0), fault=True)
+        after = w._replace(epochs=epochs, beat=m.bounds.lease, hush=0)
+        yield Step("the broker's clock is put forward by hours", after, fault=True)
 
 
 def against(m: Model, w: World, s: int, d: Daemon) -> Iterator[tuple[str, str, World]]:

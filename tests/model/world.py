@@ -20,7 +20,7 @@ RULES: Final = {
     "revive": "a reservation or a hold registers its epoch where that has expired or is gone",
     "hush": "who finds that nobody renewed or swept for half a lease gives everybody a lease before anybody is expired",
     "steady": "who has not been connected for a whole lease expires nobody",
-    "tell of lapses": "a renewal says whether the epoch had lapsed since its owner last heard; then its owner holds all that it has",
+    "tell of lapses": "a renewal says whether its epoch had lapsed since its owner last heard; then all is held that it has",
     "count from asking": "a daemon's own lease counts from when its renewal was sent, not from when the answer was heard",
     "cancel": "a run whose hold is stale is cancelled",
     "identity": "open recovers the epochs of its own identity alone (its lock, its boot, its lock file)",
@@ -38,7 +38,7 @@ ECONOMIES: Final = {  # which save work, and on which no promise rests
 
 ABSENT, READY, LEASED, DONE, DEAD = "absent", "ready", "leased", "done", "dead"
 DOWN, OPENING, UP, STOPPING = "down", "opening", "up", "stopping"
-RUNS: Final = "runs"  # the state of a run; afterwards it is the verb of its outcome: "ack", "release", "bury", "return" (not begun)
+RUNS: Final = "runs"  # the state of a run; afterwards its outcome: "ack", "release", "bury"; or "return" when it never began
 NEW, ASKED, ANSWERED, LOST = "new", "asked", "answered", "lost"
 BEGUN: Final = "begun"
 KILLED, PAUSED, CUT, GONE = "killed", "paused", "cut off", "gone"  # why a job may be run a second time: the promise
@@ -144,16 +144,19 @@ def normal(w: World) -> World:
     """`w` without what nothing can come of any more, so that states that behave alike are equal."""
     astray = w.stray[0] if w.stray else None
     memory = [item for item in w.memory if item[0][0] == astray]
+    living = {astray}
     for s, d in enumerate(w.daemons):
-        if astray != (s, d.boot):  # its numbers are compared with that of its request under way, if with any
-            mine = d.wire.number if d.wire else 0
-            memory += [(key, last._replace(number=1)) for key, last in w.memory if key[0] == (s, d.boot) and last.number == mine]
+        epoch, mine = (s, d.boot), d.wire.number if d.wire else 0
+        if astray != epoch:  # its numbers are compared with that of its request under way, if with any
+            memory += [(key, last._replace(number=1)) for key, last in w.memory if key[0] == epoch and last.number == mine]
             if mine > 1 or d.number > mine:
                 w = with_daemon(w, s, number=min(mine, 1), wire=d.wire and d.wire._replace(number=min(mine, 1)))
-    living = {astray, *((s, d.boot) for s, d in enumerate(w.daemons) if d.phase != DOWN)}
-    held = living.union(job.owner for job in w.jobs if job.place == LEASED)
-    epochs = tuple(item for item in w.epochs if item[0] in held)
-    return w._replace(memory=tuple(memory), epochs=epochs, lapsed=tuple(epoch for epoch in w.lapsed if epoch in living))
+        if d.phase != DOWN:
+            living.add(epoch)
+    lapsed = tuple(epoch for epoch in w.lapsed if epoch in living)
+    living.update(job.owner for job in w.jobs if job.place == LEASED)
+    epochs = tuple(item for item in w.epochs if item[0] in living)
+    return w._replace(memory=tuple(memory), lapsed=lapsed, epochs=epochs)
 
 
 def put(items: tuple[T, ...], at: int, item: T) -> tuple[T, ...]:
