@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +25,11 @@ Clock = Callable[[], float]
 
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
 _IPPROTO_TCP: Final = socket.IPPROTO_TCP
-_TCP_OPTIONS: Final = (
+# A connection that we close, or die with, is reset: else the kernel goes on sending, for minutes after a network came back, what
+# somebody has long asked for again. (Of a struct linger: it is on, for 0 seconds.)
+_ABORT: Final = (1).to_bytes(4, sys.byteorder) + (0).to_bytes(4, sys.byteorder)
+_TCP_OPTIONS: Final[tuple[tuple[int, int, int | bytes], ...]] = (
+    (socket.SOL_SOCKET, socket.SO_LINGER, _ABORT),
     (_IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (_IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),  # seconds
