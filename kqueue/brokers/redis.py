@@ -313,17 +313,17 @@ class RedisBroker:
             self._surplus += surplus
             raise
 
-    def _repeat_while_more(self, calls: Sequence[Call], *, reachable: bool = False) -> Verb[dict[str, int]]:
+    def _repeat_while_more(self, calls: Sequence[Call]) -> Verb[dict[str, int]]:
         """Make each queue's call until it has nothing more to do; how many jobs they recovered."""
         recovered: dict[str, int] = {}
         left = list(zip(self._queues, calls, strict=True))
         while left:
-            found = yield from self._ask([call for _, call in left], reachable=reachable)
-            replies = [(0, 0) if reply is None else reply for reply in found]
+            replies = yield from self._ask([call for _, call in left])
             for (queue, _), (count, _) in zip(left, replies, strict=True):
-                recovered[queue] = recovered.get(queue, 0) + count
+                if count:
+                    recovered[queue] = recovered.get(queue, 0) + count
             left = [part for part, (_, more) in zip(left, replies, strict=True) if more]
-        return {queue: count for queue, count in recovered.items() if count}
+        return recovered
 
     def _list_queues(self, queues: Iterable[str]) -> Verb[None]:
         """Let clients find these queues."""
