@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ..kernel.loop import Kernel, Task
 
 LEARN_AGAIN_S: Final = 0.5  # between two looks at the map of a cluster
-MANY_HOPS: Final = 5  # from node to node, until it is taken for trouble
 
 
 class RedisNodes:
@@ -102,7 +101,7 @@ class RedisNodes:
         `hurried`: once, then BrokerUnavailable. `reachable`: what nodes are asked that do not answer may go without, as long as
         some node does. Raises BrokerRefused where asking again is useless, and BrokerUnavailable when it is closed.
         """
-        tries = hops = redirects = 0
+        tries = 0
         troubled: set[RedisTransport] = set()
         while asking.left:
             trouble = ""
@@ -119,12 +118,9 @@ class RedisNodes:
                     troubled.add(self._transport(part.node))
             if reachable and len(asking.left) < len(asking.replies) and stuck.issuperset(asking.left):
                 break
-            if asking.redirects > redirects:
-                redirects = asking.redirects
-                hops += 1
+            if asking.hopped():
                 yield from self._learn()
-                if hops >= MANY_HOPS:
-                    trouble = trouble or "its nodes do not agree yet on which of them holds what we ask for"
+                trouble = trouble or asking.astray
             if trouble:
                 yield from self._wait_out(trouble, tries, next(iter(troubled), self._transport(self.routes.first)))
                 tries += 1

@@ -14,7 +14,7 @@ from typing import Any, Final
 from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.traps import sleep
 from .base import Verb
-from .commands.redis_asking import master_of, read_master
+from .commands.redis_hello import MasterSearch
 from .commands.redis_url import Address, Target
 from .redis_wire import Clock, connect, errand, login
 
@@ -40,21 +40,18 @@ class Sentinels:
         hosts = [target.hosts[(self._next + n) % len(target.hosts)] for n in range(len(target.hosts))]
         self._next += 1
         deadline = self._clock() + timeout_s
-        trouble, refused = [], True
+        search = MasterSearch(target.service)
         for place, address in enumerate(hosts):
             share_s = max(0.0, deadline - self._clock()) / (len(hosts) - place)
             try:
-                reply = yield from errand(target.sentinel(address), master_of(target.service), share_s, self._clock)
+                reply = yield from errand(target.sentinel(address), search.question, share_s, self._clock)
             except BrokerUnavailable as error:
-                trouble.append(str(error))
-                refused = False
+                search.failed(error)
                 continue
-            found = read_master(reply)
-            if isinstance(found, tuple):
-                return found
-            trouble.append(f"{address[0]}:{address[1]}: {found}")
-        words = f"no Sentinel names the master of {target.service!r}: {'; '.join(trouble)}"
-        raise (BrokerRefused if refused else BrokerUnavailable)(f"{target.address}: {words}")
+            master = search.heard(address, reply)
+            if master is not None:
+                return master
+        raise (BrokerRefused if search.refused else BrokerUnavailable)(f"{target.address}: {search.failure}")
 
     def watch(self, look: Callable[[], Verb[None]]) -> Verb[None]:
         """Run `look` whenever a Sentinel announces a master, and whenever we may have missed that. Does not return."""

@@ -29,9 +29,9 @@ from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.slots import Slots
 from ..kernel.traps import PARKED, Park, Trap, sleep
 from .base import Verb
-from .commands.redis import OLDEST
-from .commands.redis_asking import Command, judge, sync
+from .commands.redis_asking import Command, judge, last_word, sync
 from .commands.redis_durability import QUESTIONS, durability
+from .commands.redis_hello import read_hello
 from .commands.redis_mend import Arg
 from .commands.redis_url import Address, Target
 from .redis_wire import Wire, connect
@@ -98,7 +98,6 @@ class RedisTransport:
         self.scripts = scripts
         self.digests: dict[str, bytes] = {}  # by name of the script, once ready
         self.bells_refused = False  # the user may not subscribe
-        self.version = ""
         self.in_cluster = False  # it is a node of one
         self._on_push, self._on_ready, self._on_news = on_push, on_ready, on_news
         self._locate = locate
@@ -212,7 +211,7 @@ class RedisTransport:
                 until = self._written
                 self._same(life)
                 answers = yield from self.call(sync(key, replicas))
-                self._synced, self._held_by = until, next((a for a in answers if isinstance(a, ReplyError)), answers[-1])
+                self._synced, self._held_by = until, last_word(answers)
             self._same(life)
             return self._held_by
         finally:
@@ -329,7 +328,7 @@ class RedisTransport:
         if isinstance(hello, ReplyError) and "unknown command" in str(hello).lower():
             raise BrokerRefused(f"{at.address}: it is older than Redis 6 (it does not know HELLO); KQueue needs 6.2 or later")
         self._check(hello)
-        self._look_who(hello if isinstance(hello, dict) else {})
+        self._look_who(hello)
         select: list[Command] = [("SELECT", at.db)] if at.db else []
         loads: list[Command] = [*select, *(("SCRIPT", "LOAD", text) for text in self.scripts.values())]
         replies = yield from self._exchange([*loads, *QUESTIONS], deadline)
@@ -343,19 +342,12 @@ class RedisTransport:
         if self._channels:
             yield from self._subscribe(deadline)
 
-    def _look_who(self, hello: Mapping[bytes, Any]) -> None:
-        """Version and role, as it says them."""
-        at = self.at
-        self.version = hello.get(b"version", b"").decode() if hello else "of an unknown kind"
-        if tuple(int(part) for part in self.version.split(".")[:2] if part.isdigit()) < OLDEST:
-            raise BrokerRefused(f"{at.address}: it is Redis {self.version}; KQueue needs 6.2 or later")
-        self.in_cluster = hello.get(b"mode") == b"cluster"
-        if hello.get(b"mode") == b"sentinel":
-            form = f"redis+sentinel://{at.host}:{at.port}/SERVICE"
-            raise BrokerRefused(f"{at.address}: it is a Sentinel, which holds no jobs; give the name of its service: {form}")
-        role = hello.get(b"role", b"master").decode()
-        if self._locate is not None and role != "master":
-            raise BrokerUnavailable(f"{at.address}: it is a {role}, though a Sentinel named it; the Sentinels are asked again")
+    def _look_who(self, reply: Any) -> None:
+        hello = read_hello(reply, self.at, named=self._locate is not None)
+        self.in_cluster = hello.clustered
+        if hello.is_old:
+            version = hello.version or "of an unknown kind"
+            raise BrokerRefused(f"{self.at.address}: it is Redis {version}; KQueue needs 6.2 or later")
 
     def _subscribe(self, deadline: float) -> Verb[None]:
         """SUBSCRIBE is answered by a push when it worked, by an error as a reply when it did not."""

@@ -15,7 +15,7 @@ from hiredis import ProtocolError, Reader
 from ..errors import BrokerUnavailable
 from ..kernel.traps import READ, WRITE, wait_io
 from .base import Verb
-from .commands.redis_asking import Command, pack
+from .commands.redis_asking import Command, last_word, pack
 from .commands.redis_url import Target
 from .dial import dial, tls_context
 
@@ -125,6 +125,6 @@ def errand(at: Target, command: Command, timeout_s: float, clock: Clock) -> Verb
             if not (yield from wire.wait(max(0.0, deadline - clock()))):
                 raise BrokerUnavailable(f"{at.host}:{at.port} did not answer in {timeout_s:.2g} s")
             replies += wire.read()
-        return next((reply for reply in replies if isinstance(reply, Exception)), replies[-1])
+        return last_word(replies)
     finally:
         wire.close()

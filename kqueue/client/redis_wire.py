@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ..brokers.commands.redis import Sender
-from ..brokers.commands.redis_asking import RIGHTS, Asking, Call, Command, Part, judge, master_of, pack, read_master, sync
+from ..brokers.commands.redis_asking import RIGHTS, Asking, Call, Command, Part, judge, last_word, pack, sync
 from ..brokers.commands.redis_cluster import MAP, Routes
+from ..brokers.commands.redis_hello import MasterSearch, read_hello
 from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
 from ..brokers.commands.redis_url import Address, Target
-from ..errors import BrokerRefused, BrokerUnavailable
+from ..errors import BrokerRefused, BrokerUnavailable, KQueueError
 
 REPLY_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 3.0
 FIRST_BACKOFF_S: Final = 0.05
 MASTER_KEPT_S: Final = 1.0  # until the Sentinels are asked again: an old master takes writes for 10 s after a planned fail-over
-MANY_HOPS: Final = 5  # from node to node, until it is taken for trouble
 
 _INFINITY: Final = float("inf")
 _DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
@@ -82,7 +82,7 @@ class Wire:
             asked, CLIENT_SCRIPTS, self.routes, self.address, words=_words, on_mended=_warn, sync=self._target.sync_replicas
         )
         deadline = time.monotonic() + self._patience_s
-        tries, hops, redirects, doubtful = 0, 0, 0, False
+        tries, doubtful = 0, False
         while asking.left:
             trouble = ""
             for part in asking.parts():
@@ -95,12 +95,9 @@ class Wire:
                 if said:
                     trouble = said
                     self._suspect(part.node)
-            if asking.redirects > redirects:
-                redirects = asking.redirects
-                hops += 1
+            if asking.hopped():
                 self._learn()
-                if hops >= MANY_HOPS:
-                    trouble = trouble or "its nodes do not agree yet on which of them holds what we ask for"
+                trouble = trouble or asking.astray
             if trouble:
                 delay_s = random.random() * min(1.0, FIRST_BACKOFF_S * 2.0**tries)
                 tries += 1
@@ -117,13 +114,11 @@ class Wire:
     # -- one node ---------------------------------------------------------------------------------------------------
 
     def _ask(self, part: Part) -> str:
-        sent, held_by = part.commands(_DIGESTS), None
+        sent = part.commands(_DIGESTS)
         if not part.promised:
             return part.hear(self._exchange(part.node, sent))
         answers = self._exchange(part.node, [*sent, *sync(part.promised, self._target.sync_replicas)])
-        answers, held = answers[: len(sent)], answers[len(sent) :]
-        held_by = next((answer for answer in held if isinstance(answer, Exception)), held[-1])
-        return part.hear(answers, held_by)
+        return part.hear(answers[: len(sent)], last_word(answers[len(sent) :]))
 
     def _exchange(self, node: Address, sent: Sequence[Command]) -> list[Any]:
         """One round trip: a reply for each command, an error reply as an exception object. BrokerUnavailable: there is none."""
@@ -188,19 +183,17 @@ class Wire:
 
     def _look_who(self, node: Address, connection: Any, at: Target) -> None:
         """Whether it is a cluster, and with Sentinels, whether it is a master."""
-        (hello,) = self._talk(connection, [("HELLO", 2)])
-        said = dict(zip(hello[::2], hello[1::2], strict=False)) if isinstance(hello, list) else {}
+        (reply,) = self._talk(connection, [("HELLO", 2)])
         self._greeted = True
-        if said.get(b"mode") == b"cluster" and not self.routes.clustered:
-            (reply,) = self._talk(connection, [MAP])
-            self.routes.learn(reply, node)
-        if said.get(b"mode") == b"sentinel":
-            form = f"redis+sentinel://{at.host}:{at.port}/SERVICE"
-            raise BrokerRefused(f"{at.address}: it is a Sentinel, which holds no jobs; give the name of its service: {form}")
-        if self._target.service and said.get(b"role", b"master") != b"master":
+        try:
+            hello = read_hello(reply, at, named=bool(self._target.service))
+        except KQueueError:
             connection.disconnect()
             self._named_at = -_INFINITY
-            raise BrokerUnavailable(f"{at.host}:{at.port} is no master, though a Sentinel named it")
+            raise
+        if hello.clustered and not self.routes.clustered:
+            (reply,) = self._talk(connection, [MAP])
+            self.routes.learn(reply, node)
 
     # -- which nodes ------------------------------------------------------------------------------------------------
 
@@ -226,32 +219,26 @@ class Wire:
     def _find_master(self) -> Address:
         """Ask the Sentinel that knew the last time, then the others."""
         hosts = self._target.hosts
-        trouble, refused = [], True
+        search = MasterSearch(self._target.service, _words)
         for _ in hosts:
-            host, port = hosts[self._turn % len(hosts)]
+            address = hosts[self._turn % len(hosts)]
             self._turn += 1
             try:
-                connection = self._opened(self._target.sentinel((host, port)))
+                connection = self._opened(self._target.sentinel(address))
                 try:
-                    (reply,) = self._talk(connection, [master_of(self._target.service)])
+                    (reply,) = self._talk(connection, [search.question])
                 finally:
                     connection.disconnect()
-            except BrokerUnavailable as error:
-                trouble.append(str(error))
-                refused = False
+            except (BrokerUnavailable, BrokerRefused) as error:
+                search.failed(error)
                 continue
-            except BrokerRefused as error:
-                trouble.append(f"{error}, by sentinel_username= and sentinel_password=")
-                continue
-            found = read_master(reply, _words)
-            if isinstance(found, tuple):
+            master = search.heard(address, reply)
+            if master is not None:
                 self._turn -= 1
-                return found
-            trouble.append(f"{host}:{port}: {found}")
-        words = f"no Sentinel names the master of {self._target.service!r}: {'; '.join(trouble)}"
-        if refused:
-            raise BrokerRefused(f"{self.address}: {words}")
-        raise BrokerUnavailable(words)
+                return master
+        if search.refused:
+            raise BrokerRefused(f"{self.address}: {search.failure}")
+        raise BrokerUnavailable(search.failure)
 
     def _suspect(self, node: Address) -> None:
         """Something is wrong at `node`: it may be no master any more, or gone. Who named it is not asked first again."""

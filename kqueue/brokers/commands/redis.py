@@ -1,7 +1,8 @@
 """Redis: what is asked of it (calls of the scripts in redis_scripts), and what it replies. No I/O.
 
 Shared by the daemon's transport, which must stay small, and by the client. So nothing here may import redis-py, ssl or urllib.
-Where a Redis is says redis_url, which node of a cluster redis_cluster, and what an error means redis_asking.
+Where a Redis is says redis_url, who answers there redis_hello, which node of a cluster redis_cluster, and what an error means
+redis_asking.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from .redis_mend import Arg
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
 DOCUMENTS_KEY: Final = "kq:documents"  # a hash: what daemons published
 CALL_MEMORY_S: Final = 120  # that a client's call about dead letters is recognised when it is repeated
-OLDEST: Final = (6, 2)  # version of Redis that is enough
 
 # -- calls ------------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@
         for part in asking.parts():            # one for each node: without a cluster, one
             trouble = part.hear(exchange(part.node, part.commands(digests)))
             …                                  # "": go on; else wait a little, then go on
+        if asking.hopped():
+            …                                  # learn the map (redis_cluster); asking.astray is trouble as well
     asking.replies
 
 Shared by the daemon, whose exchange is a generator, and by the client, whose exchange blocks.
@@ -30,6 +32,7 @@ from .redis_url import Address
 
 RIGHTS: Final = ("NOAUTH", "WRONGPASS", "NOPERM")  # somebody may give them back
 SYNC_WAIT_MS: Final = 1000  # for replicas; shorter than what makes a silent connection a lost one
+MANY_HOPS: Final = 5  # from node to node, until it is taken for trouble
 _GOES_ON: Final = "work goes on when"
 _LATER: Final = {  # code -> what happens next, and what people can do
     "LOADING": f"{_GOES_ON} it has read its data",
@@ -94,6 +97,11 @@ def pack(sent: Iterable[Command]) -> bytes:
     return b"".join([pack_command(tuple(command)) for command in sent])  # type: ignore[arg-type]  # its stub means a 1-tuple
 
 
+def last_word(answers: Sequence[Any]) -> Any:
+    """The answer to the last of several commands, or the error of the first one that failed."""
+    return next((answer for answer in answers if isinstance(answer, Exception)), answers[-1])
+
+
 def key_of(asked: Call | Command) -> Arg:
     return asked.args[1] if isinstance(asked, Call) else asked[1]
 
@@ -116,7 +124,6 @@ class Asking:
     ) -> None:  # fmt: skip
         self.replies: list[Any] = [None] * len(asked)
         self.left = list(range(len(asked)))  # positions that have no reply yet
-        self.redirects = 0  # how often a node said that another one has it
         self.asked = asked
         self.scripts = scripts
         self.routes = routes
@@ -131,6 +138,8 @@ class Asking:
         self.asking: dict[int, Address] = {}  # position -> the node that an ASK named, for this once
         self.wrong: dict[str, dict[str, str]] = {}  # what keys begin with -> names and types of those to be mended
         self.mended: set[str] = set()  # what the keys begin with that were
+        self.redirected = False  # a node said MOVED, and `hopped` was not asked since
+        self._hops = 0
 
     def parts(self) -> list[Part]:
         """What is left to ask, by node."""
@@ -142,6 +151,17 @@ class Asking:
             place = (self.routes.of(key_of(self.asked[position])), False) if node is None else (node, True)
             nodes.setdefault(place, []).append(position)
         return [Part(self, node, positions, asking) for (node, asking), positions in nodes.items()]
+
+    def hopped(self) -> bool:
+        """Whether a node said, since this was asked the last time, that another one has it: the map is to be learned again."""
+        hopped, self.redirected = self.redirected, False
+        self._hops += hopped
+        return hopped
+
+    @property
+    def astray(self) -> str:
+        """What is wrong when there is no end to that; "": nothing is."""
+        return "its nodes do not agree yet on which of them holds what we ask for" if self._hops >= MANY_HOPS else ""
 
 
 class Part:
@@ -223,7 +243,7 @@ class Part:
         slot, node = read_redirect(verdict.text, self.node)
         if verdict.code == "MOVED":
             self._whole.routes.moved(slot, node)
-            self._whole.redirects += 1
+            self._whole.redirected = True
         elif isinstance(self._whole.asked[position], Call):  # Rule 2
             return f"slot {slot} is being moved to {node[0]}:{node[1]}; work on its queues goes on when that is done"
         else:
@@ -284,22 +304,3 @@ def sync(key: Arg, replicas: int, timeout_ms: int = SYNC_WAIT_MS) -> list[Comman
     """
     prefix = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogateescape")
     return [("EVAL", _SYNC, 1, prefix + b"sync"), ("WAIT", replicas, timeout_ms)]
-
-
-# -- Sentinels --------------------------------------------------------------------------------------------------------
-
-
-def master_of(service: str) -> Command:
-    """The question to a Sentinel."""
-    return ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
-
-
-def read_master(reply: Any, words: Callable[[Exception], str] = str) -> Address | str:
-    """The address that a Sentinel answered, or why there is none."""
-    if isinstance(reply, Exception):
-        verdict = judge(words(reply))
-        return f"{verdict.text}, by sentinel_username= and sentinel_password=" if verdict.code in RIGHTS else verdict.text
-    if reply is None:
-        return "it watches no master of that name; SENTINEL MASTERS says which"
-    host, port = reply
-    return host.decode(), int(port)
