@@ -162,6 +162,10 @@ class RedisServer:
         while "'state': 'online'" not in master.info("slave0"):
             assert time.monotonic() < deadline, "the master never takes its replica for one"
             time.sleep(0.01)
+        # It may be "online" and still be sent nothing before it has answered for the first time, a second later.
+        replicas = int(master.info("connected_slaves"))
+        answers = master.commands([("SET", "replicated", 1), ("DEL", "replicated"), ("WAIT", replicas, int(START_TIMEOUT_S * 1000))])
+        assert answers[-1] == replicas, "the replicas never have what is written"
 
     def pause(self) -> None:
         """SIGSTOP: it is there, and says nothing."""
