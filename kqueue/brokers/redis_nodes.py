@@ -142,7 +142,7 @@ class RedisNodes:
             answers = yield from transport.call(part.commands(transport.digests))
             held_by = None
             if part.promised:
-                held_by = yield from transport.held_by(part.promised, replicas, transport.lives)
+                held_by = yield from transport.replicas.held_by(part.promised, replicas, transport.life)
         except BrokerUnavailable as error:
             if self._stopped or (transport.closed and self._transports.get(part.node) is transport):
                 raise

@@ -13,7 +13,8 @@ Rule 4. Once it was ready it never gives up: what was a refusal at the start (a 
 Rule 5. Whom to connect to is asked anew each time where there are Sentinels (`locate`), and who is no master is left again.
 
 RESP3, so that doorbells (pushes) and replies share the connection. Nothing here may import redis-py, or hashlib (the server
-computes the digests of scripts). The bytes are redis_wire's, several nodes and asking again are redis_nodes'.
+computes the digests of scripts). The bytes are redis_wire's, waiting for replicas is redis_replicas', several nodes and asking
+again are redis_nodes'.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from typing import TYPE_CHECKING, Any, Final
 from hiredis import PushNotification, ReplyError
 
 from ..errors import BrokerRefused, BrokerUnavailable
-from ..kernel.slots import Slots
 from ..kernel.traps import PARKED, Park, Trap, sleep
 from .base import Verb
-from .commands.redis_asking import Command, judge, last_word, sync
+from .commands.redis_asking import Command, judge
 from .commands.redis_durability import QUESTIONS, durability
 from .commands.redis_hello import read_hello
 from .commands.redis_mend import Arg
 from .commands.redis_url import Address, Target
+from .redis_replicas import Replicas
 from .redis_wire import Wire, connect
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class RedisTransport:
         self.at = target  # whom we are, or were last, connected to
         self.state = "idle"
         self.ready_at: float | None = None  # clock seconds: since when it is ready; None: it is not
-        self.lives = 0  # connections that there were
+        self.replicas = Replicas(self)
         self.scripts = scripts
         self.digests: dict[str, bytes] = {}  # by name of the script, once ready
         self.bells_refused = False  # the user may not subscribe
@@ -107,6 +108,7 @@ class RedisTransport:
         self._kernel: Kernel | None = None
         self._keeper: Task | None = None
         self._refusal: BrokerRefused | None = None
+        self._lives = 0  # connections that there were
         self._was_ready = False
         self._failed = False  # a connection was lost, or could not be made
         self._troubled = False  # the last news was bad
@@ -117,16 +119,16 @@ class RedisTransport:
         self._heard_at = 0.0  # or when the first of the FIFO came into it
         self._pushed = 0  # confirmed subscriptions
         self._lost = ""  # why the keeper is to give this connection up; "": it is not
-        # Replicas: one WAIT at a time, for all that was written before it.
-        self._syncing = Slots()
-        self._written = 0  # counts those who asked for it
-        self._synced = 0  # of them, those whom the last WAIT was for
-        self._held_by: Any = None  # what it was answered
 
     @property
     def closed(self) -> bool:
         """Nothing will come of waiting."""
         return self.state in ("idle", "stopped")
+
+    @property
+    def life(self) -> int:
+        """The number of the connection that is ready; 0: none is."""
+        return self._lives if self.state == "ready" else 0
 
     @property
     def idle(self) -> bool:
@@ -197,29 +199,6 @@ class RedisTransport:
                 self._give_up(str(error))
             if self._wire.sending:
                 self._poke()
-
-    def held_by(self, key: Arg, replicas: int, life: int) -> Verb[Any]:
-        """How many replicas have what connection number `life` wrote until now, or an error reply; waits a second for `replicas`.
-
-        WAIT holds up everything behind it, so those who ask while one is under way share the next one.
-        """
-        self._written += 1
-        mine = self._written
-        yield from self._syncing.take()
-        try:
-            if self._synced < mine:
-                until = self._written
-                self._same(life)
-                answers = yield from self.call(sync(key, replicas))
-                self._synced, self._held_by = until, last_word(answers)
-            self._same(life)
-            return self._held_by
-        finally:
-            self._syncing.give()
-
-    def _same(self, life: int) -> None:
-        if self.state != "ready" or life != self.lives:  # another server may not have it
-            raise BrokerUnavailable(f"{self.at.address}: the connection was lost before its replicas answered")
 
     def look_again(self) -> Verb[None]:
         """Where there are Sentinels, ask whether this is still the master; when it is not, give the connection up."""
@@ -298,7 +277,7 @@ class RedisTransport:
         yield from self._greet(deadline)
         self.state = "ready"
         self.ready_at = self._now()
-        self.lives += 1
+        self._lives += 1
         self._was_ready = True
         self.report_well()
         self._on_ready()

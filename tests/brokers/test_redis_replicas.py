@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kqueue.brokers import redis_transport
+from kqueue.brokers import redis_replicas
 from kqueue.brokers.base import SETTLED, Lease, Settlement
 from kqueue.brokers.commands import redis_asking
 from kqueue.client.redis import RedisClient
@@ -52,7 +52,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """WAIT for 100 ms instead of a second: nothing here takes so long that is to succeed at once."""
     timeout_ms, real = 100, redis_asking.sync
-    monkeypatch.setattr(redis_transport, "sync", lambda key, replicas: real(key, replicas, timeout_ms))
+    monkeypatch.setattr(redis_replicas, "sync", lambda key, replicas: real(key, replicas, timeout_ms))
     monkeypatch.setattr("kqueue.client.redis_wire.sync", lambda key, replicas: real(key, replicas, timeout_ms))
 
 
