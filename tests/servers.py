@@ -164,7 +164,8 @@ class RedisServer:
             time.sleep(0.01)
         # It may be "online" and still be sent nothing before it has answered for the first time, a second later.
         replicas = int(master.info("connected_slaves"))
-        answers = master.commands([("SET", "replicated", 1), ("DEL", "replicated"), ("WAIT", replicas, int(START_TIMEOUT_S * 1000))])
+        wait = ("WAIT", replicas, int(START_TIMEOUT_S * 1000))
+        answers = master.commands([("SET", "replicated", 1), ("DEL", "replicated"), wait])
         assert answers[-1] == replicas, "the replicas never have what is written"
 
     def pause(self) -> None:

@@ -57,7 +57,7 @@ class SQLiteClient:
         return self._of_dead(commands.forget, ids)
 
     def dead(self, queue: str, after: Mark | None, until: Mark, limit: int) -> Sequence[Mark]:
-        return self._read(lambda tx: commands.dead(tx, queue, after, until, limit))
+        return self._read(lambda tx: commands.walk(tx, queue, after, until, limit))
 
     def last_dead(self, queue: str) -> Mark | None:
         return self._read(lambda tx: commands.last_dead(tx, queue))
@@ -71,7 +71,7 @@ class SQLiteClient:
         return sqlite_health(self._file.path)
 
     def version(self) -> str:
-        return self._read(lambda tx: commands.version(tx))
+        return self._read(commands.version)
 
     def close(self) -> None:
         """Close the connection. A client that is used again opens another."""

@@ -2,7 +2,8 @@
 
 What they mean is what `memory.py` means, down to which of two ties wins. Nothing here opens, waits, retries or commits: the
 daemon runs all that one turn of its loop asked for in one transaction, a client one command in one, and both by these functions.
-Neighbours: the tables (sqlite_schema), counts (sqlite_transaction), who is alive (sqlite_epochs), dead letters (sqlite_dead).
+Neighbours: the tables (sqlite_schema), counts (sqlite_transaction), who is alive (sqlite_epochs), dead letters (sqlite_dead). The
+commands that are wholly theirs are imported here, so that daemon and client find all in one place.
 
 Every statement finds its rows by an index; a test reads the query plans.
 """
@@ -21,10 +22,8 @@ from ..base import (
     STALE,
     Counters,
     Lease,
-    Mark,
     NewJob,
     Owner,
-    QueueStats,
     Reserved,
     Retention,
     Row,
@@ -37,7 +36,15 @@ from ..base import (
     place,
 )
 from . import sqlite_dead, sqlite_epochs, sqlite_transaction
+from .sqlite_dead import cancel as cancel
+from .sqlite_dead import forget as forget
+from .sqlite_dead import last_dead as last_dead
+from .sqlite_dead import retry as retry
+from .sqlite_dead import walk as walk
+from .sqlite_epochs import close_epoch as close_epoch
+from .sqlite_epochs import renew as renew
 from .sqlite_transaction import Transaction, count, distinct, text
+from .sqlite_transaction import stats as stats
 
 _STANDS: Final = "CASE WHEN available_at > ? THEN 'delayed' ELSE 'ready' END"  # parameter: now
 _LEASED: Final = "id = ? AND number = ? AND epoch = ? AND state = 'leased' AND queue IS coalesce(?, queue)"
@@ -139,10 +146,6 @@ def settle(tx: Transaction, batch: Sequence[Settlement]) -> list[str]:
     return [SETTLED if _settle(tx, item) else STALE for item in batch]
 
 
-def renew(tx: Transaction, owner: Owner, lease_s: float) -> bool:
-    return sqlite_epochs.renew(tx, owner, lease_s)
-
-
 def sweep(
     tx: Transaction, lease_s: float, queues: Iterable[str] = (), retention: Retention = NO_RETENTION
 ) -> tuple[Swept, bool]:
@@ -166,16 +169,8 @@ def sweep(
     return Swept(recovered, dropped), more
 
 
-def stats(tx: Transaction) -> dict[str, QueueStats]:
-    return sqlite_transaction.stats(tx)
-
-
 def publish(tx: Transaction, documents: Mapping[str, bytes]) -> None:
     tx.db.executemany("INSERT OR REPLACE INTO kq_document (key, value) VALUES (?, ?)", documents.items())
-
-
-def close_epoch(tx: Transaction, epoch: str) -> None:
-    sqlite_epochs.give_up(tx, epoch)
 
 
 # -- for clients ------------------------------------------------------------------------------------------------------
@@ -209,26 +204,6 @@ def version(tx: Transaction) -> str:
     release, schema, journal, synchronous = (tx.db.execute(query).fetchone()[0] for query in queries)
     level = ("OFF", "NORMAL", "FULL", "EXTRA")[synchronous]
     return f"SQLite {release}, schema {schema}, journal_mode {journal.upper()}, synchronous {level}"
-
-
-def dead(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: int) -> list[Mark]:
-    return sqlite_dead.walk(tx, queue, after, until, limit)
-
-
-def last_dead(tx: Transaction, queue: str) -> Mark | None:
-    return sqlite_dead.last(tx, queue)
-
-
-def cancel(tx: Transaction, id: str, certificate: bytes) -> bool:
-    return sqlite_dead.cancel(tx, id, certificate)
-
-
-def retry(tx: Transaction, ids: Sequence[str]) -> list[bool]:
-    return sqlite_dead.retry(tx, ids)
-
-
-def forget(tx: Transaction, ids: Sequence[str]) -> list[bool]:
-    return sqlite_dead.forget(tx, ids)
 
 
 def documents(tx: Transaction, prefix: str) -> dict[str, bytes]:

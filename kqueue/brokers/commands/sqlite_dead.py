@@ -119,7 +119,7 @@ def walk(tx: Transaction, queue: str, after: Mark | None, until: Mark, limit: in
     return sorted(mark for test, values in _of(queue) for mark in _marks(tx, _WALK % test, (*values, *bounds)))[:limit]
 
 
-def last(tx: Transaction, queue: str) -> Mark | None:
+def last_dead(tx: Transaction, queue: str) -> Mark | None:
     return max((mark for test, values in _of(queue) for mark in _marks(tx, _LAST % test, values)), default=None)
 
 

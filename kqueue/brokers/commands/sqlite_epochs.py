@@ -39,7 +39,7 @@ def revive(tx: Transaction, owner: Owner, lease_s: float) -> None:
     tx.db.execute(_REVIVE, {**_moment(tx), **_registration(tx, owner, lease_s, lapsed=True)})
 
 
-def give_up(tx: Transaction, epoch: str) -> None:
+def close_epoch(tx: Transaction, epoch: str) -> None:
     """Whatever `epoch` still holds may be recovered at once."""
     tx.db.execute("UPDATE kq_epoch SET expires_at = ?, lapses_at = 0 WHERE epoch = ?", (tx.now, epoch))
 
