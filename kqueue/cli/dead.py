@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from ..brokers.base import MAX_BATCH
 from ..errors import UsageError
-from .progress import BATCH, Interruption, progress_bar
+from .progress import Interruption, progress_bar
 from .target import Target, json_option, pass_target
 from .text import json_text, printable
 
@@ -95,7 +96,7 @@ class _Work:
         """The exit code."""
         given = list(dict.fromkeys(ids))
         total = self.total if everything else len(given)
-        batches = self._walk() if everything else ((self._queue, given[at : at + BATCH]) for at in range(0, total, BATCH))
+        batches = self._walk() if everything else ((self._queue, given[at : at + MAX_BATCH]) for at in range(0, total, MAX_BATCH))
         code = self._run(batches, total, named=not everything)
         if self._target.json:
             click.echo(json_text({self._participle: self._done, "missing": self._missing}))
@@ -109,7 +110,7 @@ class _Work:
         """0, or the exit code of who was interrupted."""
         interruption = Interruption()
         try:
-            with interruption, progress_bar(self._label, total, hidden=total <= BATCH) as bar:
+            with interruption, progress_bar(self._label, total, hidden=total <= MAX_BATCH) as bar:
                 for queue, batch in batches:
                     if interruption.exit_code:
                         break
@@ -134,7 +135,7 @@ class _Work:
         ends = {name: self.store.last_dead(name) for name in self.counts}
         for name, until in ends.items():
             after = None
-            while until is not None and (page := self.store.dead(name, after, until, BATCH)):
+            while until is not None and (page := self.store.dead(name, after, until, MAX_BATCH)):
                 yield name, [mark.id for mark in page]
                 after = page[-1]
 

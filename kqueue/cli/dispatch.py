@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from ..brokers.base import MAX_BATCH
 from ..errors import EnvelopeError, UsageError
 from ..job import BoundJob, JobHandle
 from ..options import dispatch_options
 from ..states import JobState
-from .progress import BATCH, progress_bar
+from .progress import progress_bar
 from .target import Target, json_option, pass_target
 from .text import json_text, printable
 
@@ -74,9 +75,9 @@ def _arguments(text: str) -> tuple[Sequence[Any], Mapping[str, Any]]:
 
 def _dispatch(target: Target, bound: BoundJob, count: int) -> list[JobHandle]:
     handles: list[JobHandle] = []
-    with progress_bar("dispatching", count, hidden=count <= BATCH) as bar:
-        for start in range(0, count, BATCH):
-            batch = [bound] * min(BATCH, count - start)
+    with progress_bar("dispatching", count, hidden=count <= MAX_BATCH) as bar:
+        for start in range(0, count, MAX_BATCH):
+            batch = [bound] * min(MAX_BATCH, count - start)
             handles += target.client.dispatch(batch)
             bar.update(len(batch))
     return handles

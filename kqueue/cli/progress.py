@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import click
 
-BATCH: Final = 500  # jobs in one round trip
 EXIT_SIGNAL: Final = 128  # and the signal's number, as a shell has it
 _ASKED_BY: Final = (signal.SIGINT, signal.SIGTERM)
 

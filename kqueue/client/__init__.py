@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from ..brokers.base import Store
+from ..brokers.base import MAX_BATCH, Store
 from ..config import Config
 from ..config_file import load_config
 from ..dispatch import NewJob, options_of, prepare
@@ -28,7 +28,6 @@ from .handle import Handle
 from .published import Published
 
 CONFIG_FILE: Final = "kqueue.yaml"
-MAX_BATCH: Final = 500  # jobs in one command of a store
 
 
 class Client:
