@@ -35,8 +35,11 @@ class Services(Protocol):
     def progress(self, context: JobContext) -> None:
         """`context.fraction` and `context.note` have changed."""
 
-    def follow_up(self, job: BoundJob) -> NewJob:
-        """Check and prepare `job` at once, without waiting. Raises what dispatching it would."""
+    def prepare(self, job: BoundJob) -> NewJob:
+        """`job` as it may stand in a queue: checked at once, without waiting. Raises what dispatching it would.
+
+        `then` keeps it as a follow-up; where the supervisor has to know of that, it does when this returns.
+        """
 
 
 class JobContext:
@@ -79,7 +82,7 @@ class JobContext:
         if not isinstance(job, BoundJob):
             raise TypeError(f"then() takes a bound job such as SendEmail.job(...), not {type(job).__name__}")
         self.check_room(0)
-        prepared = self.services.follow_up(job)
+        prepared = self.services.prepare(job)
         self.add_follow_up(prepared)
         return prepared.id
 

@@ -30,11 +30,11 @@ class RuntimeServices:
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
         runtime = self._runtime
-        prepared = [self.follow_up(bound) for bound in jobs]
+        prepared = [self.prepare(bound) for bound in jobs]
         yield from runtime.broker.enqueue(prepared, runtime.security.queue_depth)
         return [job.id for job in prepared]
 
-    def follow_up(self, job: BoundJob) -> NewJob:
+    def prepare(self, job: BoundJob) -> NewJob:
         security = self._runtime.security
         registration = job.registration or registry.get(job.name)
         return prepare(

@@ -111,7 +111,7 @@ class _Services:
     def progress(self, context: JobContext) -> None:
         """Kept in the context; nobody looks."""
 
-    def follow_up(self, job: BoundJob) -> NewJob:
+    def prepare(self, job: BoundJob) -> NewJob:
         prepared = prepare(job, job.registration or registry.get(job.name))
         self.bound[prepared.id] = job
         return prepared

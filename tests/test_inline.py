@@ -43,7 +43,7 @@ class Services:
     def progress(self, context: JobContext) -> None:
         self.asked.append((context.fraction, context.note))
 
-    def follow_up(self, job: BoundJob) -> NewJob:
+    def prepare(self, job: BoundJob) -> NewJob:
         return prepare(job, None)
 
 

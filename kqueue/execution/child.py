@@ -200,7 +200,7 @@ class _Child:
     def progress(self, context: JobContext) -> None:
         self._send(wire.PROGRESS, codec.to_json([context.fraction, context.note]))
 
-    def follow_up(self, job: BoundJob) -> NewJob:
+    def prepare(self, job: BoundJob) -> NewJob:
         prepared = prepare(job, job.registration or registry.get(job.name))
         self._ask(wire.THEN, _fields(prepared))
         return prepared
