@@ -22,7 +22,7 @@ from kqueue.client.sqlite import SQLiteClient
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, sleep
 
-from ..servers import Cluster, RedisServer
+from ..servers import Cluster, Proxy, RedisServer
 
 
 class Rig:
@@ -224,11 +224,31 @@ class ClusterRig(RedisRig):
 RIGS = [MemoryRig, SQLiteRig, RedisRig, ClusterRig]
 
 
-@pytest.fixture(params=RIGS, ids=lambda rig: rig.name)
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[Any]:
-    rig = request.param(tmp_path, request)
-    yield rig
-    rig.close()
+def only(*rigs: type[Rig]) -> Any:
+    """A fixture `rig` of these: for one of them alone, a module says `rig = only(RedisRig)`."""
+
+    def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[Any]:
+        made = getattr(request, "param", rigs[0])(tmp_path, request)
+        yield made
+        made.close()
+
+    several = {"params": rigs, "ids": lambda rig: rig.name} if len(rigs) > 1 else {}
+    return pytest.fixture(**several)(rig)  # type: ignore[call-overload]
+
+
+rig = only(*RIGS)
+
+
+@pytest.fixture
+def proxy(rig: RedisRig) -> Iterator[Proxy]:
+    """A proxy that the rig's brokers and clients go through."""
+    proxy = Proxy(rig.server.port)
+    rig.url = proxy.url
+    yield proxy
+    for broker in rig.opened:
+        rig.do(broker.close())
+    rig.opened.clear()
+    proxy.stop()
 
 
 def new_job(id: str | None = None, **fields: Any) -> NewJob:

@@ -19,33 +19,12 @@ from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, QueueF
 from kqueue.kernel import sleep
 
 from ..servers import Proxy
-from .conftest import RedisRig, new_job
+from .conftest import RedisRig, new_job, only
 
 JOB = "kq:{q}:job:"
 READY = "kq:{q}:ready:inline"
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
-
-
-@pytest.fixture
-def proxy(rig: RedisRig) -> Iterator[Proxy]:
-    yield from between(rig)
-
-
-def between(rig: RedisRig) -> Iterator[Proxy]:
-    """A proxy that the rig's brokers and clients go through."""
-    proxy = Proxy(rig.server.port)
-    rig.url = proxy.url
-    yield proxy
-    for broker in rig.opened:
-        rig.do(broker.close())
-    rig.opened.clear()
-    proxy.stop()
+rig = only(RedisRig)
 
 
 def direct(rig: RedisRig) -> Any:

@@ -21,14 +21,9 @@ from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable
 
 from ..servers import Cluster, RedisServer, free_port
-from .conftest import ClusterRig, new_job
+from .conftest import ClusterRig, new_job, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[ClusterRig]:
-    rig = ClusterRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(ClusterRig)
 
 
 @pytest.fixture

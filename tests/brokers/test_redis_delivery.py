@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,20 +11,10 @@ import pytest
 from kqueue.brokers.base import MAX_CERTIFICATES, SETTLED, STALE, Counters, Lease, Retention, Settlement, Token
 
 from ..servers import Proxy
-from .conftest import RedisRig, new_job
-from .test_redis import between, bury, ids, reserve, settle, stats
+from .conftest import RedisRig, new_job, only
+from .test_redis import bury, ids, reserve, settle, stats
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
-
-
-@pytest.fixture
-def proxy(rig: RedisRig) -> Iterator[Proxy]:
-    yield from between(rig)
+rig = only(RedisRig)
 
 
 def lost_lease(rig: RedisRig, *names: str, by: Any = None) -> tuple[Any, Any, list[Lease]]:

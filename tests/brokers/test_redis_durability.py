@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,14 +11,9 @@ from kqueue.brokers.commands.redis_durability import QUESTIONS, SETTINGS, durabi
 from kqueue.client.redis import RedisClient
 
 from ..servers import RedisServer
-from .conftest import RedisRig
+from .conftest import RedisRig, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(RedisRig)
 
 
 @pytest.fixture

@@ -12,22 +12,12 @@ from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis_lua import HAND_OVER_WITHIN_S
 
 from ..servers import Proxy
-from .conftest import RedisRig, new_job
-from .test_redis import between, ids, reserve, settle, stats
+from .conftest import RedisRig, new_job, only
+from .test_redis import ids, reserve, settle, stats
 
 OUTBOX = "kq:{q}:outbox"
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
-
-
-@pytest.fixture
-def proxy(rig: RedisRig) -> Iterator[Proxy]:
-    yield from between(rig)
+rig = only(RedisRig)
 
 
 def run_all(rig: RedisRig, broker: Any, queue: str = "r") -> list[str]:

@@ -15,7 +15,7 @@ from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable
 
 from ..servers import Cluster, Proxy, RedisServer
-from .conftest import RedisRig, new_job
+from .conftest import RedisRig, new_job, only
 
 
 class Pair(NamedTuple):
@@ -26,12 +26,7 @@ class Pair(NamedTuple):
     def url(self) -> str:
         return self.master.url_for(query="sync_replicas=1")
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(RedisRig)
 
 
 @pytest.fixture

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from kqueue.brokers.base import SETTLED, Counters, Lease, NewJob, Settlement
 from kqueue.brokers.commands import redis as commands
 from kqueue.client.redis import RedisClient
 
-from .conftest import RedisRig, new_job
+from .conftest import RedisRig, new_job, only
 from .test_redis import ask
 
 READY, DELAYED, DEAD = 100_000, 20_000, 5_000
@@ -28,12 +25,7 @@ for n = tonumber(ARGV[2]), ARGV[2] + ARGV[3] - 1 do
 end
 """
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(RedisRig)
 
 
 class Cost:

@@ -18,14 +18,9 @@ from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable, UsageError
 
 from ..servers import RedisServer, Sentinel, free_port
-from .conftest import RedisRig, new_job
+from .conftest import RedisRig, new_job, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(RedisRig)
 
 
 class Trio(NamedTuple):

@@ -21,14 +21,9 @@ from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable
 
 from ..servers import Certificates, Proxy, RedisServer
-from .conftest import RedisRig, new_job
+from .conftest import RedisRig, new_job, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[RedisRig]:
-    rig = RedisRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(RedisRig)
 
 
 @pytest.fixture

@@ -22,14 +22,9 @@ from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, KQueue
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, VirtualClock, join
 
-from .conftest import SQLiteRig, new_job
+from .conftest import SQLiteRig, new_job, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLiteRig]:
-    rig = SQLiteRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(SQLiteRig)
 
 
 def together(rig: SQLiteRig, *verbs: Any) -> list[Any]:

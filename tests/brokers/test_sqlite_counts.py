@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +13,9 @@ from kqueue.brokers.base import QueueStats, Retention, Settlement
 from kqueue.brokers.commands import sqlite_transaction
 from kqueue.errors import QueueFull
 
-from .conftest import SQLiteRig, new_job
+from .conftest import SQLiteRig, new_job, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLiteRig]:
-    rig = SQLiteRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(SQLiteRig)
 
 
 def insert(rig: SQLiteRig, rows: int, state: str, queue: str = "q", at: float = 1.0) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,10 @@ from kqueue.brokers.base import SETTLED, Counters, Settlement
 from kqueue.brokers.commands.host_clock import HOST
 from kqueue.brokers.sqlite import SQLiteBroker
 
-from .conftest import SQLiteRig, new_job
+from .conftest import SQLiteRig, new_job, only
 from .test_sqlite_others import ANYTHING
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLiteRig]:
-    rig = SQLiteRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(SQLiteRig)
 
 
 def lease(rig: SQLiteRig, broker: Any) -> Any:

@@ -23,14 +23,9 @@ from kqueue.client.sqlite import SQLiteClient
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, join
 
-from .conftest import SQLiteRig, new_job
+from .conftest import SQLiteRig, new_job, only
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLiteRig]:
-    rig = SQLiteRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(SQLiteRig)
 
 
 def reserve(rig: SQLiteRig, broker: Any) -> dict[str, Any]:

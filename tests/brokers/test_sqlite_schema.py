@@ -15,7 +15,7 @@ from kqueue.brokers.base import SETTLED, Counters, QueueStats, Retention, Settle
 from kqueue.brokers.commands import sqlite_file
 from kqueue.errors import BrokerRefused
 
-from .conftest import SQLiteRig, new_job
+from .conftest import SQLiteRig, new_job, only
 
 # As version 1 wrote it, statements and all.
 VERSION_1 = """
@@ -70,12 +70,7 @@ ENQUEUE_1 = (
 LEASE_1 = "UPDATE kq_job SET state = 'leased', epoch = ?, number = ? WHERE id = ?"
 ACK_1 = "DELETE FROM kq_job WHERE id = ? AND number = ? AND epoch = ? AND coalesce(state, '') NOT IN ('done', 'dead')"
 
-
-@pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLiteRig]:
-    rig = SQLiteRig(tmp_path, request)
-    yield rig
-    rig.close()
+rig = only(SQLiteRig)
 
 
 @pytest.fixture
