@@ -2,7 +2,7 @@
 
 `kq_count` has a number for each queue and state, so that nobody has to count index entries: a million take 0.15 s. Commands say
 what they move, and the sums are written once, before COMMIT. Triggers would see to it for every writer, but they cost a tenth of
-the throughput (decision 0012). So what somebody with a shell moves is not counted, and `check_counts` finds that out.
+the throughput (decision 0010). So what somebody with a shell moves is not counted, and `check_counts` finds that out.
 """
 
 from __future__ import annotations
