@@ -50,7 +50,7 @@ class Routes:
         tag = tag_of(key)
         home = self._homes.get(tag)
         if home is None:
-            home = self._homes[tag] = self._look_up(crc_hqx(tag, 0) % SLOTS)
+            home = self._homes[tag] = self._look_up(slot_of(key))
         return home
 
     def _look_up(self, slot: int) -> Address:
