@@ -40,8 +40,8 @@ class RedisNodes:
         self, target: Target, scripts: Mapping[str, str], *, on_bell: Callable[[bytes], None], on_ready: Callable[[], None],
         on_news: News,
     ) -> None:  # fmt: skip
-        self.target = target
-        self.routes = Routes(target.hosts or [(target.host, target.port)])
+        self.routes = Routes(target.known)
+        self._target = target
         self._scripts = scripts
         self._on_bell, self._on_ready, self._on_news = on_bell, on_ready, on_news
         self._transports: dict[Address, RedisTransport] = {}
@@ -72,10 +72,6 @@ class RedisNodes:
     def opened(self) -> None:
         """From now on a node that refuses us is reported and tried again."""
         self._stubborn = True
-
-    @property
-    def closed(self) -> bool:
-        return self._kernel is None or self._stopped
 
     @property
     def ready(self) -> bool:
@@ -178,12 +174,12 @@ class RedisNodes:
     def _begin(self, node: Address) -> RedisTransport:
         assert self._kernel is not None
         sentinels = None
-        if self.target.service:
+        if self._target.service:
             from .redis_sentinel import Sentinels
 
-            sentinels = Sentinels(self.target, self._kernel.clock.monotonic)
+            sentinels = Sentinels(self._target, self._kernel.clock.monotonic)
         transport = RedisTransport(
-            self._target_at(node), self._scripts, on_push=partial(self._pushed, node), on_ready=self._on_ready,
+            self._target.node(node), self._scripts, on_push=partial(self._pushed, node), on_ready=self._on_ready,
             on_news=partial(self._heard, node), locate=sentinels.locate if sentinels is not None else None,
         )  # fmt: skip
         if not self._stopped:
@@ -191,10 +187,6 @@ class RedisNodes:
             if sentinels is not None:
                 self._watcher = self._kernel.spawn(sentinels.watch(transport.look_again), name="redis sentinel")
         return transport
-
-    def _target_at(self, node: Address) -> Target:
-        named = node == self.routes.first and (self.target.path or self.target.service)
-        return self.target if named else self.target.at(node)
 
     def _learn(self) -> Verb[bool]:
         """Ask the next node for the map of the cluster, unless somebody has just done so; whether it answered."""
@@ -207,7 +199,7 @@ class RedisNodes:
         node = known[self._asked % len(known)]
         self._asked += 1
         try:
-            reply = yield from errand(self._target_at(node), MAP, CONNECT_TIMEOUT_S, now)
+            reply = yield from errand(self._target.node(node), MAP, CONNECT_TIMEOUT_S, now)
         except (BrokerUnavailable, BrokerRefused):
             return False  # the next one may answer
         if not self.routes.learn(reply, node):

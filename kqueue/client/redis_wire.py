@@ -49,7 +49,7 @@ class Wire:
 
     def __init__(self, target: Target, patience_s: float) -> None:
         self.address = target.address
-        self.routes = Routes(target.hosts or [(target.host, target.port)])
+        self.routes = Routes(target.known)
         self._target = target
         self._patience_s = patience_s
         self._pid = os.getpid()
@@ -158,7 +158,7 @@ class Wire:
 
     def _connect(self, node: Address) -> Any:
         """A new connection to `node`, or to the master where Sentinels know it."""
-        at = self._target_at(node) if self._master is None else self._target.at(self._master)
+        at = self._target.node(node) if self._master is None else self._target.at(self._master)
         connection = self._opened(at)
         if self._target.service or not self._greeted:
             self._look_who(node, connection, at)
@@ -196,9 +196,6 @@ class Wire:
             self.routes.learn(reply, node)
 
     # -- which nodes ------------------------------------------------------------------------------------------------
-
-    def _target_at(self, node: Address) -> Target:
-        return self._target if self._target.path and node == self.routes.first else self._target.at(node)
 
     def _follow(self, node: Address) -> None:
         """Know the master; when it is another one, forget the connections to the old."""

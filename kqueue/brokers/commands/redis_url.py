@@ -69,11 +69,20 @@ class Target(NamedTuple):
             return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
         if self.service:
             return f"redis+sentinel://{_listed(self.hosts)}/{self.service}{db}"
-        return f"redis{'s' if self.tls is not None else ''}://{_listed(self.hosts or ((self.host, self.port),))}{db}"
+        return f"redis{'s' if self.tls is not None else ''}://{_listed(self.known)}{db}"
+
+    @property
+    def known(self) -> tuple[Address, ...]:
+        """All that may be asked first, even where the URL names a socket."""
+        return self.hosts or ((self.host, self.port),)
 
     def at(self, address: Address) -> Target:
         """The same on another server: a node of the cluster, or whom a Sentinel named."""
         return self._replace(host=address[0], port=address[1], path="", hosts=(), service="")
+
+    def node(self, address: Address) -> Target:
+        """The same at one of its nodes. The first of `known` stands for itself where it says how to get there: a path, Sentinels."""
+        return self if address == self.known[0] and (self.path or self.service) else self.at(address)
 
     def sentinel(self, address: Address) -> Target:
         """What it takes to connect to the Sentinel at `address`."""
