@@ -117,6 +117,8 @@ class RedisNodes:
             if asking.hopped():
                 yield from self._learn()
                 trouble = trouble or asking.astray
+            if trouble and hurried:
+                raise BrokerUnavailable(f"{asking.address}: {trouble}")
             if trouble:
                 yield from self._wait_out(trouble, tries, next(iter(troubled), self._transport(self.routes.first)))
                 tries += 1

@@ -81,7 +81,7 @@ class Target(NamedTuple):
         return self._replace(host=address[0], port=address[1], path="", hosts=(), service="")
 
     def node(self, address: Address) -> Target:
-        """The same at one of its nodes. The first of `known` stands for itself where it says how to get there: a path, Sentinels."""
+        """The same at one of its nodes; the first of `known` is reached as the URL says, be it by a socket or by Sentinels."""
         return self if address == self.known[0] and (self.path or self.service) else self.at(address)
 
     def sentinel(self, address: Address) -> Target:
