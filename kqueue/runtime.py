@@ -494,7 +494,7 @@ class KQueueRuntime:
             self.kernel.cancel(task, GeneratorExit())
         for strategy in self._strategies.values():
             yield from strategy.stop()
-        closing = self.kernel.spawn(self.broker.close(), name="close")
+        closing = self.kernel.spawn(self.broker.close(give_up=not self._settling), name="close")
         with suppress(BrokerUnavailable):
             yield Park(closing.joiners, 1.0)
         self.kernel.cancel(closing, GeneratorExit())

@@ -681,6 +681,22 @@ def test_with_too_many_outcomes_to_settle_nothing_more_is_reserved_and_none_is_d
     assert not house.facts(facts.LeaseLost)
 
 
+def test_who_exits_with_outcomes_unsettled_keeps_its_epoch_till_it_expires(
+    house: House, tick: Any, ran: list[Any], tmp_path: Path
+) -> None:
+    """The broker may be back in that very moment, and another daemon would run at once what our next life settles."""
+    id = house.dispatch(tick.job("a"))
+    runtime = house.runtime(AwayBroker(house.store), outbox=str(tmp_path / "main.outbox"), identity="host:main", grace_s=1)
+    assert house.run(runtime, max_time_s=2) == 0
+    row = house.row(id)
+    assert row is not None
+    assert row.state == "leased"
+    assert house.run(house.runtime(outbox=str(tmp_path / "main.outbox"), identity="host:main")) == 0
+    assert [fact.settled for fact in house.facts(facts.OutboxSettled)] == [1]
+    assert house.row(id) is None
+    assert [name for name, _ in ran] == ["a"]
+
+
 @pytest.mark.parametrize("damage", ["garbage", "folder"])
 def test_outcomes_that_cannot_be_read_are_set_aside_and_said(house: House, tick: Any, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "main.outbox"

@@ -215,8 +215,11 @@ class Broker(Protocol):
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         """Keep small documents by key (`manifest:QUEUE`, `limits:QUEUE`) where clients can read them, in place of older ones."""
 
-    def close(self) -> Verb[None]:
-        """Give up the epoch, so that what it still holds is recoverable at once, and the connection. Never raises."""
+    def close(self, *, give_up: bool = True) -> Verb[None]:
+        """Give up the epoch, so that what it still holds is recoverable at once, and the connection. Never raises.
+
+        `give_up` False: the epoch goes on until it expires, since its outcomes are kept for the next start to settle.
+        """
 
 
 def lost(ended_at: float, culprit: bool = False) -> bytes:

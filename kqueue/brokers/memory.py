@@ -98,8 +98,9 @@ class MemoryBroker:
         self.store.publish(documents)
 
     @at_once
-    def close(self) -> None:
-        self.store.close(self._owner.epoch)
+    def close(self, *, give_up: bool = True) -> None:
+        if give_up:
+            self.store.close(self._owner.epoch)
         if self._bell_fd >= 0:
             self.store.bells.remove(self._ring)
             os.close(self._bell_fd)

@@ -209,7 +209,7 @@ class RedisBroker:
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         yield from self._ask([commands.publish(documents)])
 
-    def close(self) -> Verb[None]:
+    def close(self, *, give_up: bool = True) -> Verb[None]:
         """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""
         try:
             if self._nodes.ready and self._opened:
@@ -217,7 +217,8 @@ class RedisBroker:
                 for queue in list(self._unheard):
                     yield from self.reserve(queue, {})
                 yield from self._release_surplus()
-                yield from self._ask([commands.close(self._owner, queue) for queue in self._queues])
+                if give_up:
+                    yield from self._ask([commands.close(self._owner, queue) for queue in self._queues])
         except KQueueError:
             pass  # the epoch will expire
         finally:

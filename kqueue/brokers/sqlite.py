@@ -145,12 +145,13 @@ class SQLiteBroker:
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         yield self._ask(commands.publish, documents)
 
-    def close(self) -> Verb[None]:
+    def close(self, *, give_up: bool = True) -> Verb[None]:
         if self._bell is not None:
             self._bell.close()
             self._bell = None
             with suppress(Exception):  # a file that fails now lets the epoch expire
-                yield self._ask(commands.close_epoch, self._owner.epoch, timeout_s=CLOSE_PATIENCE_S)
+                if give_up:
+                    yield self._ask(commands.close_epoch, self._owner.epoch, timeout_s=CLOSE_PATIENCE_S)
         for ask in self._asked:
             ask.answer(error=BrokerUnavailable(f"{self.address} was closed before it could answer: open it again"))
         self._asked = []

@@ -348,6 +348,20 @@ def test_closing_gives_up_what_is_held(rig: Any) -> None:
     assert rig.do(other.sweep()).recovered == {"q": 1}
 
 
+def test_an_epoch_whose_outcomes_are_kept_is_not_given_up(rig: Any) -> None:
+    """Or another would run at once what its next life is about to settle."""
+    broker, other = rig.broker(identity="host:main"), rig.broker()
+    rig.do(broker.enqueue([new_job("a")]))
+    (lease,) = reserve(rig, broker)
+    rig.do(broker.close(give_up=False))
+    rig.opened.remove(broker)
+    rig.elapse(0.01)
+    assert rig.do(other.sweep()).recovered == {}
+    next_life = rig.broker(identity="host:main", unsettled=[Settlement(lease.token, "q", "ack", lease.counters)])
+    assert sum(next_life.recovered.values()) == 0
+    assert rig.do(other.stats())["q"].leased == 0
+
+
 # -- holding ----------------------------------------------------------------------------------------------------------
 
 
