@@ -1,6 +1,6 @@
 """One attempt in a child: feed it, listen to it, end it when it must end, and say what came of it.
 
-    running --result or failure, exit--> ended
+    running --result or failure, exit--> ended           (a pool process does not exit: it says that it is done)
        |-- time-out, cancel, garbage --> terminating (SIGTERM) -- kill_grace --> killed (SIGKILL) --> ended
 
 What decides is the first complete result or failure, whatever the exit status; without one, the exit status does. End-of-file
@@ -20,11 +20,11 @@ from ..context import JobContext
 from ..dispatch import NewJob
 from ..errors import JobCancelled, KQueueError
 from ..events import Events, JobOutput
-from ..kernel import READ, WRITE, Kernel, Task, wait_any
+from ..kernel import READ, Kernel, Task, wait_io
 from ..outcome import Outcome
 from ..process import signal_name
 from . import wire
-from .child_frames import Backoff, Failure, Progress, Result, Said, Then, parse
+from .child_frames import Backoff, Done, Failure, Progress, Result, Said, Then, parse
 from .link import Child
 from .output import Lines, Rate, Tail
 
@@ -44,12 +44,12 @@ _ENDED_BY: Final = {"timeout": "supervisor", "cancelled": "shutdown", "memory": 
 class Attempt:
     """A child while it runs. `request` is what the template was asked.
 
-    `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
+    `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how. `token`: see wire.TAKE.
     """
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
-        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float,
+        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, token: str = "",
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -59,7 +59,13 @@ class Attempt:
         self._enqueue = enqueue
         self._check = check
         self._kill_grace_s = kill_grace_s
+        self._token = token  # what a pool process says when it is through with this run; "": the process is for this run alone
+        self._done: Done | None = None  # that it did
+        self._is_drained = False  # of a pool process that is done: nothing more came out of it
+        self.is_unread = False  # the process died before it read what it was to do
         self._frames = wire.Frames()
+        self._listens = READ  # which events of the socket `ears` wait for
+        self._is_deaf = False  # nothing more can come from the socket
         self._said: Result | Failure | None = None  # the first of either, which decides
         self._backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
         self._garbage: str | None = None  # what was wrong with its frames; None: nothing
@@ -77,23 +83,19 @@ class Attempt:
         child, clock = self._child, self._kernel.clock
         self._watcher = self._kernel.current
         self._outbox += first
-        socket_fd = child.socket.fileno()
-        open_fds = {socket_fd, child.stdout, child.stderr}
+        self._send()
         timeout_s = self._request["limits"]["timeout"]
         deadline = clock.monotonic() + timeout_s if timeout_s else None
-        while not child.lost:
-            fds = {child.pidfd: READ, **{fd: READ for fd in open_fds if fd != socket_fd or self._enqueuing is None}}
-            if self._outbox and socket_fd in open_fds:
-                fds[socket_fd] = fds.get(socket_fd, 0) | WRITE
+        while not child.lost and self._done is None:
+            self._listen()
             try:
-                ready = yield wait_any(fds, None if deadline is None else max(0.0, deadline - clock.monotonic()))
+                yield wait_io(child.ears.fileno(), READ, None if deadline is None else max(0.0, deadline - clock.monotonic()))
             except JobCancelled:
                 if self._why != "timeout":  # which is counted, whatever comes after it
                     deadline = self._end("cancelled")
                 continue
-            if child.pidfd in ready:
+            if child.lost or self._serve(child.ears.poll(0)):
                 break
-            open_fds -= {fd for fd, events in ready.items() if not self._serve(fd, events)}
             if self._garbage is not None and not self._why:
                 deadline = self._end("garbage")
             elif self._said is not None and not self._why:
@@ -104,8 +106,11 @@ class Attempt:
                     deadline = None
                 else:
                     deadline = self._end("timeout")
-        yield from self._await_report(exited)
-        self._drain()
+        if self._done is not None:
+            self._take_rest()
+        else:
+            yield from self._await_report(exited)
+            self._drain()
         if self._enqueuing is not None:
             self._kernel.cancel(self._enqueuing, GeneratorExit())
 
@@ -125,13 +130,36 @@ class Attempt:
 
     # -- what it says -----------------------------------------------------------------------------------------------
 
-    def _serve(self, fd: int, events: int) -> bool:
-        """Take what is there on `fd`, a bounded amount; False when nothing more can come."""
-        if fd in self._lines:
-            return self._take_output(fd)
-        if events & WRITE:
-            self._send()
-        return self._take_frames() if events & READ else True
+    def _listen(self) -> None:
+        """Hear its socket but while something is enqueued for it, and wait for room in it while there is something to send."""
+        wanted = 0 if self._is_deaf else (READ if self._enqueuing is None else 0) | (select.EPOLLOUT if self._outbox else 0)
+        if wanted == self._listens:
+            return
+        fd, ears = self._child.socket.fileno(), self._child.ears
+        if not wanted:  # an fd that waits for nothing would still report a hang-up, without end
+            ears.unregister(fd)
+        elif not self._listens:
+            ears.register(fd, wanted)
+        else:
+            ears.modify(fd, wanted)
+        self._listens = wanted
+
+    def _serve(self, ready: Sequence[tuple[int, int]]) -> bool:
+        """Take what is there, a bounded amount of each; whether the process has died."""
+        child = self._child
+        died = False
+        for fd, events in ready:
+            if fd in self._lines:
+                if not self._take_output(fd):
+                    child.ears.unregister(fd)
+            elif fd == child.pidfd:
+                died = True
+            else:
+                if events & select.EPOLLOUT:
+                    self._send()
+                if events & ~select.EPOLLOUT and not self._take_frames():
+                    self._is_deaf = True
+        return died
 
     def _send(self) -> None:
         try:
@@ -166,6 +194,9 @@ class Attempt:
             data = self._child.socket.recv(READ_SIZE)
         except BlockingIOError:
             return True
+        except ConnectionResetError:
+            self.is_unread = not self._frames.heard  # it died with what it was sent unread in its socket
+            return False
         except OSError:
             return False
         try:
@@ -177,10 +208,16 @@ class Attempt:
         return bool(data)
 
     def _hear(self, said: Said) -> None:
+        if self._done is not None:
+            raise wire.WireError("more, after it was done")
         if isinstance(said, (Result, Failure)):
             self._said = self._said or said
         elif isinstance(said, Backoff):
             self._backoff = said
+        elif isinstance(said, Done):
+            if not self._token or said.token != self._token or self._said is None:
+                raise wire.WireError("the end of a run that is not this one")
+            self._done = said
         elif self._last_words == 0 or (self._last_words is not None and not isinstance(said, Progress)):
             return  # a process that ended waits for no answer; and who still talks now is none of ours
         elif isinstance(said, Progress):
@@ -204,7 +241,7 @@ class Attempt:
         self._enqueuing = None
         self._answer(reply)
         if self._watcher is not None:
-            self._kernel.wake(self._watcher, {})
+            self._kernel.wake(self._watcher, 0)
 
     def _follow_up(self, job: NewJob) -> dict[str, Any]:
         """Keep `job` for the ack; the answer to the child."""
@@ -221,26 +258,62 @@ class Attempt:
     def _answer(self, reply: Mapping[str, Any]) -> None:
         self._outbox += wire.frame(wire.REPLY, to_json(reply))
 
+    def _take_rest(self) -> None:
+        """Of a process that will run other jobs: what this one wrote is all there, since it flushed before it was done."""
+        for _ in range(2 * 65536 // READ_SIZE):
+            ready = self._child.ears.poll(0)
+            output = [event for event in ready if event[0] in self._lines]
+            self._is_drained = not ready  # whatever else there is, such as its death, has to be seen by somebody
+            if not output:
+                break
+            self._serve(output)
+        self._end_lines()
+
     def _drain(self) -> None:
         """Read what was written before the end, and not a byte more than is there: a grandchild may hold the other end."""
         self._last_words = LAST_WORDS
         for _ in range(DRAIN_SIZE // READ_SIZE):
             if isinstance(self._said, Result) or not self._take_frames() or not _readable(self._child.socket.fileno()):
                 break
-        for fd, (stream, lines) in self._lines.items():
+        for fd in self._lines:
             for _ in range(2 * 65536 // READ_SIZE):  # a pipe holds 64 KiB, unless a survivor keeps writing
                 if not self._take_output(fd) or not _readable(fd):
                     break
+        self._end_lines()
+
+    def _end_lines(self) -> None:
+        for stream, lines in self._lines.values():
             for line in lines.rest():
                 self._log(stream, line)
         if self._rate.held_back:
             self._log("stderr", f"… {self._rate.held_back} more lines were not logged")
 
+    @property
+    def is_reusable(self) -> bool:
+        """Whether its process may run another job: all went as it should, and left nothing behind.
+
+        Not one that was interrupted, since an exception out of nowhere may have left a lock held or a library half-way.
+        """
+        undisturbed = self._done is not None and not self._done.changed and self._why in ("", "lingering")
+        memory = isinstance(self._said, Failure) and self._said.cause == "memory"
+        whole = self._garbage is None and self._is_drained and self._listens == READ and not self._outbox and self._frames.is_empty
+        return undisturbed and whole and not memory
+
+    @property
+    def done(self) -> Done | None:
+        """What a pool process said when it was through with it; None: it did not, or is none."""
+        return self._done
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the supervisor has asked it to end."""
+        return self._why not in ("", "lingering")
+
     # -- what came of it --------------------------------------------------------------------------------------------
 
     def outcome(self) -> Outcome:
         """What it said and how it exited amount to this."""
-        exit = self._child.exit
+        exit = self._done or self._child.exit
         limits = {name: value for name, value in self._request["limits"].items() if value}
         outcome = self._verdict()._replace(pid=self._child.pid or None, limits=limits, output=self._tail.text())
         if exit is None:

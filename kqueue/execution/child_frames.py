@@ -6,7 +6,7 @@ nothing behind this file need doubt a type or a length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +19,7 @@ from . import wire
 from .wire import WireError
 
 MAX_FAILURE: Final = 128 * 1024  # bytes: a message of 4 KiB and a traceback of 16 KiB, escaped, and room
+MAX_CHANGES: Final = 20  # that a pool process tells of one run
 MAX_JOBS: Final = 500  # in one ENQUEUE
 CAUSES: Final = ("exception", "timeout", "cancelled", "memory", "exit", "refused")
 
@@ -46,6 +47,17 @@ class Backoff(NamedTuple):
     why_not: str
 
 
+class Done(NamedTuple):
+    """A pool process has run what it took, and waits for the next. `token`: of the TAKE that it answers."""
+
+    token: str
+    cpu_user_s: float
+    cpu_system_s: float
+    max_memory_mib: float  # what it had at the most, if that was in this run; else what it has now
+    memory_mib: float  # what it has now
+    changed: Sequence[tuple[str, str]]  # (what of the process, in detail) that is not as it was before
+
+
 class Progress(NamedTuple):
     fraction: float
     note: str
@@ -61,7 +73,7 @@ class Then(NamedTuple):
     job: NewJob
 
 
-Said = Result | Failure | Backoff | Progress | Enqueue | Then
+Said = Result | Failure | Backoff | Progress | Enqueue | Then | Done
 
 
 def parse(kind: int, payload: bytes) -> Said:
@@ -96,6 +108,16 @@ def _backoff(payload: bytes) -> Backoff:
     seconds, why_not = from_json(payload)
     _wanted((seconds is None or is_wait(seconds)) and isinstance(why_not, str), "a backoff that is none")
     return Backoff(seconds, why_not[:400])
+
+
+def _done(payload: bytes) -> Done:
+    _wanted(len(payload) <= MAX_FAILURE, "an end that is too long")
+    token, *numbers, changed = from_json(payload)
+    _wanted(isinstance(token, str) and len(numbers) == 4 and isinstance(changed, list), "an end of the wrong shape")
+    _wanted(all(isinstance(n, (int, float)) and isfinite(n) and n >= 0 for n in numbers), "an end without its figures")
+    pairs = [(what, detail) for what, detail in changed[:MAX_CHANGES]]
+    _wanted(all(isinstance(text, str) for pair in pairs for text in pair), "an end that tells of no text")
+    return Done(token, *map(float, numbers), changed=[(what[:100], detail[:200]) for what, detail in pairs])
 
 
 def _progress(payload: bytes) -> Progress:
@@ -135,6 +157,7 @@ _PARSERS: Final[Mapping[int, Any]] = {
     wire.RESULT: _result,
     wire.FAILURE: _failure,
     wire.BACKOFF: _backoff,
+    wire.DONE: _done,
     wire.PROGRESS: _progress,
     wire.ENQUEUE: _enqueue,
     wire.THEN: _then,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import sys
@@ -63,7 +64,21 @@ class Child:
             opened.callback(os.close, self.stdout)
             opened.callback(os.close, self._its_stdout)
             self.stderr, self._its_stderr = _pipe()
+            opened.callback(os.close, self.stderr)
+            opened.callback(os.close, self._its_stderr)
+            self.ears = select.epoll()  # of all its fds, so that whoever listens waits for one
+            opened.callback(self.ears.close)
+            for fd in (self.socket.fileno(), self.stdout, self.stderr):
+                self.ears.register(fd, select.EPOLLIN)
             opened.pop_all()
+
+    def started(self, pid: int, pidfd: int) -> None:
+        """The template has forked it. `pidfd` -1: no fd is left for one."""
+        self.pid, self.pidfd = pid, pidfd
+        if pidfd < 0:
+            self.failure = "no fd is left for its pidfd"
+        else:
+            self.ears.register(pidfd, select.EPOLLIN)
 
     @property
     def is_pending(self) -> bool:
@@ -92,6 +107,7 @@ class Child:
     def close(self) -> None:
         self.close_its_ends()
         self.socket.close()
+        self.ears.close()
         for fd in (self.stdout, self.stderr, self.pidfd):
             if fd >= 0:
                 os.close(fd)
@@ -322,10 +338,7 @@ class TemplateLink:
                 os.close(fd)
             return
         if kind == wire.STARTED:
-            child.pid = fields["pid"]
-            child.pidfd = fds[0] if fds else self._pidfd_of(child.pid)
-            if child.pidfd < 0:
-                child.failure = "no fd is left for its pidfd"
+            child.started(fields["pid"], fds[0] if fds else self._pidfd_of(fields["pid"]))
         elif kind == wire.FORK_FAILED:
             child.failure = fields["message"]
         else:

@@ -35,6 +35,7 @@ WARNING: Final = 9
 RUN: Final = 16  # an envelope
 CALL: Final = 17  # an offloaded call
 REPLY: Final = 18  # to ENQUEUE and THEN
+TAKE: Final = 25  # to a pool process: a request, as the template gets it, a newline, and an envelope
 # child -> supervisor
 RESULT: Final = 19  # JSON of the value
 FAILURE: Final = 20
@@ -42,11 +43,12 @@ PROGRESS: Final = 21
 ENQUEUE: Final = 22
 THEN: Final = 23  # a follow-up, answered by REPLY, too
 BACKOFF: Final = 24  # what the backoff function said, after the FAILURE
+DONE: Final = 26  # a pool process is through with a TAKE, and what that has cost and left behind
 
 CONTROL_FD: Final = 3  # where the template finds its end of its socket
 JOB_FD: Final = 3  # where a child finds its own
 
-_FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN, BACKOFF)
+_FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN, BACKOFF, DONE)
 _HEADER: Final = struct.Struct(">IB")
 MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
 MAX_MESSAGE: Final = 64 * 1024  # to and from the template; a Linux socket buffer holds 208 KiB
@@ -67,6 +69,7 @@ class Frames:
     def __init__(self, kinds: Sequence[int] = _FROM_CHILD) -> None:
         self._buffer = bytearray()
         self._kinds = kinds
+        self.heard = 0  # frames so far
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """The frames that `data` completes. WireError for an unknown kind or an absurd length."""
@@ -80,7 +83,13 @@ class Frames:
                 return
             payload = bytes(self._buffer[_HEADER.size : end])
             del self._buffer[:end]
+            self.heard += 1
             yield kind, payload
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no part of another frame has come."""
+        return not self._buffer
 
 
 def read_frame(sock: socket.socket, kinds: Sequence[int]) -> tuple[int, bytes]:
