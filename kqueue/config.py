@@ -61,6 +61,7 @@ class PoolConfig(NamedTuple):
     size: int
     max_jobs: int  # 0: no limit
     max_memory_mib: int  # 0: no limit
+    max_age_s: float  # 0: no limit
 
 
 class LimitsConfig(NamedTuple):

@@ -149,7 +149,7 @@ class KQueueJob:
     queue: Any = "default"
     max_attempts: ClassVar[int] = 3
     backoff: ClassVar[Backoff] = None
-    start: ClassVar[str] = "fork"
+    start: ClassVar[str | None] = None
     max_cpu: ClassVar[float] = 0
     keep_result: ClassVar[float] = 0
     retry_until: ClassVar[Any] = None

@@ -39,7 +39,7 @@ class JobOptions(NamedTuple):
     queue: str = "default"
     max_attempts: int = 3
     backoff: Backoff = None  # seconds before each retry; None: 2, 4, 8 … up to an hour, jittered
-    start: str = "fork"
+    start: str | None = None  # how an isolated job gets its process: "fork", "pool", "exec"; None: as isolated.start has it
     max_cpu: float = 0  # seconds of CPU time; 0: no limit
     keep_result: float = 0  # seconds that the result is kept; 0: not at all
     retry_until: float | None = None  # seconds after its enqueueing; replaces max_attempts. None: there is no such time
@@ -69,7 +69,7 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "priority": (lambda v: type(v) is int and PRIORITY_MIN <= v <= PRIORITY_MAX, "an integer from -100 to 100"),
     "queue": (lambda v: isinstance(v, str) and bool(QUEUE_NAME.fullmatch(v)), "1 to 64 of letters, digits and _ . : -"),
     "max_attempts": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
-    "start": (lambda v: v == "fork", '"fork": this version has no "pool" and no "exec"'),
+    "start": (lambda v: v is None or (isinstance(v, str) and v in STARTS), '"fork", "pool", "exec" or None'),
     "max_cpu": (_wait, "seconds, 0 for no limit"),
     "keep_result": (_wait, "seconds, 0 for not at all"),
 }

@@ -33,6 +33,7 @@ from .events import Events
 from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
+from .execution.pool import PoolSettings
 from .ids import new_id
 from .instance import SlicePage
 from .intake import Intake
@@ -49,7 +50,7 @@ from .services import RuntimeServices
 from .settling import Ended, Held, Settling
 from .signing import unsigned
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import defer, exhausted, judge, move, postpone
+from .verdict import ALONE_AFTER, defer, exhausted, judge, move, postpone
 
 Steps = Generator[Any, Any, Any]
 
@@ -70,6 +71,7 @@ class KQueueRuntime:
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
+        default_start: str = "fork", pool: PoolSettings = PoolSettings(),
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
     ) -> None:  # fmt: skip
@@ -102,7 +104,7 @@ class KQueueRuntime:
         self._services = RuntimeServices(self, offload_slots, offload_memory_mib)
         self.isolated = IsolatedExecutionStrategy(
             self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
-            kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib,
+            kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib, default_start=default_start, pool=pool,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
@@ -143,6 +145,8 @@ class KQueueRuntime:
 
         attempt = lease.counters.runs + 1
         work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt)
+        if lease.counters.recoveries >= ALONE_AFTER:
+            work = work._replace(alone=True)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
         try:

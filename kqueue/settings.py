@@ -308,6 +308,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("pool.size", 2, _integer(1)),
     Setting("pool.max_jobs", 1000, _integer(0)),
     Setting("pool.max_memory", 256, _MEMORY),
+    Setting("pool.max_age", "1h", _duration()),
     Setting("limits.timeout", 0, _duration()),
     Setting("limits.memory", 512, _MEMORY),
     Setting("limits.concurrent", 0, _integer(0)),
@@ -333,7 +334,7 @@ QUEUE_SETTINGS: Final = (
 )
 """What may stand below queue.names.NAME."""
 
-NOT_YET: Final = ("isolated.start", "isolated.user")
+NOT_YET: Final = ("isolated.user",)
 """Settings of features that this version does not have: refused unless they stand at their default."""
 
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}

@@ -28,6 +28,7 @@ class Work(NamedTuple):
     options: JobOptions  # effective: declared, overridden at dispatch, clamped
     attempt: int  # 1 for the first run
     context: JobContext
+    alone: bool = False  # it was lost with others too often to share a process with any
 
     def arguments(self) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """args and kwargs as the handler gets them. Raises ArgumentsDoNotFit for a tag that cannot be read."""

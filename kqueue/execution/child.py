@@ -15,6 +15,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -43,7 +44,7 @@ def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> N
     status = 70
     try:
         _settle_in(request, fds, template_pid)
-        status = _Child(request).run()
+        status = _STARTS[request.get("start", "fork")](request)
     except BaseException as error:  # before there was a way to report it: stderr is captured
         print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
     finally:
@@ -52,6 +53,23 @@ def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> N
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def _run_one(request: Mapping[str, Any]) -> int:
+    """A process for one run. Returns its exit status."""
+    supervisor = socket.socket(fileno=wire.JOB_FD)
+    kind, payload = wire.read_frame(supervisor, (wire.RUN, wire.CALL))
+    Run(request, supervisor).attempt(kind, payload)
+    return 0
+
+
+def _run_many(request: Mapping[str, Any]) -> int:
+    from .pooled_child import serve
+
+    return serve(socket.socket(fileno=wire.JOB_FD))
+
+
+_STARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], int]]] = {"fork": _run_one, "pool": _run_many}
 
 
 def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
@@ -69,7 +87,8 @@ def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     limits.yield_to_the_oom_killer()
-    limits.apply(request["limits"])
+    if request.get("start") != "pool":  # whose jobs each have their own
+        limits.apply(request["limits"])
     limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
     limits.prctl(limits.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != template_pid:
@@ -82,38 +101,41 @@ def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int
     setproctitle(f"kqueued: job {request['job']} {request['id']}")
 
 
-class _Child:
-    """The job's surroundings in its process; also its `Services`."""
+class Run:
+    """One run of a job in this process: what surrounds it; also its `Services`. `request`: what the supervisor says of it."""
 
-    def __init__(self, request: Mapping[str, Any]) -> None:
+    def __init__(self, request: Mapping[str, Any], supervisor: socket.socket) -> None:
         self._request = request
-        self._socket = socket.socket(fileno=wire.JOB_FD)
+        self._socket = supervisor
         self._lock = threading.Lock()  # a job may have threads, and each may dispatch
         timeout_s = request["limits"]["timeout"]
         self._deadline = time.monotonic() + timeout_s if timeout_s else None
         self._backoff: Any = None  # the one in force, as declared or dispatched
         self._cancel: Callable[[BaseException], None] | None = None  # into a cooperative job; None: raise where it is
+        self._is_over = False
+        self.kept_sigterm = True  # the job left the handler of SIGTERM alone
 
-    def run(self) -> int:
-        """Read what to do, do it, report it. Returns the exit status."""
-        kind, payload = wire.read_frame(self._socket, (wire.RUN, wire.CALL))
-        signal.signal(signal.SIGTERM, self._terminated)
+    def attempt(self, kind: int, payload: bytes, farewell: Callable[[], bytes] = bytes) -> None:
+        """Do what a frame says and report it. `farewell`: a frame to send after that, and the last moment to look around."""
+        signal.signal(signal.SIGTERM, self.terminated)
         failed: BaseException | None = None  # its error, where a retry would need a backoff
         try:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
-            answer = wire.RESULT, result_json(value) if self._request["keep_result"] else b"null"
+            answer = wire.frame(wire.RESULT, result_json(value) if self._request["keep_result"] else b"null")
         except BaseException as error:
             fields = _failure(error)
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
-            answer = wire.FAILURE, codec.to_json(fields)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the job is over; what is left is to say so
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._send(*answer)
+            answer = wire.frame(wire.FAILURE, codec.to_json(fields))
+        self._is_over = True  # what is left is to say so
+        self.kept_sigterm = signal.getsignal(signal.SIGTERM) == self.terminated
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        flush()
         if failed is not None and callable(self._backoff):
             # After the failure was said: a function that blocks costs its own answer, and whoever lingers is killed.
-            self._send(wire.BACKOFF, codec.to_json(ask_backoff(self._backoff, self._request["attempt"], failed)))
-        return 0
+            self._send(answer)
+            answer = wire.frame(wire.BACKOFF, codec.to_json(ask_backoff(self._backoff, self._request["attempt"], failed)))
+            flush()
+        self._send(answer + farewell())
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -174,8 +196,13 @@ class _Child:
         finally:
             self._cancel = None
             signal.set_wakeup_fd(-1)
+            kernel.close()
+            os.close(read_fd)
+            os.close(write_fd)
 
-    def _terminated(self, number: int, frame: FrameType | None) -> None:
+    def terminated(self, number: int, frame: FrameType | None) -> None:
+        if self._is_over:
+            return
         name = self._request["job"]
         if self._deadline is not None and time.monotonic() >= self._deadline - 0.05:
             timeout_s = self._request["limits"]["timeout"]
@@ -198,7 +225,7 @@ class _Child:
         return function(*args, **kwargs)
 
     def progress(self, context: JobContext) -> None:
-        self._send(wire.PROGRESS, codec.to_json([context.fraction, context.note]))
+        self._send(wire.frame(wire.PROGRESS, codec.to_json([context.fraction, context.note])))
 
     def prepare(self, job: BoundJob) -> NewJob:
         prepared = prepare(job, job.registration or registry.get(job.name))
@@ -223,9 +250,17 @@ class _Child:
         if "error" in reply:
             raise KQueueError(reply["error"])
 
-    def _send(self, kind: int, payload: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         with self._lock:
-            self._socket.sendall(wire.frame(kind, payload))
+            self._socket.sendall(data)
+
+
+def flush() -> None:
+    """All that was printed goes out now. A stream that is closed, or cannot take it, is the job's own doing."""
+    limits.flush_c()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
 
 
 _CAUSES: Final = (  # the first that fits

@@ -7,6 +7,7 @@ job, and of its result only that it is JSON.
 from __future__ import annotations
 
 import builtins
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
@@ -18,11 +19,13 @@ from ..kernel import Kernel
 from ..outcome import Outcome
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
-from .base import Work
+from .base import NotStarted, Work
 from .link import Child, TemplateLink
+from .pool import Pool, PoolSettings, Worker
 
 Steps = Generator[Any, Any, Any]
 MAX_FILES: Final = 1024  # open files of a job
+POOL_TRIES: Final = 3  # processes that are tried when one after another is dead before it reads what it is to do
 SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and reported
 
 
@@ -38,10 +41,12 @@ class IsolatedExecutionStrategy:
 
     def __init__(
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
-        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
+        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, default_start: str = "fork", pool: PoolSettings = PoolSettings(),
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
         self.link = TemplateLink(kernel, events)
+        self.pool = Pool(kernel, events, self.link, pool)
+        self._default_start = default_start
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
@@ -54,18 +59,25 @@ class IsolatedExecutionStrategy:
         yield from self.link.start()
 
     def stop(self) -> Steps:
+        self.pool.retire_idle()
         yield from self.link.stop()
 
     def execute(self, work: Work) -> Steps:
-        """Run one attempt in a child of its own; returns the Outcome. Raises NotStarted when there can be no child now."""
+        """Run one attempt in a child; returns the Outcome. Raises NotStarted when there can be no child now."""
         options = work.options
-        limits = self._limits(options.timeout, options.max_memory, options.max_cpu)
         request = {
-            "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "limits": limits,
-            "keep_result": bool(options.keep_result),
+            "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "keep_result": bool(options.keep_result),
+            "limits": self._limits(options.timeout, options.max_memory, options.max_cpu),
         }  # fmt: skip
-        outcome: Outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)
+        if self._start_of(work) == "pool":
+            outcome: Outcome = yield from self._pooled(request, work.data, work.context)
+        else:
+            outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)
         return outcome
+
+    def _start_of(self, work: Work) -> str:
+        start = work.options.start or self._default_start
+        return "fork" if start == "pool" and work.alone else start
 
     def offload(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, context: JobContext,
@@ -92,23 +104,51 @@ class IsolatedExecutionStrategy:
     # -- one attempt ------------------------------------------------------------------------------------------------
 
     def _attempt(self, request: Mapping[str, Any], first: bytes, context: JobContext) -> Steps:
+        """In a process of its own."""
         began = self._kernel.clock.monotonic()
         try:
             child: Child = yield from self.link.fork(request)
         except JobCancelled:
             return Outcome("cancelled", "shutdown")
-        attempt = Attempt(
+        attempt = self._attempt_in(child, request, context)
+        try:
+            yield from self._watched(attempt, first, child, context)
+        finally:
+            self.link.forget(child)
+        return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
+
+    def _pooled(self, request: Mapping[str, Any], data: bytes, context: JobContext) -> Steps:
+        """In a process of the pool; in another one when that was dead already."""
+        for _ in range(POOL_TRIES):
+            try:
+                worker: Worker = yield from self.pool.take(request)
+            except JobCancelled:
+                return Outcome("cancelled", "shutdown")
+            began = self._kernel.clock.monotonic()
+            token = os.urandom(8).hex()
+            attempt = self._attempt_in(worker.child, request, context, token)
+            first = wire.frame(wire.TAKE, b"%s\n%s" % (to_json({**request, "token": token}), data))
+            try:
+                yield from self._watched(attempt, first, worker.child, context)
+            finally:
+                self.pool.give_back(worker, attempt, request["job"])
+            if not attempt.is_unread or attempt.is_ending:
+                return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
+        raise NotStarted(f"{POOL_TRIES} processes of the pool died before they began")
+
+    def _attempt_in(self, child: Child, request: Mapping[str, Any], context: JobContext, token: str = "") -> Attempt:
+        return Attempt(
             self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
-            kill_grace_s=self._kill_grace_s,
+            kill_grace_s=self._kill_grace_s, token=token,
         )  # fmt: skip
+
+    def _watched(self, attempt: Attempt, first: bytes, child: Child, context: JobContext) -> Steps:
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
         try:
             yield from attempt.watch(first, self.link.exited)
         finally:
             context.pid = None
-            self.link.forget(child)
-        return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

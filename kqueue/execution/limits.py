@@ -17,7 +17,9 @@ PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
 OOM_SCORE_ADJ: Final = 500  # a job goes before the supervisor, which has 0
 
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = _libc.prctl
+_fflush = _libc.fflush
 
 
 def prctl(option: int, value: int) -> None:
@@ -29,8 +31,7 @@ def prctl(option: int, value: int) -> None:
 
 def data_size() -> int:
     """Bytes of data and stack of this process: what RLIMIT_DATA counts (proc_pid_statm(5), field 6)."""
-    with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[5]) * PAGE
+    return statm()[1]
 
 
 def apply(limits: Mapping[str, float]) -> None:
@@ -47,6 +48,52 @@ def apply(limits: Mapping[str, float]) -> None:
     if limits.get("max_cpu"):
         seconds = max(1, int(limits["max_cpu"]))
         _lower(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU, and SIGKILL a second later
+
+
+def apply_to_run(limits: Mapping[str, float], data_bytes: int) -> dict[int, tuple[int, int]]:
+    """Put the limits of one run on a process that will have others: soft ones only, since no hard one could be raised again.
+
+    `data_bytes`: what `data_size` says now. Returns what stands then, by RLIMIT number. A run that has used up its `max_cpu` is
+    killed by SIGXCPU, and the process with it.
+    """
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_DATA: data_bytes + int((limits["max_memory"] + limits["memory_headroom"]) * MIB),
+        resource.RLIMIT_NOFILE: int(limits["max_files"]),
+        resource.RLIMIT_CPU: resource.RLIM_INFINITY,
+    }
+    if limits.get("max_cpu"):
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        wanted[resource.RLIMIT_CPU] = int(used.ru_utime + used.ru_stime) + max(1, int(limits["max_cpu"]))
+    stand = {}
+    for which, soft in wanted.items():
+        hard = resource.getrlimit(which)[1]
+        if hard != resource.RLIM_INFINITY:
+            soft = hard if soft == resource.RLIM_INFINITY else min(soft, hard)
+        resource.setrlimit(which, (soft, hard))
+        stand[which] = (soft, hard)
+    return stand
+
+
+def lift_memory() -> None:
+    """The run is over: what is said of it is not to fail for want of memory."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def statm() -> tuple[int, int]:
+    """Bytes of this process that are resident, and those that RLIMIT_DATA counts (proc_pid_statm(5), fields 2 and 6)."""
+    fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fields = os.read(fd, 200).split()
+    finally:
+        os.close(fd)
+    return int(fields[1]) * PAGE, int(fields[5]) * PAGE
+
+
+def flush_c() -> None:
+    """What C code has printed and its library still holds."""
+    _fflush(None)
 
 
 def _lower(which: int, soft: int, hard: int | None = None) -> None:

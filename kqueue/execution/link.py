@@ -202,6 +202,10 @@ class TemplateLink:
         self._children.pop(child.serial, None)
         child.close()
 
+    def is_current(self, child: Child) -> bool:
+        """Whether the template that forked `child` is the one that forks now."""
+        return not child.lost
+
     def kill_all(self) -> None:
         """SIGKILL every child now."""
         for child in self._children.values():

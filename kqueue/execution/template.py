@@ -24,6 +24,7 @@ from ..dispatch import describe, signature_of
 from ..loading import ImportFailed, import_modules, import_script
 from ..registry import registry
 from ..security import SecurityConfig
+from . import pooled_child as pooled_child
 from . import wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl

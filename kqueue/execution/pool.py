@@ -1,0 +1,134 @@
+"""The pool: warm processes, forked from the template, that run one job after another. Here is who runs in which, and how long one lives.
+
+    forked --take--> busy --give_back--> idle --take--> busy …
+                      |                    |
+                      +----- retired ------+      by jobs, age, memory, a trace that a job left, an interruption, a new template
+
+A process is forked when a job wants one and none is idle; the one that ran last is taken first, since its caches are warm. One that is
+retired is killed: between two jobs it has nothing that could be lost. What happens in a run is `attempt.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import Any, Final, NamedTuple
+
+from ..events import Events, Warned
+from ..kernel import Kernel, Slots
+from .attempt import Attempt
+from .child_frames import Done
+from .link import Child, TemplateLink
+
+Steps = Generator[Any, Any, Any]
+
+LASTING: Final[tuple[str, ...]] = ()
+"""Fields of a request that hold for the life of a process, so that only jobs which agree on them share one."""
+
+
+class PoolSettings(NamedTuple):
+    """Of kqueue.yaml. 0: no limit, but for `size`."""
+
+    size: int = 2  # processes at once, and so jobs
+    max_jobs: int = 1000
+    max_memory_mib: int = 256  # resident after a job
+    max_age_s: float = 3600.0
+
+
+class Worker:
+    """One process of the pool."""
+
+    __slots__ = ("began", "child", "jobs", "key")
+
+    def __init__(self, child: Child, key: tuple[Any, ...], began: float) -> None:
+        self.child = child
+        self.key = key
+        self.began = began
+        self.jobs = 0  # that it has begun
+
+
+class Pool:
+    """The processes of one template link."""
+
+    def __init__(self, kernel: Kernel, events: Events, link: TemplateLink, settings: PoolSettings) -> None:
+        self._kernel = kernel
+        self._events = events
+        self._link = link
+        self._settings = settings
+        self._slots = Slots(settings.size)
+        self._idle: list[Worker] = []
+        self._numbers = 0  # of processes so far
+        self._said: set[tuple[str, str]] = set()  # (job, what it changes) that the operator has been told of
+
+    def take(self, request: Mapping[str, Any]) -> Steps:
+        """A Worker for `request`, to be given back. Waits for one that is free. Raises NotStarted."""
+        yield from self._slots.take()
+        try:
+            key = tuple(request.get(name) for name in LASTING)
+            worker = self._idle_one(key)
+            if worker is None:
+                self._make_room()
+                self._numbers += 1
+                lasting = dict(zip(LASTING, key, strict=True))
+                name = {"id": f"pool-{self._numbers}", "job": "(pool)", "limits": {}, "start": "pool"}
+                child = yield from self._link.fork({**name, **lasting})
+                worker = Worker(child, key, self._kernel.clock.monotonic())
+        except BaseException:
+            self._slots.give()
+            raise
+        worker.jobs += 1
+        return worker
+
+    def give_back(self, worker: Worker, attempt: Attempt, job: str) -> None:
+        """`worker` has run `job`, as `attempt` knows: keep it for the next, or retire it."""
+        done = attempt.done
+        if done is not None:
+            self._tell(job, done)
+        if done is not None and attempt.is_reusable and self._may_go_on(worker, done.memory_mib):
+            self._idle.append(worker)
+        else:
+            self._link.forget(worker.child)
+        self._slots.give()
+
+    def retire_idle(self) -> None:
+        """Retire all that run nothing now."""
+        while self._idle:
+            self._link.forget(self._idle.pop().child)
+
+    def _idle_one(self, key: tuple[Any, ...]) -> Worker | None:
+        for worker in reversed(self._idle):
+            if worker.key == key:
+                self._idle.remove(worker)
+                if self._may_go_on(worker, 0.0):
+                    return worker
+                self._link.forget(worker.child)
+        return None
+
+    def _make_room(self) -> None:
+        """Idle processes of another key give way, the one that has been idle longest first."""
+        busy = self._settings.size - self._slots.free  # with the one that is about to be forked
+        while self._idle and busy + len(self._idle) > self._settings.size:
+            self._link.forget(self._idle.pop(0).child)
+
+    def _may_go_on(self, worker: Worker, memory_mib: float) -> bool:
+        settings, child = self._settings, worker.child
+        age_s = self._kernel.clock.monotonic() - worker.began
+        spent = (
+            bool(settings.max_jobs and worker.jobs >= settings.max_jobs)
+            or bool(settings.max_memory_mib and memory_mib > settings.max_memory_mib)
+            or bool(settings.max_age_s and age_s >= settings.max_age_s)
+        )
+        return not spent and child.exit is None and self._link.is_current(child)
+
+    def _tell(self, job: str, done: Done) -> None:
+        """Once of each job and each thing that it changes."""
+        new = [(what, detail) for what, detail in done.changed if (job, what) not in self._said]
+        if not new:
+            return
+        self._said.update((job, what) for what, _ in new)
+        listed = "; ".join(f"{what} ({detail})" if detail else what for what, detail in new)
+        self._events.emit(
+            Warned(
+                f"{job} leaves its pool process changed, so that each of its runs costs a process: {listed}. Have it put things back, "
+                'or declare it start="fork"'
+            )
+        )

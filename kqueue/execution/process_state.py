@@ -1,0 +1,218 @@
+"""What of a process a job may leave changed for the next one that runs in it. For pool processes; the supervisor never loads it.
+
+`ProcessState` remembers how things are and says what is no longer so. A look costs some 40 µs, since it is taken after every job of
+a pool: everything is compared as a whole first, and only what differs is asked for its details.
+
+What Python cannot see is not looked at: C variables, memory, threads that ended; nor is what belongs to the application, such as
+its modules' variables.
+"""
+
+from __future__ import annotations
+
+import _locale
+import _signal  # signal.getsignal makes enums, at ten times the price
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+Changes = list[tuple[str, str]]  # (what of the process, in detail)
+
+_SIGNALS: Final = tuple(sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
+_RLIMITS: Final = {name: number for name, number in vars(resource).items() if name.startswith("RLIMIT_")}
+_TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
+_STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket")
+THREAD_PATIENCE_S: Final = 0.2  # the kernel counts a thread a little longer than join() waits
+
+
+class ProcessState:
+    """How this process is now. `changes` compares; `expect_…` tell of what is changed on purpose."""
+
+    def __init__(self) -> None:
+        self._handlers = [_signal.getsignal(number) for number in _SIGNALS]
+        self._environment = dict(_environment())
+        self._rlimits = _rlimits()
+        self._fds = _fd_numbers()
+        self._looks: list[tuple[Callable[[], Any], Callable[[Any, Any], Changes]]] = [
+            (look, tell)
+            for look, tell in (
+                (_directory, _plainly("the working directory")),
+                (_umask, lambda old, new: [("the umask", f"{old:04o}, now {new:04o}")]),
+                (_signal_mask, _plainly("the mask of blocked signals")),
+                (_wakeup_fd, _plainly("the wake-up fd of signals")),
+                (lambda: [_signal.getitimer(number) for number in _TIMERS.values()], _tell_timers),
+                (lambda: os.getpriority(os.PRIO_PROCESS, 0), _plainly("the niceness")),
+                (lambda: (os.getresuid(), os.getresgid()), _plainly("the user or group")),
+                (lambda: _locale.setlocale(_locale.LC_ALL, None), _plainly("the locale")),
+                (lambda: list(sys.path), lambda old, new: [("sys.path", str([path for path in new if path not in old])[:150])]),
+                (lambda: (sys.stdin, sys.stdout, sys.stderr), lambda old, new: [("sys.stdin, stdout or stderr", "")]),
+                (lambda: (sys.gettrace(), sys.getprofile()), lambda old, new: [("the trace or profile function", "")]),
+                (_fd_shape, lambda old, new: _tell_fds(self._fds)),
+                (_standard_fds, _tell_standard_fds),
+            )
+        ]
+        self._was = [look() for look, _ in self._looks]
+        self._threads = _threads()
+
+    def expect_environment(self, name: str, value: str) -> None:
+        self._environment[os.fsencode(name)] = os.fsencode(value)
+
+    def expect_handler(self, number: int, handler: Any) -> None:
+        self._handlers[_SIGNALS.index(number)] = handler
+
+    def expect_rlimits(self, rlimits: Mapping[int, tuple[int, int]]) -> None:
+        self._rlimits.update(rlimits)
+
+    def changes(self) -> Changes:
+        """What is not as it was."""
+        found: Changes = []
+        for (look, tell), was in zip(self._looks, self._was, strict=True):
+            now = look()
+            if now != was:
+                found += tell(was, now)
+        if _environment() != self._environment:
+            found += _tell_environment(self._environment, _environment())
+        if [_signal.getsignal(number) for number in _SIGNALS] != self._handlers:
+            found += self._tell_handlers()
+        if (now := _rlimits()) != self._rlimits:
+            found += [(name, f"{self._rlimits[n]}, now {now[n]}") for name, n in _RLIMITS.items() if now[n] != self._rlimits[n]]
+        return found + self._tell_threads() + _tell_children()
+
+    def _tell_handlers(self) -> Changes:
+        pairs = zip(_SIGNALS, self._handlers, strict=True)
+        return [(f"the handler of {_name(number)}", "") for number, was in pairs if _signal.getsignal(number) != was]
+
+    def _tell_threads(self) -> Changes:
+        deadline: float | None = None
+        while (threads := _threads()) != self._threads:
+            now = time.monotonic()
+            deadline = deadline or now + THREAD_PATIENCE_S
+            if now >= deadline or "threading" in sys.modules and len(sys._current_frames()) > self._threads:
+                return [("its threads", f"{threads - self._threads} more")]
+            time.sleep(0.001)
+        return []
+
+
+def _plainly(what: str) -> Callable[[Any, Any], Changes]:
+    return lambda old, new: [(what, f"{old}, now {new}")]
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "(removed)"
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def _signal_mask() -> set[int]:
+    return set(_signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+def _rlimits() -> dict[int, tuple[int, int]]:
+    getrlimit = resource.getrlimit
+    return {number: getrlimit(number) for number in _RLIMITS.values()}
+
+
+def _wakeup_fd() -> int:
+    fd = _signal.set_wakeup_fd(-1)
+    if fd >= 0:
+        _signal.set_wakeup_fd(fd)
+    return fd
+
+
+def _environment() -> dict[bytes, bytes]:
+    """The dict within os.environ: comparing that itself decodes every value."""
+    inner: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
+    return inner
+
+
+def _tell_environment(old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> Changes:
+    """Names alone: a value may be a secret."""
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return [("the environment", b", ".join(names).decode("utf-8", "replace"))]
+
+
+def _tell_timers(old: Any, new: Any) -> Changes:
+    return [("a timer", name) for name, was, now in zip(_TIMERS, old, new, strict=True) if was != now]
+
+
+def _fd_numbers() -> list[int]:
+    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if _file_of(fd) is not None]  # without that of the listing
+
+
+def _fd_shape() -> Any:
+    """How many are open, and the lowest that is free: as long as all stand below that, there is no other set of that shape.
+
+    Linux 6.2 and later tell the first as the size of a directory, at a third of the price of listing it.
+    """
+    count = os.stat("/proc/self/fd").st_size
+    if not count:
+        return _fd_numbers()
+    free = os.dup(0) if _file_of(0) is not None else 0
+    if free:
+        os.close(free)
+    return count, free
+
+
+def _tell_fds(was: list[int]) -> Changes:
+    now = _fd_numbers()
+    opened = [_link_of(fd) for fd in now if fd not in was]
+    closed = [str(fd) for fd in was if fd not in now]
+    both = (f"opened: {', '.join(opened)}" if opened else "", f"closed: {', '.join(closed)}" if closed else "")
+    return [("its open fds", "; ".join(part for part in both if part))]
+
+
+def _link_of(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return str(fd)
+
+
+def _standard_fds() -> list[tuple[int, int] | None]:
+    return [_file_of(fd) for fd in range(len(_STANDARD))]
+
+
+def _file_of(fd: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _tell_standard_fds(old: Any, new: Any) -> Changes:
+    return [("its open fds", name) for name, was, now in zip(_STANDARD, old, new, strict=True) if was != now]
+
+
+def _threads() -> int:
+    return os.stat("/proc/self/task").st_nlink - 2
+
+
+def _tell_children() -> Changes:
+    """Running ones, zombies, and the orphans of any of them: a pool process is their subreaper."""
+    try:
+        child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return []
+    if child is not None:
+        return [("its children", f"pid {child.si_pid} has ended, and nobody has waited for it")]
+    with open("/proc/thread-self/children") as file:
+        pids = file.read().split()
+    return [("its children", f"pid {', '.join(pids)}")]
