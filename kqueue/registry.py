@@ -21,8 +21,10 @@ class Registration(NamedTuple):
 
     @property
     def isolated(self) -> bool:
-        """Whether it runs in a child: as declared, else by the kind of its handler."""
-        return not self.cooperative if self.options.isolated is None else self.options.isolated
+        """Whether it runs in a child: as declared, as it must where it says how it starts, else by the kind of its handler."""
+        if self.options.isolated is not None:
+            return self.options.isolated
+        return not self.cooperative or self.options.start is not None
 
     @property
     def lane(self) -> str:
@@ -120,6 +122,8 @@ def register(target: Callable[..., Any], name: str, handler: Any, values: Mappin
         raise UsageError(f"a job's name is a printable text of 1 to 255 characters, not {name!r:.60}; give it a name=")
     try:
         options = checked_options(values)
+        if options.isolated is False and options.start is not None:
+            raise UsageError(f"isolated=False and start={options.start!r} contradict each other; leave one out")
         registration = Registration(name, options, target, _is_cooperative(handler, name), target.__module__)
     except UsageError as error:
         raise UsageError(f"job {name!r}: {error}") from None

@@ -33,7 +33,7 @@ from .events import Events
 from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
-from .execution.pool import PoolSettings
+from .execution.pool import DEFAULTS, PoolSettings
 from .ids import new_id
 from .instance import SlicePage
 from .intake import Intake
@@ -71,7 +71,7 @@ class KQueueRuntime:
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
-        default_start: str = "fork", pool: PoolSettings = PoolSettings(),
+        default_start: str = "fork", pool: PoolSettings = DEFAULTS,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
     ) -> None:  # fmt: skip

@@ -296,8 +296,8 @@ class Attempt:
         """
         undisturbed = self._done is not None and not self._done.changed and self._why in ("", "lingering")
         memory = isinstance(self._said, Failure) and self._said.cause == "memory"
-        whole = self._garbage is None and self._is_drained and self._listens == READ and not self._outbox and self._frames.is_empty
-        return undisturbed and whole and not memory
+        heard_out = self._garbage is None and self._is_drained and self._listens == READ
+        return undisturbed and not memory and heard_out and not self._outbox and self._frames.is_empty
 
     @property
     def done(self) -> Done | None:

@@ -117,7 +117,8 @@ def _done(payload: bytes) -> Done:
     _wanted(all(isinstance(n, (int, float)) and isfinite(n) and n >= 0 for n in numbers), "an end without its figures")
     pairs = [(what, detail) for what, detail in changed[:MAX_CHANGES]]
     _wanted(all(isinstance(text, str) for pair in pairs for text in pair), "an end that tells of no text")
-    return Done(token, *map(float, numbers), changed=[(what[:100], detail[:200]) for what, detail in pairs])
+    user_s, system_s, peak_mib, memory_mib = map(float, numbers)
+    return Done(token, user_s, system_s, peak_mib, memory_mib, [(what[:100], detail[:200]) for what, detail in pairs])
 
 
 def _progress(payload: bytes) -> Progress:

@@ -21,7 +21,7 @@ from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
 from .link import Child, TemplateLink
-from .pool import Pool, PoolSettings, Worker
+from .pool import DEFAULTS, Pool, PoolSettings, Worker
 
 Steps = Generator[Any, Any, Any]
 MAX_FILES: Final = 1024  # open files of a job
@@ -41,7 +41,7 @@ class IsolatedExecutionStrategy:
 
     def __init__(
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
-        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, default_start: str = "fork", pool: PoolSettings = PoolSettings(),
+        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, default_start: str = "fork", pool: PoolSettings = DEFAULTS,
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
         self.link = TemplateLink(kernel, events)

@@ -8,6 +8,7 @@ import ctypes
 import os
 import resource
 from collections.abc import Mapping
+from math import ceil
 from typing import Final
 
 MIB: Final = 1024 * 1024
@@ -64,7 +65,7 @@ def apply_to_run(limits: Mapping[str, float], data_bytes: int) -> dict[int, tupl
     }
     if limits.get("max_cpu"):
         used = resource.getrusage(resource.RUSAGE_SELF)
-        wanted[resource.RLIMIT_CPU] = int(used.ru_utime + used.ru_stime) + max(1, int(limits["max_cpu"]))
+        wanted[resource.RLIMIT_CPU] = ceil(used.ru_utime + used.ru_stime + max(1.0, limits["max_cpu"]))
     stand = {}
     for which, soft in wanted.items():
         hard = resource.getrlimit(which)[1]

@@ -1,11 +1,11 @@
-"""The pool: warm processes, forked from the template, that run one job after another. Here is who runs in which, and how long one lives.
+"""The pool: warm processes, forked from the template, that run one job after another; who runs in which, and how long one lives.
 
     forked --take--> busy --give_back--> idle --take--> busy …
                       |                    |
-                      +----- retired ------+      by jobs, age, memory, a trace that a job left, an interruption, a new template
+                      +----- retired ------+     by jobs, age, memory, a trace that a job left, an interruption, a new template
 
-A process is forked when a job wants one and none is idle; the one that ran last is taken first, since its caches are warm. One that is
-retired is killed: between two jobs it has nothing that could be lost. What happens in a run is `attempt.py`'s business.
+A process is forked when a job wants one and none is idle; the one that ran last is taken first, since its caches are warm. One
+that is retired is killed: between two jobs it has nothing that could be lost. What happens in a run is `attempt.py`'s business.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class PoolSettings(NamedTuple):
     max_jobs: int = 1000
     max_memory_mib: int = 256  # resident after a job
     max_age_s: float = 3600.0
+
+
+DEFAULTS: Final = PoolSettings()
 
 
 class Worker:
@@ -128,7 +131,7 @@ class Pool:
         listed = "; ".join(f"{what} ({detail})" if detail else what for what, detail in new)
         self._events.emit(
             Warned(
-                f"{job} leaves its pool process changed, so that each of its runs costs a process: {listed}. Have it put things back, "
-                'or declare it start="fork"'
+                f"{job} leaves its pool process changed, so that each of its runs costs a process: {listed}. "
+                'Have it put things back, or declare it start="fork"'
             )
         )

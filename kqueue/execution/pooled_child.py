@@ -12,16 +12,19 @@ import os
 import resource
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import copy_context
-from signal import SIG_IGN, SIGTERM
-from typing import Any
+from signal import SIG_IGN, SIGKILL, SIGTERM
+from typing import Any, Final
 
 from setproctitle import setproctitle
 
 from .. import codec
 from . import limits, wire
 from .child import Run
-from .process_state import Changes, ProcessState
+from .process_state import CHILDREN, Changes, ProcessState
+
+PASSES: Final = 100  # over the processes that a job has left; then the supervisor's kill has to do
 
 
 def serve(supervisor: socket.socket) -> int:
@@ -57,6 +60,8 @@ class _Pooled:
         def farewell() -> bytes:
             changes = state.changes() + ([] if run.kept_sigterm else [("the handler of SIGTERM", "")])
             limits.lift_memory()
+            if any(what == CHILDREN for what, _ in changes):
+                _end_children()
             return wire.frame(wire.DONE, codec.to_json(self._done(request["token"], before, changes)))
 
         copy_context().run(run.attempt, wire.RUN, job, farewell)
@@ -68,6 +73,32 @@ class _Pooled:
         peak_mib = after[2] / 1024 if after[2] > before[2] else self._memory / limits.MIB
         used = [max(0.0, round(after[n] - before[n], 6)) for n in (0, 1)]
         return [token, *used, round(peak_mib, 3), round(self._memory / limits.MIB, 3), changes]
+
+
+def _end_children() -> None:
+    """All that the job has left running, while they are still our descendants: orphans have become our children."""
+    for _ in range(PASSES):  # they may fork between the look and the kill
+        pids = _descendants(os.getpid())
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, SIGKILL)
+        try:
+            while pids and os.waitpid(-1, 0):
+                continue
+        except ChildProcessError:
+            return
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):  # it has ended meanwhile
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                children = [int(word) for word in file.read().split()]
+            found += children
+            for child in children:
+                found += _descendants(child)
+    return found
 
 
 def _used() -> tuple[float, float, int]:

@@ -1,7 +1,7 @@
 """What of a process a job may leave changed for the next one that runs in it. For pool processes; the supervisor never loads it.
 
-`ProcessState` remembers how things are and says what is no longer so. A look costs some 40 µs, since it is taken after every job of
-a pool: everything is compared as a whole first, and only what differs is asked for its details.
+`ProcessState` remembers how things are and says what is no longer so. It looks after every job of a
+pool, and takes some 40 µs: everything is compared as a whole first, and only what differs is asked for its details.
 
 What Python cannot see is not looked at: C variables, memory, threads that ended; nor is what belongs to the application, such as
 its modules' variables.
@@ -10,7 +10,7 @@ its modules' variables.
 from __future__ import annotations
 
 import _locale
-import _signal  # signal.getsignal makes enums, at ten times the price
+import _signal  # type: ignore[import-not-found]  # signal.getsignal makes enums, at ten times the price
 import os
 import resource
 import signal
@@ -25,6 +25,7 @@ _SIGNALS: Final = tuple(sorted(int(number) for number in signal.valid_signals() 
 _RLIMITS: Final = {name: number for name, number in vars(resource).items() if name.startswith("RLIMIT_")}
 _TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
 _STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket")
+CHILDREN: Final = "its children"
 THREAD_PATIENCE_S: Final = 0.2  # the kernel counts a thread a little longer than join() waits
 
 
@@ -90,7 +91,7 @@ class ProcessState:
         while (threads := _threads()) != self._threads:
             now = time.monotonic()
             deadline = deadline or now + THREAD_PATIENCE_S
-            if now >= deadline or "threading" in sys.modules and len(sys._current_frames()) > self._threads:
+            if now >= deadline or len(sys._current_frames()) > self._threads:
                 return [("its threads", f"{threads - self._threads} more")]
             time.sleep(0.001)
         return []
@@ -130,7 +131,7 @@ def _rlimits() -> dict[int, tuple[int, int]]:
 
 
 def _wakeup_fd() -> int:
-    fd = _signal.set_wakeup_fd(-1)
+    fd: int = _signal.set_wakeup_fd(-1)
     if fd >= 0:
         _signal.set_wakeup_fd(fd)
     return fd
@@ -212,7 +213,7 @@ def _tell_children() -> Changes:
     except ChildProcessError:
         return []
     if child is not None:
-        return [("its children", f"pid {child.si_pid} has ended, and nobody has waited for it")]
+        return [(CHILDREN, f"pid {child.si_pid} has ended, and nobody has waited for it")]
     with open("/proc/thread-self/children") as file:
         pids = file.read().split()
-    return [("its children", f"pid {', '.join(pids)}")]
+    return [(CHILDREN, f"pid {', '.join(pids)}")]
