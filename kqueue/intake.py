@@ -70,6 +70,11 @@ class _Share:
         """It brought less than it was asked for, so it has no more. One that was asked for nothing may have some."""
         return self.came < self.asked
 
+    @property
+    def empty(self) -> bool:
+        """It was asked, and brought nothing at all."""
+        return self.asked > 0 and not self.came
+
     def ask(self, count: int) -> None:
         """It is about to be asked for `count` jobs."""
         if self.dry:
@@ -152,6 +157,11 @@ class Intake:
         limits = [(self._concurrent, self.total_running)]
         limits += [(queue.spec.max_concurrent, queue.running) for queue in self._queues.values()]
         return all(used < limit for limit, used in limits if limit)
+
+    def may_get_more(self) -> bool:
+        """Whether another round could bring something: there is a free slot, for which not every queue has just had nothing."""
+        free = [lane for lane, slots in self._slots.items() if self.running[lane] < slots]
+        return any(not queue.shares[lane].empty for queue in self._queues.values() for lane in free)
 
     def order(self) -> list[str]:
         """The queues in the order in which to ask them now; one twice, when both its lanes have a chance of one job only."""

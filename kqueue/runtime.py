@@ -230,7 +230,9 @@ class KQueueRuntime:
             took, next_due_s = yield from self._reserve()
             if took:
                 yield  # let them run before more are taken
-                continue
+                if self._nudged or self._intake.may_get_more():
+                    continue
+                self._sated = self._intake.has_slots()  # it has not, so that a slot that is freed is news
             if self._is_finished():
                 self.stop("burst" if self._burst else "max-jobs")
                 return

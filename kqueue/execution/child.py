@@ -6,6 +6,7 @@ is followed by a look at the parent, which may have died just before.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal.signal makes enums, at ten times the price
 import importlib
 import os
 import signal
@@ -117,7 +118,7 @@ class Run:
 
     def attempt(self, kind: int, payload: bytes, farewell: Callable[[], bytes] = bytes) -> None:
         """Do what a frame says and report it. `farewell`: a frame to send after that, and the last moment to look around."""
-        signal.signal(signal.SIGTERM, self.terminated)
+        _signal.signal(signal.SIGTERM, self.terminated)
         failed: BaseException | None = None  # its error, where a retry would need a backoff
         try:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
@@ -127,8 +128,7 @@ class Run:
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
             answer = wire.frame(wire.FAILURE, codec.to_json(fields))
         self._is_over = True  # what is left is to say so
-        self.kept_sigterm = signal.getsignal(signal.SIGTERM) == self.terminated
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.kept_sigterm = _signal.signal(signal.SIGTERM, _signal.SIG_IGN) == self.terminated
         flush()
         if failed is not None and callable(self._backoff):
             # After the failure was said: a function that blocks costs its own answer, and whoever lingers is killed.

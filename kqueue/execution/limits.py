@@ -51,35 +51,42 @@ def apply(limits: Mapping[str, float]) -> None:
         _lower(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU, and SIGKILL a second later
 
 
-def apply_to_run(limits: Mapping[str, float], data_bytes: int) -> dict[int, tuple[int, int]]:
-    """Put the limits of one run on a process that will have others: soft ones only, since no hard one could be raised again.
+class RunLimits:
+    """The limits of one run on a process that will have others: soft ones only, since no hard one could be raised again.
 
-    `data_bytes`: what `data_size` says now. Returns what stands then, by RLIMIT number. A run that has used up its `max_cpu` is
-    killed by SIGXCPU, and the process with it.
+    A run that has used up its `max_cpu` is killed by SIGXCPU, and the process with it. What a limit is already is not set again,
+    and no hard one is asked for twice: who lowers it costs the process.
     """
-    wanted = {
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_DATA: data_bytes + int((limits["max_memory"] + limits["memory_headroom"]) * MIB),
-        resource.RLIMIT_NOFILE: int(limits["max_files"]),
-        resource.RLIMIT_CPU: resource.RLIM_INFINITY,
-    }
-    if limits.get("max_cpu"):
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        wanted[resource.RLIMIT_CPU] = ceil(used.ru_utime + used.ru_stime + max(1.0, limits["max_cpu"]))
-    stand = {}
-    for which, soft in wanted.items():
-        hard = resource.getrlimit(which)[1]
-        if hard != resource.RLIM_INFINITY:
-            soft = hard if soft == resource.RLIM_INFINITY else min(soft, hard)
-        resource.setrlimit(which, (soft, hard))
-        stand[which] = (soft, hard)
-    return stand
+
+    def __init__(self) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        self._hard = {which: resource.getrlimit(which)[1] for which in (resource.RLIMIT_DATA, *_SET_ONCE)}
+        self._soft: dict[int, int] = {}
+
+    def apply(self, limits: Mapping[str, float], data_bytes: int, cpu_s: float) -> dict[int, tuple[int, int]]:
+        """Before a run. `data_bytes`: what RLIMIT_DATA counts now; `cpu_s`: what the process has used. What stands, by number."""
+        wanted = {
+            resource.RLIMIT_DATA: data_bytes + int((limits["max_memory"] + limits["memory_headroom"]) * MIB),
+            resource.RLIMIT_NOFILE: int(limits["max_files"]),
+            resource.RLIMIT_CPU: ceil(cpu_s + max(1.0, limits["max_cpu"])) if limits.get("max_cpu") else resource.RLIM_INFINITY,
+        }
+        return {which: self._set(which, soft) for which, soft in wanted.items()}
+
+    def lift_memory(self) -> None:
+        """The run is over: what is said of it is not to fail for want of memory."""
+        self._set(resource.RLIMIT_DATA, resource.RLIM_INFINITY)
+
+    def _set(self, which: int, soft: int) -> tuple[int, int]:
+        hard = self._hard[which]
+        if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
+            soft = hard
+        if self._soft.get(which) != soft:
+            resource.setrlimit(which, (soft, hard))
+            self._soft[which] = soft
+        return soft, hard
 
 
-def lift_memory() -> None:
-    """The run is over: what is said of it is not to fail for want of memory."""
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+_SET_ONCE: Final = (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)  # most jobs agree on them
 
 
 def statm() -> tuple[int, int]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import copy_context
 from signal import SIG_IGN, SIGKILL, SIGTERM
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from setproctitle import setproctitle
 
@@ -24,6 +24,7 @@ from . import limits, wire
 from .child import Run
 from .process_state import CHILDREN, Changes, ProcessState
 
+LOOK_ANEW: Final = 50  # runs, at the most, after which the memory is measured again
 PASSES: Final = 100  # over the processes that a job has left; then the supervisor's kill has to do
 
 
@@ -40,39 +41,53 @@ def serve(supervisor: socket.socket) -> int:
         pool.run(codec.from_json(request), job)
 
 
+class _Used(NamedTuple):
+    """What this process has used until now. CPU in seconds, with the children that it waited for; memory in KiB."""
+
+    user_s: float
+    system_s: float
+    peak_kib: int
+
+
 class _Pooled:
     def __init__(self, supervisor: socket.socket) -> None:
         self._socket = supervisor
-        self._memory, self._data = limits.statm()  # bytes, after the last run
+        self._limits = limits.RunLimits()
+        self._used = _used()  # until the end of the last run
+        self._memory, self._data = limits.statm()  # bytes
+        self._runs = 0
         self._state = ProcessState()
 
     def run(self, request: Mapping[str, Any], job: bytes) -> None:
         """One job, from its limits to its last frame."""
-        state = self._state
+        state, used = self._state, self._used
         os.environ["KQUEUE_JOB_ID"] = request["id"]
         state.expect_environment("KQUEUE_JOB_ID", request["id"])
         setproctitle(f"kqueued: job {request['job']} {request['id']}")
         run = Run(request, self._socket)
         state.expect_handler(SIGTERM, SIG_IGN)
-        state.expect_rlimits(limits.apply_to_run(request["limits"], self._data))
-        before = _used()
+        state.expect_rlimits(self._limits.apply(request["limits"], self._data, used.user_s + used.system_s))
 
         def farewell() -> bytes:
             changes = state.changes() + ([] if run.kept_sigterm else [("the handler of SIGTERM", "")])
-            limits.lift_memory()
+            self._limits.lift_memory()
             if any(what == CHILDREN for what, _ in changes):
                 _end_children()
-            return wire.frame(wire.DONE, codec.to_json(self._done(request["token"], before, changes)))
+            return wire.frame(wire.DONE, codec.to_json(self._done(request["token"], changes)))
 
         copy_context().run(run.attempt, wire.RUN, job, farewell)
 
-    def _done(self, token: str, before: tuple[float, float, int], changes: Changes) -> list[Any]:
-        """See child_frames.Done. `ru_maxrss` is the peak of a life: it is this run's where it has risen."""
-        after = _used()
-        self._memory, self._data = limits.statm()
-        peak_mib = after[2] / 1024 if after[2] > before[2] else self._memory / limits.MIB
-        used = [max(0.0, round(after[n] - before[n], 6)) for n in (0, 1)]
-        return [token, *used, round(peak_mib, 3), round(self._memory / limits.MIB, 3), changes]
+    def _done(self, token: str, changes: Changes) -> list[Any]:
+        """See child_frames.Done. The peak is that of a life: it is this run's where it has risen, which is when to look anew."""
+        before, after = self._used, _used()
+        self._used = after
+        self._runs += 1
+        rose = after.peak_kib > before.peak_kib
+        if rose or self._runs % LOOK_ANEW == 0:
+            self._memory, self._data = limits.statm()
+        peak_mib = after.peak_kib / 1024 if rose else self._memory / limits.MIB
+        used = (max(0.0, after.user_s - before.user_s), max(0.0, after.system_s - before.system_s))
+        return [token, *used, peak_mib, self._memory / limits.MIB, changes]
 
 
 def _end_children() -> None:
@@ -101,7 +116,6 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _used() -> tuple[float, float, int]:
-    """CPU seconds in user and system mode, of this process and of the children it waited for; its peak memory, KiB."""
+def _used() -> _Used:
     own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + others.ru_utime, own.ru_stime + others.ru_stime, own.ru_maxrss
+    return _Used(own.ru_utime + others.ru_utime, own.ru_stime + others.ru_stime, own.ru_maxrss)

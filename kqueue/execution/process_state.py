@@ -22,7 +22,8 @@ from typing import Any, Final
 Changes = list[tuple[str, str]]  # (what of the process, in detail)
 
 _SIGNALS: Final = tuple(sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
-_RLIMITS: Final = {name: number for name, number in vars(resource).items() if name.startswith("RLIMIT_")}
+_RLIMITS: Final = {name: number for name, number in vars(resource).items() if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"}
+_RLIMIT_NUMBERS: Final = tuple(_RLIMITS.values())
 _TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
 _STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket")
 CHILDREN: Final = "its children"
@@ -33,9 +34,9 @@ class ProcessState:
     """How this process is now. `changes` compares; `expect_…` tell of what is changed on purpose."""
 
     def __init__(self) -> None:
-        self._handlers = [_signal.getsignal(number) for number in _SIGNALS]
+        self._handlers = [*map(_signal.getsignal, _SIGNALS)]
         self._environment = dict(_environment())
-        self._rlimits = _rlimits()
+        self._rlimits = _rlimits()  # in the order of _RLIMITS
         self._fds = _fd_numbers()
         self._looks: list[tuple[Callable[[], Any], Callable[[Any, Any], Changes]]] = [
             (look, tell)
@@ -65,7 +66,8 @@ class ProcessState:
         self._handlers[_SIGNALS.index(number)] = handler
 
     def expect_rlimits(self, rlimits: Mapping[int, tuple[int, int]]) -> None:
-        self._rlimits.update(rlimits)
+        for number, pair in rlimits.items():
+            self._rlimits[_RLIMIT_NUMBERS.index(number)] = pair
 
     def changes(self) -> Changes:
         """What is not as it was."""
@@ -76,10 +78,11 @@ class ProcessState:
                 found += tell(was, now)
         if _environment() != self._environment:
             found += _tell_environment(self._environment, _environment())
-        if [_signal.getsignal(number) for number in _SIGNALS] != self._handlers:
+        if [*map(_signal.getsignal, _SIGNALS)] != self._handlers:
             found += self._tell_handlers()
         if (now := _rlimits()) != self._rlimits:
-            found += [(name, f"{self._rlimits[n]}, now {now[n]}") for name, n in _RLIMITS.items() if now[n] != self._rlimits[n]]
+            rows = zip(_RLIMITS, self._rlimits, now, strict=True)
+            found += [(name, f"{was}, now {is_now}") for name, was, is_now in rows if was != is_now]
         return found + self._tell_threads() + _tell_children()
 
     def _tell_handlers(self) -> Changes:
@@ -125,9 +128,8 @@ def _signal_mask() -> set[int]:
     return set(_signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
-def _rlimits() -> dict[int, tuple[int, int]]:
-    getrlimit = resource.getrlimit
-    return {number: getrlimit(number) for number in _RLIMITS.values()}
+def _rlimits() -> list[tuple[int, int]]:
+    return [*map(resource.getrlimit, _RLIMIT_NUMBERS)]
 
 
 def _wakeup_fd() -> int:
