@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
+from .commands import Command
 from .errors import ConfigError
 
 
@@ -40,6 +41,7 @@ class JobsConfig(NamedTuple):
     modules: tuple[str, ...]
     isolated_modules: tuple[str, ...]
     unknown: str  # "retry" | "bury"
+    commands: tuple[Command, ...]
 
 
 class InlineConfig(NamedTuple):
@@ -135,6 +137,9 @@ class Config(NamedTuple):
         fields = dict(plain)
         fields |= {section: _record(section, plain[section]) for section in SECTIONS if "." not in section}
         queue: QueueConfig = fields["queue"]
+        jobs: JobsConfig = fields["jobs"]
+        commands = [Command(**{**each, "command": tuple(each["command"])}) for each in plain["jobs"]["commands"]]
+        fields["jobs"] = jobs._replace(commands=tuple(commands))
         fields["queue"] = queue._replace(names=tuple(QueueSpec(**spec) for spec in plain["queue"]["names"]))
         return cls(**fields)
 

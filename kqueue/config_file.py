@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from .commands import Command
 from .config import SECTIONS, Config, QueueSpec, line_of
 from .errors import ConfigError, UsageError, nearest
 from .settings import (
     BY_KEY,
+    COMMAND_SETTINGS,
+    COMMANDS,
     NAMES,
     NOT_YET,
     QUEUE,
@@ -98,7 +101,8 @@ def _built(values: dict[str, Any], source: _Source) -> Config:
 
 
 def _read(setting: Setting, value: Any, source: _Source) -> Any:
-    return _queues(value, source) if setting.kind is NAMES else source.read(setting.kind, setting.key, value)
+    read = {NAMES: _queues, COMMANDS: _commands}.get(setting.kind)
+    return read(value, source) if read is not None else source.read(setting.kind, setting.key, value)
 
 
 def _settings(tree: Mapping[str, Any], source: _Source, above: str = "") -> Iterator[tuple[Setting, Any]]:
@@ -147,6 +151,35 @@ def _queue(given: Any, key: str, source: _Source) -> dict[str, Any]:
         if name not in kinds:
             raise _unknown(source, f"{key}.{name}", list(kinds))
     return {name: source.read(kinds[name], f"{key}.{name}", value) for name, value in given.items()}
+
+
+def _commands(given: Any, source: _Source) -> tuple[Command, ...]:
+    if given is None:  # all of it is commented out
+        return ()
+    if not isinstance(given, Mapping):
+        raise source.error("jobs.commands", f"jobs.commands must be {COMMANDS.allowed}, not {_shown(given)}")
+    return tuple(_command(name, fields, source) for name, fields in given.items())
+
+
+def _command(name: str, given: Any, source: _Source) -> Command:
+    key = f"jobs.commands.{name}"
+    if not isinstance(given, Mapping) or "command" not in given:
+        raise source.error(key, f"{key} must say its command: write {name}: {{command: [program, argument, …]}}")
+    if "." in name or not 0 < len(name) <= 255 or not name.isprintable():  # a dot would make two levels of it
+        raise source.error(key, f"{key}: a command's name is a printable text of 1 to 255 characters without dots")
+    kinds = {setting.key: setting.kind for setting in COMMAND_SETTINGS}
+    for each in given:
+        if each not in kinds:
+            raise _unknown(source, f"{key}.{each}", list(kinds))
+    read = {each: source.read(kinds[each], f"{key}.{each}", value) for each, value in given.items()}
+    program, *rest = read.pop("command") or ("",)
+    if "/" in program:
+        program = os.path.join(source.directory, program)
+    ways = {way: read.pop(way) for way in ("stdin", "result") if way in read}
+    try:
+        return Command(name, (program, *rest) if program else (), options=read, **ways).checked()
+    except UsageError as error:
+        raise source.error(f"{key}.command", f"{key}.command: {error}") from None
 
 
 def _url(values: Mapping[str, Any], source: _Source, url_given: bool) -> str:

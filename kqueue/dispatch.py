@@ -11,11 +11,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .codec import MAX_BYTES, OPTIONS, Envelope, encode
+from .commands import check_arguments
 from .errors import UsageError
 from .ids import new_id
 from .job import BoundJob
 from .options import JobOptions
-from .registry import Registration
+from .registry import Parameters, Registration
 from .retries import COMPUTED
 from .signing import Keys
 
@@ -55,6 +56,8 @@ def prepare(
         merged = check(merged, bound.name)
     if arguments_too and registration is not None and registration.target is not None:
         _check_arguments(registration, bound)
+    if registration is not None and registration.parameters is not None:
+        _check_parameters(registration, registration.parameters, bound)
     now = time.time()
     options = {name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS}
     if dispatch.retry_until is not None:
@@ -88,6 +91,13 @@ def _check_arguments(registration: Registration, bound: BoundJob) -> None:
         raise UsageError(f"the arguments do not fit job {registration.name!r}{known}: {error}") from None
 
 
+def _check_parameters(registration: Registration, parameters: Parameters, bound: BoundJob) -> None:
+    try:
+        check_arguments(parameters, bound.args, bound.kwargs)
+    except UsageError as error:
+        raise UsageError(f"the arguments do not fit command {registration.name!r}{parameters}: {error}") from None
+
+
 def describe(registration: Registration) -> dict[str, Any]:
     """A job as the manifest carries it: JSON values."""
     options = registration.options
@@ -97,6 +107,7 @@ def describe(registration: Registration) -> dict[str, Any]:
         "cooperative": registration.cooperative,
         "module": registration.module,
         "signature": registration.signature,
+        "parameters": None if registration.parameters is None else registration.parameters._asdict(),
     }
 
 
@@ -119,4 +130,6 @@ def _signature(target: Callable[..., Any] | None) -> Any:
 def undescribe(fields: Mapping[str, Any]) -> Registration:
     """The inverse of `describe`, without the code, and without options that a later version may have added."""
     options = JobOptions(**{name: value for name, value in fields["options"].items() if name in JobOptions._fields})
-    return Registration(fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"])
+    known = fields.get("parameters")  # an earlier version has none
+    parameters = None if known is None else Parameters(tuple(known["names"]), bool(known["more"]))
+    return Registration(fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"], parameters)

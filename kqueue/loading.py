@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import Refused
+from .commands import Command
+from .errors import DuplicateJob, Refused, UsageError
 from .registry import registry
 from .security import SecurityConfig, check_handler_path, check_module_path, find_module_file
 
@@ -53,6 +54,15 @@ def import_modules(key: str, modules: Sequence[str], search_path: Sequence[str],
             raise ImportFailed(f"{key}.{index}", _why(module, error, search_path)) from None
 
 
+def register_commands(commands: Sequence[Command]) -> None:
+    """Make jobs of `jobs.commands`. Raises ImportFailed."""
+    for command in commands:
+        try:
+            registry.add(command.registration())
+        except (UsageError, DuplicateJob) as error:
+            raise ImportFailed(f"jobs.commands.{command.name}", str(error)) from None
+
+
 def import_script(file: str) -> None:
     """Import the script that embeds a runtime, under another name than `__main__`, so that its main part does not run again."""
     from importlib.util import module_from_spec, spec_from_file_location
@@ -76,7 +86,7 @@ def template_config(
     main_file = None
     if not modules and not isolated_modules:
         path = [entry or os.getcwd() for entry in sys.path]
-        defined_in = sorted({registration.module for registration in registry})
+        defined_in = sorted({registration.module for registration in registry if registration.parameters is None})
         if "__main__" in defined_in:
             main_file = getattr(sys.modules["__main__"], "__file__", None)
         modules = [module for module in defined_in if module != "__main__"]

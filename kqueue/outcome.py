@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .errors import EnvelopeError
+
 if TYPE_CHECKING:
     from .dispatch import NewJob
 
@@ -68,6 +70,28 @@ class Outcome(NamedTuple):
 
 # Not in a certificate: the first two are kept elsewhere, and of the others `why` tells what came of them.
 _NOT_TOLD: Final = ("result", "follow_ups", "asked", "retry_in_s", "backoff_s", "backoff_failed")
+
+
+def command_outcome(name: str, code: int, printed: bytes | bytearray | None, tail: str) -> Outcome:
+    """Of a command that exited with `code`. `printed`: what is to be its result, as JSON; None: it has none."""
+    if code:
+        last = tail.rstrip().rpartition("\n")[2]
+        return Outcome("exit", exit_code=code, error=_plain("CommandFailed", f"{name} exited with status {code}: {last[:400]}"))
+    if printed is None:
+        return Outcome("ok", exit_code=code, result=b"null")
+    from .codec import MAX_BYTES, from_json
+
+    try:
+        if len(printed) > MAX_BYTES:
+            raise EnvelopeError(f"more than {MAX_BYTES} bytes")
+        from_json(bytes(printed))
+    except EnvelopeError as error:
+        return Outcome("exception", exit_code=code, error=_plain("ResultNotJSON", f"what {name} printed is no result: {error}"))
+    return Outcome("ok", exit_code=code, result=bytes(printed))
+
+
+def _plain(kind: str, message: str) -> dict[str, Any]:
+    return {"class": kind, "message": message, "traceback": "", "mro": [kind]}
 
 
 def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, Any]:

@@ -5,8 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from .errors import ArgumentsDoNotFit, DuplicateJob, JobNotFound, UsageError
+from .errors import ArgumentsDoNotFit, DuplicateJob, JobNotFound, UsageError, nearest
 from .options import JobOptions, checked_options
+
+
+class Parameters(NamedTuple):
+    """What a job takes whose code no process of KQueue has: a command. `more`: and any others by name."""
+
+    names: tuple[str, ...]
+    more: bool = False
+
+    def __str__(self) -> str:
+        return f"({', '.join([*self.names, *(['**more'] if self.more else [])])})"
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name; those without one stand in the order of `names`. Raises UsageError."""
+        if len(args) > len(self.names):
+            raise UsageError(f"it takes {len(self.names)} arguments without a name, and was given {len(args)}")
+        given = dict(zip(self.names, args, strict=False))
+        if twice := [name for name in given if name in kwargs]:
+            raise UsageError(f"it was given {', '.join(map(repr, twice))} twice")
+        given.update(kwargs)
+        if missing := [name for name in self.names if name not in given]:
+            raise UsageError(f"it lacks {', '.join(map(repr, missing))}")
+        if not self.more and (unknown := [name for name in given if name not in self.names]):
+            raise UsageError(f"it takes no {', '.join(map(repr, unknown))}{nearest(unknown[0], self.names)}")
+        return given
 
 
 class Registration(NamedTuple):
@@ -18,6 +42,7 @@ class Registration(NamedTuple):
     cooperative: bool  # its handler is a generator or coroutine function
     module: str
     signature: str = ""  # for people: "(to: str)"
+    parameters: Parameters | None = None  # of a command; None: it is Python, and its code says them
 
     @property
     def isolated(self) -> bool:
@@ -68,9 +93,11 @@ class Registry:
     def learn(self, registration: Registration) -> None:
         """Take a job from the template's manifest. One whose code is not here can run in a child only.
 
-        Of one whose code is here already, only how its signature reads is new.
+        Of one whose code is here already, only how its signature reads is new. DuplicateJob when a command has its name.
         """
         known = self._jobs.get(registration.name)
+        if known is not None and known.parameters is not None:
+            self.add(registration)  # which refuses
         if known is not None and known.target is not None:
             self._jobs[registration.name] = known._replace(signature=registration.signature)
         else:

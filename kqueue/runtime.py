@@ -25,6 +25,7 @@ from . import signing
 from .brokers import open_broker
 from .brokers.base import LEASE_S, NO_RETENTION, STALE, Broker, Lease, Owner, Retention
 from .codec import decode
+from .commands import Command
 from .config import QueueSpec
 from .context import JobContext
 from .dispatch import prepare
@@ -40,7 +41,7 @@ from .intake import Intake
 from .job import BoundJob
 from .kernel import Abandoned, Clock, Kernel, Park, Task, join, sleep
 from .kernel.signals import Signals
-from .loading import template_config
+from .loading import register_commands, template_config
 from .options import JobOptions
 from .outbox import Outbox
 from .outcome import Outcome, describe_error
@@ -71,7 +72,7 @@ class KQueueRuntime:
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
-        default_start: str = "fork", pool: PoolSettings = DEFAULTS,
+        default_start: str = "fork", pool: PoolSettings = DEFAULTS, commands: Sequence[Command] = (),
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
     ) -> None:  # fmt: skip
@@ -83,6 +84,7 @@ class KQueueRuntime:
         self.broker = open_broker(broker, self._upkeep.broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
         self.keys = None if self.security.signing_key_file is None else signing.load(self.security.signing_key_file)
+        register_commands(commands)
         self.state = "starting"
         self.exit_code = 0
         self.processed = 0  # attempts that ended, whatever came of them
@@ -105,6 +107,7 @@ class KQueueRuntime:
         self.isolated = IsolatedExecutionStrategy(
             self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
             kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib, default_start=default_start, pool=pool,
+            commands=commands,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, Final, NamedTuple
 
+from .commands import RESULTS, STDIN
 from .errors import UsageError, nearest
-from .options import QUEUE_NAME, STARTS
+from .options import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME, STARTS
 
 MIB: Final = 1024 * 1024
 _LONGEST_S: Final = 3650 * 86400.0  # ten years: longer is a slip of the pen
@@ -131,6 +132,17 @@ def _read_mib(value: Any, directory: str) -> int:
     return size // MIB
 
 
+def _read_some_mib(value: Any, directory: str) -> int:
+    size = parse_size(value)
+    _wanted(size >= MIB)
+    return size // MIB
+
+
+def _read_priority(value: Any, directory: str) -> int:
+    _wanted(type(value) is int and PRIORITY_MIN <= value <= PRIORITY_MAX)
+    return int(value)
+
+
 def _read_bytes(value: Any, directory: str) -> int:
     size = parse_size(value)
     _wanted(size >= 1024)
@@ -170,6 +182,7 @@ _MODULE: Final = _text("a dotted module name such as app.jobs", _is_module)
 _MEMORY: Final = Kind("a size of at least 1MiB, or 0", _read_mib, "_mib")
 _INSTANCE: Final = _text("1 to 64 letters, digits and _ . -", lambda v: bool(re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", v)))
 QUEUE: Final = _text("1 to 64 letters, digits and _ . : -", lambda v: bool(QUEUE_NAME.fullmatch(v)))
+COMMANDS: Final = Kind("a mapping of names to commands, each with its command, and options", lambda v, _: v)
 NAMES: Final = Kind("a mapping of queues to weights (or to weight, max_concurrent, per_minute), or a list", lambda v, _: v)
 
 # -- the URL of the queue ---------------------------------------------------------------------------------------------------
@@ -296,6 +309,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("jobs.modules", [], _MODULE.listed()),
     Setting("jobs.isolated_modules", [], _MODULE.listed()),
     Setting("jobs.unknown", "retry", _one_of("retry", "bury")),
+    Setting("jobs.commands", {}, COMMANDS),
     Setting("inline.max_concurrent", 10000, _integer(1)),
     Setting("inline.max_slice", "100ms", _duration("1ms")),
     Setting("inline.hard_slice", "5s", _duration("1ms")),
@@ -333,6 +347,20 @@ QUEUE_SETTINGS: Final = (
     Setting("per_minute", 0, _integer(0)),
 )
 """What may stand below queue.names.NAME."""
+
+COMMAND_SETTINGS: Final = (
+    Setting("command", None, _text("a text", lambda v: True).listed()),
+    Setting("stdin", "none", _one_of(*STDIN)),
+    Setting("result", "none", _one_of(*RESULTS)),
+    Setting("queue", "default", QUEUE),
+    Setting("timeout", 30, _duration()),
+    Setting("max_memory", 64, Kind("a size of at least 1MiB", _read_some_mib)),
+    Setting("max_cpu", 0, _duration()),
+    Setting("max_attempts", 3, _integer(1)),
+    Setting("priority", 0, Kind("an integer from -100 to 100", _read_priority)),
+    Setting("keep_result", 0, _duration()),
+)
+"""What may stand below jobs.commands.NAME."""
 
 NOT_YET: Final = ("isolated.user",)
 """Settings of features that this version does not have: refused unless they stand at their default."""

@@ -158,6 +158,11 @@ class Daemon:
         command = [sys.executable, "-m", "kqueue.cli.main", "-c", str(self.config), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=self.environment, check=False, timeout=PATIENCE_S)
 
+    def run_check(self) -> subprocess.CompletedProcess[str]:
+        """kqueued --check."""
+        command = [sys.executable, "-m", "kqueue.cli.kqueued", "-c", str(self.config), "--check"]
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, check=False, timeout=PATIENCE_S)
+
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = json.loads(self.kqueue("status", "--json").stdout)
         return status

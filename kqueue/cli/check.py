@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from typing import Any
 
-from ..config import Config
+from ..commands import find_program
+from ..config import Config, line_of
 from ..errors import ConfigError, UsageError
 from ..events import Events
 from ..execution.link import TemplateLink
 from ..kernel import Kernel
-from ..loading import ImportFailed, import_modules, template_config
+from ..loading import ImportFailed, import_modules, register_commands, template_config
 from ..registry import registry
 from ..security import SecurityConfig, check_dispatch
 from ..signing import Keys
@@ -23,6 +26,7 @@ def check(config: Config) -> int:
     keys = keys_of(config, security)
     try:
         import_modules("jobs.modules", jobs.modules, jobs.path, security)
+        register_commands(jobs.commands)
         template = template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security)
         if template["needed"]:
             _learn(template)
@@ -34,6 +38,11 @@ def check(config: Config) -> int:
         except UsageError as error:
             raise config.error("limits", str(error)) from None
     _print(config, keys)
+    for command in jobs.commands:
+        if find_program(command, os.environ.get("PATH")) is None:
+            line = line_of(config.lines, f"jobs.commands.{command.name}.command")
+            place = f"{config.shown_file}:{line}" if line else config.shown_file
+            print(f"{place}: warning: there is no program {command.command[0]!r} here; job {command.name!r} will fail", file=sys.stderr)
     return 0
 
 

@@ -102,7 +102,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     from ..events import Warned
     from ..execution.pool import PoolSettings
     from ..instance import Instance
-    from ..loading import ImportFailed, import_modules, template_config
+    from ..loading import ImportFailed, import_modules, register_commands, template_config
     from ..observe.logs import Logs
     from ..observe.status import Status
     from ..observe.titles import Titles
@@ -121,6 +121,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
         except ConfigError as error:
             raise config.error("state_dir", str(error)) from None
         import_modules("jobs.modules", jobs.modules, jobs.path, security)
+        register_commands(jobs.commands)
         runtime = KQueueRuntime(
             config.queue.url,
             queues=config.queue.names,
@@ -139,6 +140,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             memory_headroom_mib=config.isolated.memory_headroom_mib,
             default_start=config.isolated.start,
             pool=PoolSettings(*config.pool),
+            commands=jobs.commands,
             offload_slots=config.pool.size,
             offload_memory_mib=config.pool.max_memory_mib,
             bury_unknown=jobs.unknown == "bury",

@@ -15,13 +15,13 @@ import signal
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
-from ..codec import to_json
+from ..codec import MAX_BYTES, to_json
 from ..context import JobContext
 from ..dispatch import NewJob
 from ..errors import JobCancelled, KQueueError
 from ..events import Events, JobOutput
 from ..kernel import READ, Kernel, Task, wait_io
-from ..outcome import Outcome
+from ..outcome import Outcome, command_outcome
 from ..process import signal_name
 from . import wire
 from .child_frames import Backoff, Done, Failure, Progress, Result, Said, Then, parse
@@ -72,6 +72,8 @@ class Attempt:
         self._why = ""  # we are ending it because of: "timeout", "cancelled", "garbage", "lingering"; "": we are not
         self._lines = {child.stdout: ("stdout", Lines()), child.stderr: ("stderr", Lines())}
         self._tail = Tail()
+        command = request.get("command")  # None: it is no command, and speaks frames
+        self._printed = bytearray() if command is not None and command["result"] == "json" else None  # what its result is made of
         self._rate = Rate()
         self._outbox = bytearray()
         self._enqueuing: Task | None = None  # what it dispatched is on its way; until then it is not listened to
@@ -177,6 +179,9 @@ class Attempt:
             return True
         stream, lines = self._lines[fd]
         self._tail.add(data)
+        if self._printed is not None and stream == "stdout":
+            self._printed += data[: MAX_BYTES + 1 - len(self._printed)]
+            return bool(data)
         now = self._kernel.clock.monotonic()
         for line in lines.feed(data, self._rate.left(now)) if data else lines.rest():
             self._log(stream, line)
@@ -346,6 +351,8 @@ class Attempt:
             return Outcome(self._why, _ENDED_BY[self._why], exit_code=code, signal=signaled)
         if exit is None:
             return Outcome("lost", "kernel")
+        if code is not None and "command" in self._request:
+            return command_outcome(self._request["job"], code, self._printed, self._tail.text())
         if signaled is None:
             return Outcome("exit", exit_code=code)
         ended_by = "kernel" if signaled in _FROM_KERNEL else "job" if signaled == "SIGABRT" else "operator"

@@ -70,7 +70,13 @@ def _run_many(request: Mapping[str, Any]) -> int:
     return serve(socket.socket(fileno=wire.JOB_FD))
 
 
-_STARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], int]]] = {"fork": _run_one, "pool": _run_many}
+def _run_elsewhere(request: Mapping[str, Any]) -> int:
+    from .exec_child import run_command, run_python
+
+    return run_command(request) if "command" in request else run_python(request)
+
+
+_STARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], int]]] = {"fork": _run_one, "pool": _run_many, "exec": _run_elsewhere}
 
 
 def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
@@ -96,21 +102,32 @@ def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int
         os._exit(70)
     if "random" in sys.modules:
         sys.modules["random"].seed()  # or every job would draw the same numbers
+    tidy_streams()
+    name_process(request)
+
+
+def tidy_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def name_process(request: Mapping[str, Any]) -> None:
     setproctitle(f"kqueued: job {request['job']} {request['id']}")
 
 
 class Run:
-    """One run of a job in this process: what surrounds it; also its `Services`. `request`: what the supervisor says of it."""
+    """One run of a job in this process: what surrounds it; also its `Services`. `request`: what the supervisor says of it.
 
-    def __init__(self, request: Mapping[str, Any], supervisor: socket.socket) -> None:
+    `began`: time.monotonic() from which its timeout counts; None: from now.
+    """
+
+    def __init__(self, request: Mapping[str, Any], supervisor: socket.socket, began: float | None = None) -> None:
         self._request = request
         self._socket = supervisor
         self._lock = threading.Lock()  # a job may have threads, and each may dispatch
         timeout_s = request["limits"]["timeout"]
-        self._deadline = time.monotonic() + timeout_s if timeout_s else None
+        self._deadline = (time.monotonic() if began is None else began) + timeout_s if timeout_s else None
         self._backoff: Any = None  # the one in force, as declared or dispatched
         self._cancel: Callable[[BaseException], None] | None = None  # into a cooperative job; None: raise where it is
         self._is_over = False
@@ -124,7 +141,7 @@ class Run:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
             answer = wire.frame(wire.RESULT, result_json(value) if self._request["keep_result"] else b"null")
         except BaseException as error:
-            fields = _failure(error)
+            fields = failure(error)
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
             answer = wire.frame(wire.FAILURE, codec.to_json(fields))
         self._is_over = True  # what is left is to say so
@@ -139,7 +156,11 @@ class Run:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Before the job is looked up. What this raises, the job has raised."""
+
     def _run(self, data: bytes) -> Any:
+        self.prepare()
         envelope = codec.decode(data, max_bytes=wire.MAX_FRAME)
         registration = registry.get(envelope.job)
         if registration is None:
@@ -273,7 +294,7 @@ _CAUSES: Final = (  # the first that fits
 )
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
+def failure(error: BaseException) -> dict[str, Any]:
     """What `error` amounts to, as `child_frames.Failure` reads it."""
     cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
     asked, retry_in_s = asked_by(error)

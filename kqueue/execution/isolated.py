@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 from ..codec import from_json, pack, to_json, unpack
+from ..commands import Command
 from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
 from ..events import Events
@@ -42,11 +43,13 @@ class IsolatedExecutionStrategy:
     def __init__(
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
         kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, default_start: str = "fork", pool: PoolSettings = DEFAULTS,
+        commands: Sequence[Command] = (),
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
         self.link = TemplateLink(kernel, events)
         self.pool = Pool(kernel, events, self.link, pool)
         self._default_start = default_start
+        self._commands = {command.name: command for command in commands}
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
@@ -69,7 +72,13 @@ class IsolatedExecutionStrategy:
             "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "keep_result": bool(options.keep_result),
             "limits": self._limits(options.timeout, options.max_memory, options.max_cpu),
         }  # fmt: skip
-        if self._start_of(work) == "pool":
+        start = self._start_of(work)
+        command = self._commands.get(work.envelope.job) if work.registration.parameters is not None else None
+        if start == "exec":
+            request["start"] = start
+        if command is not None:
+            request["command"] = command._asdict()
+        if start == "pool":
             outcome: Outcome = yield from self._pooled(request, work.data, work.context)
         else:
             outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)

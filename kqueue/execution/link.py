@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, Final, NamedTuple
 
 from ..dispatch import undescribe
-from ..errors import EnvelopeError
+from ..errors import DuplicateJob, EnvelopeError
 from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
 from ..kernel import READ, WRITE, Kernel, Park, Slots, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
@@ -318,7 +318,7 @@ class TemplateLink:
                     return
                 kind, fields, fds = message
                 if kind == wire.JOB_KNOWN:
-                    registry.learn(undescribe(fields))
+                    self._learn(fields)
                     jobs += 1
                 elif kind == wire.READY:
                     self.pid = pid
@@ -331,6 +331,12 @@ class TemplateLink:
                     self._events.emit(Warned(fields["message"]))
                 else:
                     self._child_news(kind, fields, fds)
+
+    def _learn(self, fields: Mapping[str, Any]) -> None:
+        try:
+            registry.learn(undescribe(fields))
+        except DuplicateJob as error:
+            raise ImportFailed(f"jobs.commands.{fields['name']}", str(error)) from None
 
     def _child_news(self, kind: int, fields: dict[str, Any], fds: Sequence[int]) -> None:
         child = self._children.get(fields["serial"])

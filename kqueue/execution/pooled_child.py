@@ -17,11 +17,9 @@ from contextvars import copy_context
 from signal import SIG_IGN, SIGKILL, SIGTERM
 from typing import Any, Final, NamedTuple
 
-from setproctitle import setproctitle
-
 from .. import codec
 from . import limits, wire
-from .child import Run
+from .child import Run, name_process
 from .process_state import CHILDREN, Changes, ProcessState
 
 LOOK_ANEW: Final = 50  # runs, at the most, after which the memory is measured again
@@ -63,7 +61,7 @@ class _Pooled:
         state, used = self._state, self._used
         os.environ["KQUEUE_JOB_ID"] = request["id"]
         state.expect_environment("KQUEUE_JOB_ID", request["id"])
-        setproctitle(f"kqueued: job {request['job']} {request['id']}")
+        name_process(request)
         run = Run(request, self._socket)
         state.expect_handler(SIGTERM, SIG_IGN)
         state.expect_rlimits(self._limits.apply(request["limits"], self._data, used.user_s + used.system_s))

@@ -22,7 +22,8 @@ from typing import Any, Final
 Changes = list[tuple[str, str]]  # (what of the process, in detail)
 
 _SIGNALS: Final = tuple(sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
-_RLIMITS: Final = {name: number for name, number in vars(resource).items() if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"}
+_RLIMITS: Final = {name: number for name, number in vars(resource).items() if name.startswith("RLIMIT_")}
+_RLIMITS.pop("RLIMIT_OFILE", None)  # another name of RLIMIT_NOFILE
 _RLIMIT_NUMBERS: Final = tuple(_RLIMITS.values())
 _TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
 _STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket")

@@ -24,6 +24,7 @@ from ..dispatch import describe, signature_of
 from ..loading import ImportFailed, import_modules, import_script
 from ..registry import registry
 from ..security import SecurityConfig
+from . import exec_child as exec_child
 from . import pooled_child as pooled_child
 from . import wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
@@ -53,7 +54,7 @@ def main() -> int:
         return 0
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of jobs stay under us
     prctl(PR_SET_PDEATHSIG, 0)  # from here on EOF tells, and our children are ended before us
-    return Template(control).serve()
+    return Template(control, message[1]).serve()
 
 
 def _import(config: dict[str, Any]) -> None:
@@ -96,8 +97,9 @@ MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must 
 class Template:
     """Forks on request, reaps, reports."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self._control = control
+        self._config = config
         self._children: dict[int, int] = {}  # pid -> serial number of its FORK
         self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, _noted)
@@ -134,6 +136,8 @@ class Template:
             wire.send_message(self._control, wire.FORK_FAILED, {"serial": fields["serial"], "message": str(error)})
             pid = -1
         if pid == 0:
+            if fields.get("start") == "exec":
+                fields["import"] = self._config
             child_main(fields, fds, parent)
         for fd in fds:
             os.close(fd)

@@ -1,0 +1,180 @@
+"""What becomes of a forked child when a job starts by exec: a command, or a new interpreter for a Python job.
+
+    fork, _settle_in (child.py) --+-- a command ------------> execve
+                                  +-- Python: a bundle at BUNDLE_FD, execve -> BOOT -> import the job's module -> Run (child.py)
+
+Limits, session, pidfd and pipes are those of any child, since they outlive execve. A command has no socket: how it exits is what
+there is to know. A Python job finds its socket where a forked one does, and all that its template was told at BUNDLE_FD.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+from .. import codec
+from ..commands import Command, check_arguments, find_program
+from ..errors import ArgumentsDoNotFit, UsageError
+from ..loading import import_modules, import_script
+from ..registry import registry
+from ..security import SecurityConfig
+from . import limits, wire
+from .base import unpacked
+from .child import Run, failure, name_process, tidy_streams
+
+BUNDLE_FD: Final = 4
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit statuses of a shell for these (POSIX, sh, 2.8.2)
+
+# The template's sys.path, since the child's environment and directory may lead elsewhere.
+BOOT: Final = (
+    f"import json, sys; bundle = json.load(open({BUNDLE_FD})); sys.path[:] = bundle['path']; "
+    "from kqueue.execution.exec_child import main; main(bundle)"
+)
+
+
+class CommandNotRun(Exception):
+    """A command could not be started. `status`: what a shell would exit with."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# -- commands -----------------------------------------------------------------------------------------------------------
+
+
+def run_command(request: Mapping[str, Any]) -> int:
+    """Become the command of `request`. Returns an exit status only when that cannot be, and has said why."""
+    with socket.socket(fileno=wire.JOB_FD) as supervisor:
+        _, payload = wire.read_frame(supervisor, (wire.RUN,))
+        try:
+            _become(Command(**request["command"]), payload, request["limits"])
+        except Exception as error:
+            fields = failure(error)
+            if isinstance(error, CommandNotRun):
+                fields |= {"cause": "exit", "exit_code": error.status}
+            supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json(fields)))
+    return 0
+
+
+def _become(command: Command, envelope_data: bytes, run_limits: Mapping[str, float]) -> NoReturn:
+    envelope = codec.decode(envelope_data, max_bytes=wire.MAX_FRAME)
+    args, kwargs = unpacked(envelope)
+    try:
+        given = check_arguments(command.parameters, args, kwargs)
+        argv = command.argv(given)
+    except UsageError as error:
+        raise ArgumentsDoNotFit(f"the arguments do not fit command {command.name!r}: {error}") from None
+    program = find_program(command, os.environ.get("PATH"))
+    if program is None:
+        place = "" if "/" in command.command[0] else f" on PATH ({os.environ.get('PATH', os.defpath)})"
+        raise CommandNotRun(f"there is no program {command.command[0]!r}{place} that this user may run", NOT_FOUND)
+    if command.stdin == "json":
+        raw = dict(zip(command.parameters.names, envelope.args, strict=False)) | dict(envelope.kwargs)
+        _put_on_stdin(codec.to_json(raw))
+    _default_signals()
+    before = _lower_memory(run_limits)
+    try:
+        os.execve(program, argv, os.environ)
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        if error.errno == errno.E2BIG:
+            raise ArgumentsDoNotFit(f"the arguments are too long for a process; {command.name!r} takes more by stdin") from None
+        interpreter = ": the interpreter that its first line names" if error.errno == errno.ENOENT else ""
+        raise CommandNotRun(f"{program} cannot be run{interpreter}: {error.strerror}", NOT_EXECUTABLE) from None
+
+
+def _put_on_stdin(data: bytes) -> None:
+    fd = _memory_file(data)
+    os.dup2(fd, 0)
+    os.close(fd)
+
+
+def _memory_file(data: bytes) -> int:
+    """An fd from which `data` can be read, however much it is."""
+    fd = os.memfd_create("kqueue", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _default_signals() -> None:
+    """What is ignored stays ignored through execve, and Python ignores SIGPIPE."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        _signal.signal(int(number), _signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _lower_memory(run_limits: Mapping[str, float]) -> tuple[int, int]:
+    """The new program begins with nothing, where a fork begins with what the template has. Returns what was before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int((run_limits["max_memory"] + run_limits["memory_headroom"]) * limits.MIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))
+    return soft, hard
+
+
+# -- Python ---------------------------------------------------------------------------------------------------------------
+
+
+def run_python(request: Mapping[str, Any]) -> NoReturn:
+    """Become a new interpreter that runs the job."""
+    known = registry.get(request["job"])
+    module = known.module if known is not None else None
+    bundle = {"request": dict(request), "path": sys.path, "began": time.monotonic(), "module": module}
+    fd = _memory_file(json.dumps(bundle).encode())
+    os.dup2(fd, BUNDLE_FD)
+    for kept in (BUNDLE_FD, wire.JOB_FD):  # all others close by themselves
+        os.set_inheritable(kept, True)
+    _lower_memory(request["limits"])
+    os.execve(sys.executable, [sys.executable, "-c", BOOT], os.environ)
+
+
+def main(bundle: Mapping[str, Any]) -> NoReturn:
+    """In the new interpreter. Never returns."""
+    status = 70
+    try:
+        request = bundle["request"]
+        os.set_inheritable(wire.JOB_FD, False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        tidy_streams()
+        name_process(request)
+        supervisor = socket.socket(fileno=wire.JOB_FD)
+        _, payload = wire.read_frame(supervisor, (wire.RUN,))
+        _Fresh(request, supervisor, bundle).attempt(wire.RUN, payload)
+        status = 0
+    except BaseException as error:
+        print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
+    finally:
+        os._exit(status)
+
+
+class _Fresh(Run):
+    """A run that has to import its job first; an error in that is its own."""
+
+    def __init__(self, request: Mapping[str, Any], supervisor: socket.socket, bundle: Mapping[str, Any]) -> None:
+        super().__init__(request, supervisor, began=bundle["began"])
+        self._module: str | None = bundle["module"]
+
+    def prepare(self) -> None:
+        importing = self._request["import"]
+        if self._module == MAIN and importing["main_file"]:
+            import_script(importing["main_file"])
+        elif self._module is not None:
+            allowed = importing["allowed_paths"]
+            security = SecurityConfig(allowed_paths=None if allowed is None else tuple(allowed))
+            import_modules("jobs", [self._module], importing["path"], security)
+
+
+MAIN: Final = "__kqueue_main__"  # see loading.import_script
