@@ -133,6 +133,14 @@ class TemplateStarted(NamedTuple):
     start_s: float
 
 
+class TemplateReplaced(NamedTuple):
+    """A new template forks in place of the old one, which lives until its last child has ended. `children`: how many it has."""
+
+    old_pid: int  # 0: there was none
+    pid: int
+    children: int
+
+
 class TemplateDied(NamedTuple):
     pid: int
     reason: str

@@ -80,29 +80,38 @@ class Registry:
 
     def __init__(self) -> None:
         self._jobs: dict[str, Registration] = {}
+        self._learned: set[str] = set()  # those whose code is not here
 
     def add(self, registration: Registration) -> None:
         """Register a job. DuplicateJob when another one has its name; the same code imported twice (`__main__`) is no other."""
         old = self._jobs.get(registration.name)
-        if old is not None and _code(old) != _code(registration):
+        if old is not None and old.name not in self._learned and _code(old) != _code(registration):
             raise DuplicateJob(
                 f"two jobs are named {registration.name!r}, in {old.module} and in {registration.module}; give one a name="
             )
         self._jobs[registration.name] = registration
+        self._learned.discard(registration.name)
 
-    def learn(self, registration: Registration) -> None:
-        """Take a job from the template's manifest. One whose code is not here can run in a child only.
+    def learn(self, registrations: Sequence[Registration]) -> None:
+        """Take the jobs of a template's manifest, in place of those of an earlier one.
 
-        Of one whose code is here already, only how its signature reads is new. DuplicateJob when a command has its name.
+        One whose code is not here can run in a child only; of one whose code is here, only how its signature reads is new.
+        DuplicateJob, with nothing changed, when a command has the name of one.
         """
-        known = self._jobs.get(registration.name)
-        if known is not None and known.parameters is not None:
-            self.add(registration)  # which refuses
-        if known is not None and known.target is not None:
-            self._jobs[registration.name] = known._replace(signature=registration.signature)
-        else:
-            isolated = registration._replace(options=registration.options._replace(isolated=True))
-            self._jobs[registration.name] = isolated
+        for registration in registrations:
+            known = self._jobs.get(registration.name)
+            if known is not None and known.parameters is not None:
+                raise DuplicateJob(f"command {known.name!r} has the name of a job in {registration.module}: rename one of them")
+        for name in self._learned:
+            self._jobs.pop(name, None)
+        self._learned = set()
+        for registration in registrations:
+            known = self._jobs.get(registration.name)
+            if known is not None:
+                self._jobs[known.name] = known._replace(signature=registration.signature)
+            else:
+                self._jobs[registration.name] = registration._replace(options=registration.options._replace(isolated=True))
+                self._learned.add(registration.name)
 
     def get(self, name: str) -> Registration | None:
         return self._jobs.get(name)

@@ -13,6 +13,7 @@ from .codec import to_json
 from .dispatch import describe
 from .errors import KQueueError
 from .kernel import sleep
+from .loading import ImportFailed
 from .outcome import describe_error
 from .process import resident_mib
 from .registry import registry
@@ -102,15 +103,29 @@ class Upkeep:
             for name in (yield from signals.receive()):
                 if name == "SIGUSR1":
                     runtime.quiet()
-                elif name in ("SIGHUP", "SIGUSR2"):
-                    what = "reload" if name == "SIGHUP" else "upgrade in place"
-                    self.warn(f"{name}: this version cannot {what}; restart the service instead")
+                elif name == "SIGHUP":
+                    runtime.kernel.spawn(self._reload(), name="reload")
+                elif name == "SIGUSR2":
+                    self.warn("SIGUSR2: this version cannot upgrade in place; restart the service instead")
                 elif asked_to_stop:
                     self.warn(f"{name} again: ending what still runs")
                     yield from runtime.hurry()
                 else:
                     asked_to_stop = True
                     runtime.stop(name)
+
+    def _reload(self) -> Steps:
+        """New code for isolated jobs, while the old runs what it has begun. What cannot be imported changes nothing."""
+        templates = self._runtime.isolated.link
+        if self._runtime.state not in ("running", "quiet"):
+            return
+        if not templates.are_used:
+            self.warn("SIGHUP: no job here is isolated, so there is no code to load anew; for inline jobs restart the service")
+            return
+        try:
+            yield from templates.replace()
+        except ImportFailed as error:
+            self.warn(f"SIGHUP: the code that was running goes on, since the new one cannot be used: {error}")
 
     def publish(self) -> Steps:
         """Tell clients, for each of our queues, what can be dispatched to it, and within which limits."""

@@ -429,8 +429,6 @@ def test_secrets_that_cannot_be_used(load: Load, tmp_path: Path, queue: str, mes
         # what this version does not have
         ("queue: {sync_replicas: 1}", "1: queue.sync_replicas: a sqlite:// queue has no replicas; leave it at 0"),
         ("queue:\n  url: redis://h?sync_replicas=1\n  sync_replicas: 1", "3: queue.sync_replicas: the URL says"),
-        ("isolated: {start: pool}", "1: isolated.start is not supported by this version; leave it at fork"),
-        ("isolated: {start: exec}", "1: isolated.start is not supported by this version; leave it at fork"),
         ("isolated: {start: spawn}", "1: isolated.start must be fork, pool or exec, not 'spawn'"),
         ("isolated: {user: nobody}", "1: isolated.user is not supported by this version; leave it null"),
         ("security: {signing_key_file: [k]}", "1: security.signing_key_file must be a path, not a list"),

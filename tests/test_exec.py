@@ -27,6 +27,7 @@ from tests.daemon import Daemon, tree, wait_gone
 from tests.test_isolated import ROOT, Bench, Noting, Ran
 
 SHOW = "import json, os, sys; print(json.dumps([os.fsencode(a).hex() for a in sys.argv[1:]]))"
+BOTH = "import json, sys; print(json.dumps([sys.argv[1], json.load(sys.stdin)]))"
 KEPT = {"keep_result": 60.0}
 
 
@@ -39,7 +40,7 @@ def python(name: str, code: str, *arguments: str, **fields: Any) -> Command:
 COMMANDS = [
     python("exec_show", SHOW, "{a}", "x{b}y{a}z", "{{a}}", "--", "{b}", result="json"),
     python("exec_stdin", "import sys; sys.stdout.write(sys.stdin.read())", stdin="json", result="json"),
-    python("exec_both", "import json, sys; print(json.dumps([sys.argv[1], json.load(sys.stdin)]))", "{size}", stdin="json", result="json"),
+    python("exec_both", BOTH, "{size}", stdin="json", result="json"),
     Command("exec_missing", ("no-such-program-anywhere", "{a}"), options=KEPT),
     Command("exec_not_executable", ("/etc/passwd",)),
     Command("exec_sh", ("/bin/sh", "-c", "exit $1", "sh", "{status}")),
@@ -113,9 +114,9 @@ def bench() -> Iterator[ExecBench]:
 
 
 NASTY = [
-    "", " ", "a b", "-rf", "--help", "--", "-", "$HOME", "$(reboot)", "`id`", ";ls", "| cat", "&& true", "> /tmp/x", "*", "~", "\n", "a\nb",
-    "\t", "\r\n", "'", '"', "\\", "\\n", "{a}", "{b}", "{{a}}", "{", "}", "%s", "\x01\x7f", "ünïcödé", "日本語", "🎉", "\u202e", "\ufeff",
-    "a" * 60_000,
+    "", " ", "a b", "-rf", "--help", "--", "-", "$HOME", "$(reboot)", "`id`", ";ls", "| cat", "&& true", "> /tmp/x", "*", "~", "\n",
+    "a\nb", "\t", "\r\n", "'", '"', "\\", "\\n", "{a}", "{b}", "{{a}}", "{", "}", "%s", "\x01\x7f", "ünïcödé", "日本語", "🎉",
+    "\u202e", "\ufeff", "a" * 60_000,
 ]  # fmt: skip
 
 
@@ -153,7 +154,10 @@ def test_what_a_placeholder_is(part: str, names: list[str]) -> None:
     assert placeholders(part) == names
 
 
-@pytest.mark.parametrize("part", ["{", "}", "{}", "{0}", "{a", "a}", "{a b}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{{a}", "{ a }", "{ä}"])
+NO_PLACEHOLDERS = ["{", "}", "{}", "{0}", "{a", "a}", "{a b}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{{a}", "{ a }", "{ä}"]
+
+
+@pytest.mark.parametrize("part", NO_PLACEHOLDERS)
 def test_what_no_placeholder_is(part: str) -> None:
     with pytest.raises(UsageError, match="a placeholder is a name in braces"):
         Command("x", ("echo", part)).checked()
@@ -175,8 +179,9 @@ def test_what_no_command_is(command: Command, message: str) -> None:
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ([], {}, "it lacks 'src', 'size'"), (["a"], {}, "it lacks 'size'"), (["a", 1, 2], {}, "it takes 2 arguments without a name"),
-        (["a"], {"src": "b", "size": 1}, "'src' twice"), ([], {"src": "a", "size": 1, "siz": 2}, "it takes no 'siz' (did you mean"),
+        ([], {}, "it lacks 'src', 'size'"), (["a"], {}, "it lacks 'size'"),
+        (["a", 1, 2], {}, "it takes 2 arguments without a name"), (["a"], {"src": "b", "size": 1}, "'src' twice"),
+        ([], {"src": "a", "size": 1, "siz": 2}, "it takes no 'siz' (did you mean"),
         (["a", None], {}, "argument 'size' must be a text or a number for a command, not NoneType"),
         (["a", [1]], {}, "not list"), (["a", {"b": 1}], {}, "not dict"), (["a\0b", 1], {}, "argument 'src' has a NUL"),
         (["\ud800", 1], {}, "half of a surrogate pair"), (["a" * (MAX_ARGUMENT + 1), 1], {}, "one of a process may have 131071"),
@@ -425,7 +430,13 @@ def test_what_is_wrong_with_a_command_is_said(tmp_path: Path, text: str, message
 
 
 def test_commands_by_the_daemon_and_the_command_line(tmp_path: Path) -> None:
-    commands = f'{{say: {{command: [/bin/echo, "{{text}}"], keep_result: 60, result: none}}, list: {{command: ["{sys.executable}", -c, \'{SHOW}\', --, "{{a}}"], result: json, keep_result: 60, max_memory: 256}}, gone: {{command: [no-such-thing]}}}}'
+    commands = json.dumps(
+        {
+            "say": {"command": ["/bin/echo", "{text}"], "keep_result": 60},
+            "list": {"command": [sys.executable, "-c", SHOW, "--", "{a}"], "result": "json", "keep_result": 60, "max_memory": 256},
+            "gone": {"command": ["no-such-thing"]},
+        }
+    )
     daemon = Daemon(tmp_path, f"sqlite:///{tmp_path}/kqueue.db", isolated_modules=f"[], commands: {commands}", modules="[]")
     try:
         checked = daemon.run_check()

@@ -295,7 +295,7 @@ def test_a_job_known_from_the_manifest_only_runs_in_a_child_whatever_its_kind() 
 
     described = describe(JobFunction(coroutine, "elsewhere", {"timeout": 5}).registration)
     registry._jobs.clear()
-    registry.learn(undescribe(described))
+    registry.learn([undescribe(described)])
     learned = registered("elsewhere")
     assert (learned.lane, learned.options.timeout, learned.target) == ("isolated", 5, None)
     with pytest.raises(JobNotFound, match="known from the manifest only"):
@@ -306,7 +306,7 @@ def test_code_that_is_here_goes_before_the_manifest() -> None:
     async def coroutine() -> None: ...
 
     here = JobFunction(coroutine, "both", {}).registration
-    registry.learn(here._replace(target=None, signature="()", options=JobOptions(timeout=99)))
+    registry.learn([here._replace(target=None, signature="()", options=JobOptions(timeout=99))])
     assert registered("both") == here._replace(signature="()")
 
 
@@ -320,7 +320,7 @@ WRONG = [
     ("queue", ["", "a b", "a{b}", "x" * 65, "naïve", "a\n", None, 5], "queue must be 1 to 64 of letters, digits"),
     ("max_attempts", [0, -1, 1.5, True, None], "max_attempts must be an integer of at least 1"),
     ("backoff", [[], [1, -1], "fast", [1, "2"], float("nan"), [float("inf")], -1, 10**400, 1e300], "backoff must be seconds"),
-    ("start", ["Fork", "thread", None, ["fork"], "pool", "exec"], 'start must be "fork": this version has no "pool"'),
+    ("start", ["Fork", "thread", 1, ["fork"], ""], 'start must be "fork", "pool", "exec" or None'),
     ("max_cpu", [-1, True, float("inf")], "max_cpu must be seconds"),
     ("keep_result", [-0.1, True, None], "keep_result must be seconds"),
     ("retry_until", [0, -1, True, "1h", float("nan"), 1e300, [5]], "retry_until must be seconds or a timedelta after the enq"),
@@ -346,7 +346,7 @@ WRONG = [
 RIGHT = [
     ("timeout", [0, 0.5, 30, 86400]), ("max_memory", [1, 4096]), ("isolated", [None, True, False]), ("priority", [-100, 0, 100]),
     ("queue", ["default", "a.b:c-d_e", "x" * 64]), ("max_attempts", [1, 100]), ("backoff", [None, 0, 1.5, [0], (1, 2.5, 3600)]),
-    ("start", ["fork"]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]), ("retry_until", [None, 0.5, 3600]),
+    ("start", ["fork", "pool", "exec", None]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]), ("retry_until", [None, 0.5, 3600]),
     ("retry_on", [None, ("OSError",)]), ("dont_retry_on", [None, ("OSError", "ValueError")]),
     ("causes", [{}, {"timeout": "bury"}, {"memory": {"grow": 2, "max_attempts": 5, "backoff": [1, 2]}, "exit": {}}]),
 ]  # fmt: skip

@@ -868,7 +868,7 @@ def test_a_second_one_ends_at_once_what_still_runs(house: House, tick: Any, seco
     assert house.clock.now < 4
 
 
-def test_sigusr1_is_quiet_and_what_this_version_cannot_do_it_says(house: House) -> None:
+def test_sigusr1_is_quiet_and_what_cannot_be_done_here_is_said(house: House) -> None:
     before = signal.getsignal(signal.SIGHUP)
     runtime = house.runtime()
     house.at(1, lambda: kill(signal.SIGHUP), runtime)
@@ -879,6 +879,7 @@ def test_sigusr1_is_quiet_and_what_this_version_cannot_do_it_says(house: House) 
     assert house.run(runtime, burst=False, handle_signals=True) == 0
     warnings = [fact.message for fact in house.facts(facts.Warned)]
     assert [message.split()[0] for message in warnings] == ["SIGHUP:", "SIGUSR2:", "quiet:"]
+    assert "no job here is isolated" in warnings[0]
     assert "quiet" in house.told
     assert signal.getsignal(signal.SIGHUP) == before
 

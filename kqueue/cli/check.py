@@ -42,7 +42,8 @@ def check(config: Config) -> int:
         if find_program(command, os.environ.get("PATH")) is None:
             line = line_of(config.lines, f"jobs.commands.{command.name}.command")
             place = f"{config.shown_file}:{line}" if line else config.shown_file
-            print(f"{place}: warning: there is no program {command.command[0]!r} here; job {command.name!r} will fail", file=sys.stderr)
+            what = f"there is no program {command.command[0]!r} here; job {command.name!r} will fail"
+            print(f"{place}: warning: {what}", file=sys.stderr)
     return 0
 
 

@@ -21,8 +21,9 @@ from ..outcome import Outcome
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
-from .link import Child, TemplateLink
+from .link import Child
 from .pool import DEFAULTS, Pool, PoolSettings, Worker
+from .templates import Templates
 
 Steps = Generator[Any, Any, Any]
 MAX_FILES: Final = 1024  # open files of a job
@@ -31,7 +32,7 @@ SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and 
 
 
 class IsolatedExecutionStrategy:
-    """Runs jobs in children of one template.
+    """Runs jobs in children of a template.
 
     `kill_grace_s`: between SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it
     counts thread stacks at their full reserve. `enqueue`: how the supervisor enqueues what a child dispatches; `check`: what it
@@ -46,8 +47,9 @@ class IsolatedExecutionStrategy:
         commands: Sequence[Command] = (),
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
-        self.link = TemplateLink(kernel, events)
+        self.link = Templates(kernel, events)
         self.pool = Pool(kernel, events, self.link, pool)
+        self.link.on_replaced = self.pool.retire_idle
         self._default_start = default_start
         self._commands = {command.name: command for command in commands}
         self._kernel = kernel

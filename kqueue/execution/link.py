@@ -23,7 +23,7 @@ from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
 from ..kernel import READ, WRITE, Kernel, Park, Slots, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
 from ..process import signal_name
-from ..registry import registry
+from ..registry import Registration, registry
 from . import wire
 from .base import SECRETS, NotStarted
 from .output import Lines
@@ -47,8 +47,9 @@ class ChildExit(NamedTuple):
 class Child:
     """A forked job, as the supervisor holds it. All fds are its own and non-blocking; `close` closes them."""
 
-    def __init__(self, serial: int) -> None:
+    def __init__(self, serial: int, link: TemplateLink) -> None:
         self.serial = serial
+        self.link = link
         self.pid = 0  # 0: not started yet
         self.pidfd = -1
         self.exit: ChildExit | None = None  # None: not reaped yet, or lost
@@ -141,6 +142,9 @@ class TemplateLink:
         self._starting = False  # somebody waits for the first one, and has to hear why there is none
         self._last_pid = 0
         self.pid = 0  # of the template that is ready; 0: there is none
+        self.is_retired = False
+        self._childless: Callable[[], None] = lambda: None
+        self._described: list[Registration] = []  # the jobs of the template that is about to be ready
         self.on_manifest: Callable[[], None] = lambda: None
 
     def configure(self, config: Mapping[str, Any]) -> None:
@@ -157,10 +161,13 @@ class TemplateLink:
                 self._starting = False
 
     def ready(self) -> Steps:
-        """Wait until there is a template that can fork. Raises ImportFailed when it is known that there will be none."""
+        """Wait until there is a template that can fork, or this one is retired.
+
+        Raises ImportFailed when it is known that there will be none.
+        """
         if self._keeper is None:
             self._keeper = self._kernel.spawn(self._keep(), name="template keeper")
-        while not self.pid:
+        while not self.pid and not self.is_retired:
             if self._refusal is not None:
                 raise ImportFailed(*self._refusal)
             yield Park(self._waiting)
@@ -170,7 +177,7 @@ class TemplateLink:
         yield from self.ready()
         self._serial += 1
         try:
-            child = Child(self._serial)
+            child = Child(self._serial, self)
         except OSError as error:  # out of fds
             raise NotStarted(f"no pipes for a child: {error.strerror}") from None
         self._children[child.serial] = child
@@ -201,10 +208,29 @@ class TemplateLink:
             child.kill(signal.SIGKILL)
         self._children.pop(child.serial, None)
         child.close()
+        self._look_whether_childless()
 
-    def is_current(self, child: Child) -> bool:
-        """Whether the template that forked `child` is the one that forks now."""
-        return not child.lost
+    @property
+    def is_kept(self) -> bool:
+        """Whether a template was asked for."""
+        return self._keeper is not None
+
+    @property
+    def children(self) -> int:
+        """How many of them there are."""
+        return len(self._children)
+
+    def retire(self, childless: Callable[[], None]) -> None:
+        """Fork no more. `childless` is called once, when the last child is gone, as it may be already."""
+        self.is_retired = True
+        self._childless = childless
+        self._kernel.unpark(self._waiting)  # to be told so
+        self._look_whether_childless()
+
+    def _look_whether_childless(self) -> None:
+        if self.is_retired and not self._children:
+            childless, self._childless = self._childless, lambda: None
+            childless()
 
     def kill_all(self) -> None:
         """SIGKILL every child now."""
@@ -212,7 +238,9 @@ class TemplateLink:
             child.kill(signal.SIGKILL)
 
     def stop(self) -> Steps:
-        """End the template, and with it whatever it still runs."""
+        """End the template, and with it whatever it still runs. It is the end of this link."""
+        self.is_retired = True
+        self._kernel.unpark(self._waiting)
         if self._keeper is not None:
             self._kernel.cancel(self._keeper, GeneratorExit())
             self._keeper = None
@@ -244,6 +272,9 @@ class TemplateLink:
                 key = "jobs.isolated_modules" if self._config.get("isolated_modules") else "jobs.modules"
                 why = f"the template ended while it imported the job modules: {reason}"
                 self._refusal = (refusal.key, str(refusal)) if refusal is not None else (key, why)
+            if self.is_retired:
+                self._look_whether_childless()
+                return
             if self._refusal is not None:
                 self._kernel.unpark(self._waiting)
                 return
@@ -306,7 +337,7 @@ class TemplateLink:
         """Hear the template out until it is gone."""
         sock = self._socket
         assert sock is not None
-        jobs = 0
+        self._described = []
         while True:
             yield wait_io(sock.fileno(), READ)
             while True:
@@ -318,11 +349,11 @@ class TemplateLink:
                     return
                 kind, fields, fds = message
                 if kind == wire.JOB_KNOWN:
-                    self._learn(fields)
-                    jobs += 1
+                    self._described.append(undescribe(fields))
                 elif kind == wire.READY:
+                    self._learn()
                     self.pid = pid
-                    self._events.emit(TemplateStarted(pid, jobs, self._kernel.clock.monotonic() - began))
+                    self._events.emit(TemplateStarted(pid, len(self._described), self._kernel.clock.monotonic() - began))
                     self.on_manifest()
                     self._kernel.unpark(self._waiting)
                 elif kind == wire.IMPORT_FAILED:
@@ -332,11 +363,12 @@ class TemplateLink:
                 else:
                     self._child_news(kind, fields, fds)
 
-    def _learn(self, fields: Mapping[str, Any]) -> None:
+    def _learn(self) -> None:
+        """What the template has told of, and nothing that an earlier one did."""
         try:
-            registry.learn(undescribe(fields))
+            registry.learn(self._described)
         except DuplicateJob as error:
-            raise ImportFailed(f"jobs.commands.{fields['name']}", str(error)) from None
+            raise ImportFailed("jobs.commands", str(error)) from None
 
     def _child_news(self, kind: int, fields: dict[str, Any], fds: Sequence[int]) -> None:
         child = self._children.get(fields["serial"])
@@ -356,6 +388,7 @@ class TemplateLink:
                 fields["status"], fields["cpu_user_s"], fields["cpu_system_s"], fields["max_memory_mib"]
             )
             self._children.pop(child.serial)
+            self._look_whether_childless()
         self._kernel.unpark(child.news)
 
     def _pidfd_of(self, pid: int) -> int:

@@ -17,7 +17,8 @@ from ..events import Events, Warned
 from ..kernel import Kernel, Slots
 from .attempt import Attempt
 from .child_frames import Done
-from .link import Child, TemplateLink
+from .link import Child
+from .templates import Templates
 
 Steps = Generator[Any, Any, Any]
 
@@ -50,9 +51,9 @@ class Worker:
 
 
 class Pool:
-    """The processes of one template link."""
+    """The processes that the current template forked."""
 
-    def __init__(self, kernel: Kernel, events: Events, link: TemplateLink, settings: PoolSettings) -> None:
+    def __init__(self, kernel: Kernel, events: Events, link: Templates, settings: PoolSettings) -> None:
         self._kernel = kernel
         self._events = events
         self._link = link

@@ -242,6 +242,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.JobsRecovered: (WARNING, _jobs_recovered),
     facts.DeadForgotten: (WARNING, _dead_forgotten),
     facts.TemplateStarted: (DEBUG, lambda fact: Line(DEBUG, "template started", _rounded(fact, start_s=3))),
+    facts.TemplateReplaced: (INFO, lambda fact: Line(INFO, "template replaced", fact._asdict())),
     facts.TemplateDied: (ERROR, _template_died),
     facts.Warned: (WARNING, lambda fact: Line(WARNING, fact.message)),
 }
