@@ -13,7 +13,7 @@ import yaml
 from kqueue.config import Config
 from kqueue.config_file import load_config
 from kqueue.security import SecurityConfig
-from kqueue.settings import NOT_YET, QUEUE_SETTINGS, SETTINGS, Setting
+from kqueue.settings import COMMAND_SETTINGS, NOT_YET, QUEUE_SETTINGS, SETTINGS, Setting
 from kqueue.states import TRANSITIONS, JobState
 
 ROOT = Path(__file__).parent.parent
@@ -35,12 +35,14 @@ def table(page: str, first_heading: str) -> list[list[str]]:
 
 
 def documented() -> list[Setting]:
-    """Every setting in the order of the page: those of one queue stand below queue.names."""
+    """Every setting in the order of the page: those of one queue stand below queue.names, those of one command likewise."""
     settings: list[Setting] = []
     for setting in SETTINGS:
         settings.append(setting)
         if setting.key == "queue.names":
             settings += [inner._replace(key=f"queue.names.NAME.{inner.key}") for inner in QUEUE_SETTINGS]
+        if setting.key == "jobs.commands":
+            settings += [inner._replace(key=f"jobs.commands.NAME.{inner.key}") for inner in COMMAND_SETTINGS]
     return settings
 
 
@@ -76,7 +78,7 @@ def test_the_sample_shows_every_setting() -> None:
     for setting in SETTINGS:
         shown = setting.key in lines or f"# {setting.key.rpartition('.')[2]}: " in text
         assert shown, f"config/kqueue.yaml does not show {setting.key}"
-    for inner in QUEUE_SETTINGS:
+    for inner in (*QUEUE_SETTINGS, *COMMAND_SETTINGS):
         assert f"{inner.key}: " in text
 
 

@@ -114,9 +114,9 @@ def bench() -> Iterator[ExecBench]:
 
 
 NASTY = [
-    "", " ", "a b", "-rf", "--help", "--", "-", "$HOME", "$(reboot)", "`id`", ";ls", "| cat", "&& true", "> /tmp/x", "*", "~", "\n",
-    "a\nb", "\t", "\r\n", "'", '"', "\\", "\\n", "{a}", "{b}", "{{a}}", "{", "}", "%s", "\x01\x7f", "ünïcödé", "日本語", "🎉",
-    "\u202e", "\ufeff", "a" * 60_000,
+    "", " ", "a b", "-rf", "--help", "--", "-", "$HOME", "$(reboot)", "`id`", ";ls", "| cat", "&& true", "> /tmp/x", "*", "~",
+    "\n", "a\nb", "\t", "\r\n", "'", '"', "\\", "\\n", "{a}", "{b}", "{{a}}", "{", "}", "%s", "\x01\x7f", "ünïcödé", "日本語",
+    "🎉", "\u202e", "\ufeff", "a" * 60_000,
 ]  # fmt: skip
 
 
@@ -433,7 +433,7 @@ def test_commands_by_the_daemon_and_the_command_line(tmp_path: Path) -> None:
     commands = json.dumps(
         {
             "say": {"command": ["/bin/echo", "{text}"], "keep_result": 60},
-            "list": {"command": [sys.executable, "-c", SHOW, "--", "{a}"], "result": "json", "keep_result": 60, "max_memory": 256},
+            "list": {"command": [sys.executable, "-c", SHOW, "--", "{a}"], "result": "json", "keep_result": 60},
             "gone": {"command": ["no-such-thing"]},
         }
     )

@@ -346,7 +346,8 @@ WRONG = [
 RIGHT = [
     ("timeout", [0, 0.5, 30, 86400]), ("max_memory", [1, 4096]), ("isolated", [None, True, False]), ("priority", [-100, 0, 100]),
     ("queue", ["default", "a.b:c-d_e", "x" * 64]), ("max_attempts", [1, 100]), ("backoff", [None, 0, 1.5, [0], (1, 2.5, 3600)]),
-    ("start", ["fork", "pool", "exec", None]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]), ("retry_until", [None, 0.5, 3600]),
+    ("start", ["fork", "pool", "exec", None]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]),
+    ("retry_until", [None, 0.5, 3600]),
     ("retry_on", [None, ("OSError",)]), ("dont_retry_on", [None, ("OSError", "ValueError")]),
     ("causes", [{}, {"timeout": "bury"}, {"memory": {"grow": 2, "max_attempts": 5, "backoff": [1, 2]}, "exit": {}}]),
 ]  # fmt: skip

@@ -114,7 +114,8 @@ def test_reloading_under_load_loses_and_repeats_nothing(daemon: Reloaded) -> Non
 @pytest.mark.parametrize(
     ("broken", "why"),
     [
-        ("def (", "SyntaxError"), ("raise LookupError('not today')", "LookupError: not today"), ("import sys; sys.exit(3)", "SystemExit"),
+        ("def (", "SyntaxError"), ("raise LookupError('not today')", "LookupError: not today"),
+        ("import sys; sys.exit(3)", "SystemExit"),
         ("import os; os._exit(3)", "the template ended while it imported the job modules"),
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"), ("import no_such_module_of_ours", "ModuleNotFoundError"),
     ],
