@@ -49,7 +49,7 @@ class Attempt:
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
-        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, token: str = "",
+        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, token: bytes = b"",
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -59,7 +59,7 @@ class Attempt:
         self._enqueue = enqueue
         self._check = check
         self._kill_grace_s = kill_grace_s
-        self._token = token  # what a pool process says when it is through with this run; "": the process is for this run alone
+        self._token = token  # what a pool process says when it is through with this run; b"": the process is for this run alone
         self._done: Done | None = None  # that it did
         self._is_drained = False  # of a pool process that is done: nothing more came out of it
         self.is_unread = False  # the process died before it read what it was to do

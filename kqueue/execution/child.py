@@ -156,11 +156,11 @@ class Run:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
+    def load(self) -> None:
         """Before the job is looked up. What this raises, the job has raised."""
 
     def _run(self, data: bytes) -> Any:
-        self.prepare()
+        self.load()
         envelope = codec.decode(data, max_bytes=wire.MAX_FRAME)
         registration = registry.get(envelope.job)
         if registration is None:

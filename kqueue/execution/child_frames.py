@@ -7,7 +7,7 @@ nothing behind this file need doubt a type or a length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, Final, NamedTuple
 
 from ..codec import LANES, MAX_BYTES, decode, from_json
@@ -50,7 +50,7 @@ class Backoff(NamedTuple):
 class Done(NamedTuple):
     """A pool process has run what it took, and waits for the next. `token`: of the TAKE that it answers."""
 
-    token: str
+    token: bytes
     cpu_user_s: float
     cpu_system_s: float
     max_memory_mib: float  # what it had at the most, if that was in this run; else what it has now
@@ -87,7 +87,8 @@ def parse(kind: int, payload: bytes) -> Said:
 
 def _result(payload: bytes) -> Result:
     _wanted(len(payload) <= MAX_BYTES, "a result that is too large")
-    from_json(payload)
+    if payload != b"null":  # which most are
+        from_json(payload)
     return Result(payload)
 
 
@@ -111,13 +112,15 @@ def _backoff(payload: bytes) -> Backoff:
 
 
 def _done(payload: bytes) -> Done:
-    _wanted(len(payload) <= MAX_FAILURE, "an end that is too long")
-    token, *numbers, changed = from_json(payload)
-    _wanted(isinstance(token, str) and len(numbers) == 4 and isinstance(changed, list), "an end of the wrong shape")
-    _wanted(all(isinstance(n, (int, float)) and isfinite(n) and n >= 0 for n in numbers), "an end without its figures")
+    size = wire.DONE_HEAD.size
+    _wanted(size <= len(payload) <= MAX_FAILURE, "an end of the wrong size")
+    token, *numbers = wire.DONE_HEAD.unpack_from(payload)
+    user_s, system_s, peak_mib, memory_mib = numbers
+    _wanted(all(0 <= number < inf for number in numbers), "an end without its figures")
+    changed = from_json(payload[size:]) if len(payload) > size else []
+    _wanted(isinstance(changed, list), "an end of the wrong shape")
     pairs = [(what, detail) for what, detail in changed[:MAX_CHANGES]]
     _wanted(all(isinstance(text, str) for pair in pairs for text in pair), "an end that tells of no text")
-    user_s, system_s, peak_mib, memory_mib = map(float, numbers)
     return Done(token, user_s, system_s, peak_mib, memory_mib, [(what[:100], detail[:200]) for what, detail in pairs])
 
 

@@ -167,7 +167,7 @@ class _Fresh(Run):
         super().__init__(request, supervisor, began=bundle["began"])
         self._module: str | None = bundle["module"]
 
-    def prepare(self) -> None:
+    def load(self) -> None:
         importing = self._request["import"]
         if self._module == MAIN and importing["main_file"]:
             import_script(importing["main_file"])

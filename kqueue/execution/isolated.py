@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..codec import from_json, pack, to_json, unpack
 from ..commands import Command
@@ -17,6 +17,7 @@ from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
 from ..events import Events
 from ..kernel import Kernel
+from ..options import JobOptions
 from ..outcome import Outcome
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
@@ -29,6 +30,14 @@ Steps = Generator[Any, Any, Any]
 MAX_FILES: Final = 1024  # open files of a job
 POOL_TRIES: Final = 3  # processes that are tried when one after another is dead before it reads what it is to do
 SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and reported
+
+
+class _General(NamedTuple):
+    """Of the requests for one job, what does not differ from run to run."""
+
+    options: JobOptions
+    request: Mapping[str, Any]
+    json: bytes
 
 
 class IsolatedExecutionStrategy:
@@ -51,6 +60,7 @@ class IsolatedExecutionStrategy:
         self.pool = Pool(kernel, events, self.link, pool)
         self.link.on_replaced = self.pool.retire_idle
         self._default_start = default_start
+        self._general: dict[str, _General] = {}  # by job
         self._commands = {command.name: command for command in commands}
         self._kernel = kernel
         self._events = events
@@ -69,22 +79,28 @@ class IsolatedExecutionStrategy:
 
     def execute(self, work: Work) -> Steps:
         """Run one attempt in a child; returns the Outcome. Raises NotStarted when there can be no child now."""
-        options = work.options
-        request = {
-            "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "keep_result": bool(options.keep_result),
-            "limits": self._limits(options.timeout, options.max_memory, options.max_cpu),
-        }  # fmt: skip
+        general = self._general_of(work.registration.name, work.options)
+        particular = {"id": work.envelope.id, "attempt": work.attempt}
+        request = {**general.request, **particular}
         start = self._start_of(work)
-        command = self._commands.get(work.envelope.job) if work.registration.parameters is not None else None
+        if start == "pool":
+            outcome: Outcome = yield from self._pooled(request, particular, general.json, work.data, work.context)
+            return outcome
         if start == "exec":
             request["start"] = start
-        if command is not None:
+        if work.registration.parameters is not None and (command := self._commands.get(work.envelope.job)) is not None:
             request["command"] = command._asdict()
-        if start == "pool":
-            outcome: Outcome = yield from self._pooled(request, work.data, work.context)
-        else:
-            outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)
+        outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)
         return outcome
+
+    def _general_of(self, name: str, options: JobOptions) -> _General:
+        """What holds for every run of job `name` with `options`. Most have the same ones as the run before."""
+        known = self._general.get(name)
+        if known is None or known.options is not options:
+            limits = self._limits(options.timeout, options.max_memory, options.max_cpu)
+            request = {"job": name, "keep_result": bool(options.keep_result), "limits": limits}
+            known = self._general[name] = _General(options, request, to_json(request))
+        return known
 
     def _start_of(self, work: Work) -> str:
         start = work.options.start or self._default_start
@@ -128,7 +144,9 @@ class IsolatedExecutionStrategy:
             self.link.forget(child)
         return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
 
-    def _pooled(self, request: Mapping[str, Any], data: bytes, context: JobContext) -> Steps:
+    def _pooled(
+        self, request: Mapping[str, Any], particular: Mapping[str, Any], general: bytes, data: bytes, context: JobContext
+    ) -> Steps:
         """In a process of the pool; in another one when that was dead already."""
         for _ in range(POOL_TRIES):
             try:
@@ -137,17 +155,16 @@ class IsolatedExecutionStrategy:
                 return Outcome("cancelled", "shutdown")
             began = self._kernel.clock.monotonic()
             token = os.urandom(8).hex()
-            attempt = self._attempt_in(worker.child, request, context, token)
-            first = wire.frame(wire.TAKE, b"%s\n%s" % (to_json({**request, "token": token}), data))
+            attempt = self._attempt_in(worker.child, request, context, token.encode())
             try:
-                yield from self._watched(attempt, first, worker.child, context)
+                yield from self._watched(attempt, wire.take({**particular, "token": token}, general, data), worker.child, context)
             finally:
                 self.pool.give_back(worker, attempt, request["job"])
             if not attempt.is_unread or attempt.is_ending:
                 return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
         raise NotStarted(f"{POOL_TRIES} processes of the pool died before they began")
 
-    def _attempt_in(self, child: Child, request: Mapping[str, Any], context: JobContext, token: str = "") -> Attempt:
+    def _attempt_in(self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"") -> Attempt:
         return Attempt(
             self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
             kill_grace_s=self._kill_grace_s, token=token,

@@ -10,11 +10,12 @@ that is retired is killed: between two jobs it has nothing that could be lost. W
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Mapping
 from typing import Any, Final, NamedTuple
 
 from ..events import Events, Warned
-from ..kernel import Kernel, Slots
+from ..kernel import Kernel, Park, Task
 from .attempt import Attempt
 from .child_frames import Done
 from .link import Child
@@ -58,14 +59,16 @@ class Pool:
         self._events = events
         self._link = link
         self._settings = settings
-        self._slots = Slots(settings.size)
+        self._busy = 0  # processes that run a job, or are being forked for one
+        self._waiting: deque[Task] = deque()
         self._idle: list[Worker] = []
         self._numbers = 0  # of processes so far
         self._said: set[tuple[str, str]] = set()  # (job, what it changes) that the operator has been told of
 
     def take(self, request: Mapping[str, Any]) -> Steps:
         """A Worker for `request`, to be given back. Waits for one that is free. Raises NotStarted."""
-        yield from self._slots.take()
+        yield from self._wait()
+        self._busy += 1
         try:
             key = tuple(request.get(name) for name in LASTING)
             worker = self._idle_one(key)
@@ -77,7 +80,7 @@ class Pool:
                 child = yield from self._link.fork({**name, **lasting})
                 worker = Worker(child, key, self._kernel.clock.monotonic())
         except BaseException:
-            self._slots.give()
+            self._leave()
             raise
         worker.jobs += 1
         return worker
@@ -91,12 +94,26 @@ class Pool:
             self._idle.append(worker)
         else:
             self._link.forget(worker.child)
-        self._slots.give()
+        self._leave()
 
     def retire_idle(self) -> None:
         """Retire all that run nothing now."""
         while self._idle:
             self._link.forget(self._idle.pop().child)
+
+    def _wait(self) -> Steps:
+        """Until fewer are busy than may be."""
+        try:
+            while self._busy >= self._settings.size:
+                yield Park(self._waiting)
+        except BaseException:  # cancelled; the place that may have woken us is the next one's
+            if self._busy < self._settings.size:
+                self._kernel.unpark(self._waiting, count=1)
+            raise
+
+    def _leave(self) -> None:
+        self._busy -= 1
+        self._kernel.unpark(self._waiting, count=1)
 
     def _idle_one(self, key: tuple[Any, ...]) -> Worker | None:
         for worker in reversed(self._idle):
@@ -109,8 +126,7 @@ class Pool:
 
     def _make_room(self) -> None:
         """Idle processes of another key give way, the one that has been idle longest first."""
-        busy = self._settings.size - self._slots.free  # with the one that is about to be forked
-        while self._idle and busy + len(self._idle) > self._settings.size:
+        while self._idle and self._busy + len(self._idle) > self._settings.size:
             self._link.forget(self._idle.pop(0).child)
 
     def _may_go_on(self, worker: Worker, memory_mib: float) -> bool:

@@ -22,6 +22,7 @@ from . import limits, wire
 from .child import Run, name_process
 from .process_state import CHILDREN, Changes, ProcessState
 
+KNOWN: Final = 100  # kinds of runs that are remembered
 LOOK_ANEW: Final = 50  # runs, at the most, after which the memory is measured again
 PASSES: Final = 100  # over the processes that a job has left; then the supervisor's kill has to do
 
@@ -35,8 +36,8 @@ def serve(supervisor: socket.socket) -> int:
             _, payload = wire.read_frame(supervisor, (wire.TAKE,))
         except (EOFError, ConnectionError):
             return 0
-        request, _, job = payload.partition(b"\n")
-        pool.run(codec.from_json(request), job)
+        particular, general, job = payload.split(b"\n", 2)
+        pool.run({**pool.general(general), **codec.from_json(particular)}, job)
 
 
 class _Used(NamedTuple):
@@ -54,7 +55,17 @@ class _Pooled:
         self._used = _used()  # until the end of the last run
         self._memory, self._data = limits.statm()  # bytes
         self._runs = 0
+        self._known: dict[bytes, Mapping[str, Any]] = {}
         self._state = ProcessState()
+
+    def general(self, data: bytes) -> Mapping[str, Any]:
+        """What `data` says, read once."""
+        known = self._known.get(data)
+        if known is None:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            known = self._known[data] = codec.from_json(data)
+        return known
 
     def run(self, request: Mapping[str, Any], job: bytes) -> None:
         """One job, from its limits to its last frame."""
@@ -71,11 +82,11 @@ class _Pooled:
             self._limits.lift_memory()
             if any(what == CHILDREN for what, _ in changes):
                 _end_children()
-            return wire.frame(wire.DONE, codec.to_json(self._done(request["token"], changes)))
+            return wire.frame(wire.DONE, self._done(request["token"].encode(), changes))
 
         copy_context().run(run.attempt, wire.RUN, job, farewell)
 
-    def _done(self, token: str, changes: Changes) -> list[Any]:
+    def _done(self, token: bytes, changes: Changes) -> bytes:
         """See child_frames.Done. The peak is that of a life: it is this run's where it has risen, which is when to look anew."""
         before, after = self._used, _used()
         self._used = after
@@ -85,7 +96,8 @@ class _Pooled:
             self._memory, self._data = limits.statm()
         peak_mib = after.peak_kib / 1024 if rose else self._memory / limits.MIB
         used = (max(0.0, after.user_s - before.user_s), max(0.0, after.system_s - before.system_s))
-        return [token, *used, peak_mib, self._memory / limits.MIB, changes]
+        head = wire.DONE_HEAD.pack(token, *used, peak_mib, self._memory / limits.MIB)
+        return head + codec.to_json(changes) if changes else head
 
 
 def _end_children() -> None:

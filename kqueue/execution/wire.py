@@ -35,7 +35,7 @@ WARNING: Final = 9
 RUN: Final = 16  # an envelope
 CALL: Final = 17  # an offloaded call
 REPLY: Final = 18  # to ENQUEUE and THEN
-TAKE: Final = 25  # to a pool process: a request, as the template gets it, a newline, and an envelope
+TAKE: Final = 25  # to a pool process: what is particular to this run, what holds for all of its job, and an envelope; see take()
 # child -> supervisor
 RESULT: Final = 19  # JSON of the value
 FAILURE: Final = 20
@@ -43,13 +43,14 @@ PROGRESS: Final = 21
 ENQUEUE: Final = 22
 THEN: Final = 23  # a follow-up, answered by REPLY, too
 BACKOFF: Final = 24  # what the backoff function said, after the FAILURE
-DONE: Final = 26  # a pool process is through with a TAKE, and what that has cost and left behind
+DONE: Final = 26  # a pool process is through with a TAKE, what that has cost, and as JSON what it left changed; see DONE_HEAD
 
 CONTROL_FD: Final = 3  # where the template finds its end of its socket
 JOB_FD: Final = 3  # where a child finds its own
 
 _FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN, BACKOFF, DONE)
 _HEADER: Final = struct.Struct(">IB")
+DONE_HEAD: Final = struct.Struct("<16sdddd")  # the token; then as child_frames.Done has them
 MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
 MAX_MESSAGE: Final = 64 * 1024  # to and from the template; a Linux socket buffer holds 208 KiB
 
@@ -61,6 +62,11 @@ class WireError(Exception):
 def frame(kind: int, payload: bytes) -> bytes:
     """A frame of a job socket."""
     return _HEADER.pack(len(payload) + 1, kind) + payload
+
+
+def take(particular: Any, general: bytes, envelope: bytes) -> bytes:
+    """A TAKE. `general` is JSON that most runs of a job share, so that each side makes and reads it once. JSON has no newline."""
+    return frame(TAKE, b"%s\n%s\n%s" % (to_json(particular), general, envelope))
 
 
 class Frames:

@@ -16,7 +16,7 @@ class Slots:
     """`count` places. `yield from slots.take()`, and `slots.give()` in a finally."""
 
     def __init__(self, count: int = 1) -> None:
-        self.free = count
+        self._free = count
         self._waiting: deque[Task] = deque()
         self._kernel: Kernel | None = None  # None: nobody ever took one, so nobody waits
 
@@ -24,16 +24,16 @@ class Slots:
         """Wait until a place is free and take it."""
         kernel = self._kernel = yield this_kernel()
         try:
-            while not self.free:
+            while not self._free:
                 yield Park(self._waiting)
         except BaseException:  # cancelled; the place that may have woken us is the next one's
-            if self.free:
+            if self._free:
                 kernel.unpark(self._waiting, count=1)
             raise
-        self.free -= 1
+        self._free -= 1
 
     def give(self) -> None:
         """Give a place back; the longest waiting task is woken for it."""
-        self.free += 1
+        self._free += 1
         if self._kernel is not None:
             self._kernel.unpark(self._waiting, count=1)

@@ -53,9 +53,13 @@ FIGURES: Sequence[Figure] = (
     Figure("warm_late_p99", "the same with one every 2 ms, p99", "ms"),
     Figure("forked_late_p50", "dispatch to start, fork, p50", "ms", 5),
     Figure("forked_late_p99", "dispatch to start, fork, p99", "ms"),
+    Figure("pooled_late_p50", "dispatch to start, pool, p50", "ms", 1),
+    Figure("pooled_late_p99", "dispatch to start, pool, p99", "ms"),
     # throughput.py
     Figure("noop", "no-op inline jobs", "/s", {"redis": 10_000, "sqlite": 5_000}, more=True),
     Figure("forked_noop", "no-op forked jobs", "/s", 200, more=True),
+    Figure("pooled_noop", "no-op jobs in the pool", "/s", 5_000, more=True),
+    Figure("fresh_noop", "no-op Python jobs by exec", "/s"),
     Figure("dispatch_single", "dispatch, one at a time", "/s"),
     Figure("dispatch_batch", "dispatch, in batches of 1,000", "/s"),
     # parked.py

@@ -46,6 +46,8 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "latency": latency.measure,
     "noop": throughput.measure_inline,
     "forked": throughput.measure_forked,
+    "pooled": throughput.measure_pooled,
+    "exec": throughput.measure_exec,
     "parked": parked.measure,
     "crowded": crowded.measure,
 }

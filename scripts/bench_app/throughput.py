@@ -15,6 +15,7 @@ from bench import Bench
 from forked import forked_noop
 from kqueued import Kqueued, connect, expect_ready
 from light import noop
+from warm import fresh_noop, pooled_noop
 
 from kqueue import dispatch_many
 
@@ -44,6 +45,28 @@ def measure_forked(bench: Bench) -> dict[str, float]:
     with Kqueued(room, url, ["light"], ["forked"]) as daemon:
         daemon.finished(client, forked_noop=jobs)
         return {"forked_noop": marks.rate(marks.read(daemon.marks, "forked_noop"))}
+
+
+def measure_pooled(bench: Bench) -> dict[str, float]:
+    jobs = bench.pick(20_000, 4_000)
+    room, url = bench.empty_queue()
+    client = connect(url)
+    fill(pooled_noop, jobs)
+    expect_ready(client, jobs)
+    with Kqueued(room, url, ["light"], ["warm"]) as daemon:
+        daemon.finished(client, pooled_noop=jobs)
+        return {"pooled_noop": marks.rate(marks.read(daemon.marks, "pooled_noop"))}
+
+
+def measure_exec(bench: Bench) -> dict[str, float]:
+    jobs = bench.pick(100, 20)
+    room, url = bench.empty_queue()
+    client = connect(url)
+    fill(fresh_noop, jobs)
+    expect_ready(client, jobs)
+    with Kqueued(room, url, ["light"], ["warm"]) as daemon:
+        daemon.finished(client, fresh_noop=jobs)
+        return {"fresh_noop": marks.rate(marks.read(daemon.marks, "fresh_noop"))}
 
 
 def fill(job: Any, count: int, *args: Any) -> None:

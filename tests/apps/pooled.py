@@ -266,7 +266,7 @@ def forges(data: str) -> int:
 
 
 FORGED_RESULT = wire.frame(wire.RESULT, b'"forged"').hex()
-FORGED_DONE = wire.frame(wire.DONE, b'["0123456789abcdef",0,0,1,1,[]]').hex()
+FORGED_DONE = wire.frame(wire.DONE, wire.DONE_HEAD.pack(b"0123456789abcdef", 0, 0, 1, 1)).hex()
 
 
 # -- output ---------------------------------------------------------------------------------------------------------------
