@@ -158,10 +158,10 @@ class Intake:
         limits += [(queue.spec.max_concurrent, queue.running) for queue in self._queues.values()]
         return all(used < limit for limit, used in limits if limit)
 
-    def may_get_more(self) -> bool:
-        """Whether another round could bring something: there is a free slot, for which not every queue has just had nothing."""
-        free = [lane for lane, slots in self._slots.items() if self.running[lane] < slots]
-        return any(not queue.shares[lane].empty for queue in self._queues.values() for lane in free)
+    def may_get_more(self, lane: str) -> bool:
+        """Whether another round could bring something: a slot of `lane` is free, for which not every queue has just had nothing."""
+        free = self.running[lane] < self._slots.get(lane, 0)
+        return free and any(not queue.shares[lane].empty for queue in self._queues.values())
 
     def order(self) -> list[str]:
         """The queues in the order in which to ask them now; one twice, when both its lanes have a chance of one job only."""

@@ -48,7 +48,7 @@ from .outcome import Outcome, describe_error
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
-from .settling import Ended, Held, Settling
+from .settling import NO_HURRY_S, Ended, Held, Settling
 from .signing import unsigned
 from .upkeep import EXIT_RESTART, Upkeep
 from .verdict import ALONE_AFTER, defer, exhausted, judge, move, postpone
@@ -112,8 +112,10 @@ class KQueueRuntime:
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
         self._settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
+        self._settling.is_unhurried = lambda: self.isolated.pool.has_a_line
         self._burst = False
         self._nudged = False
+        self._nudging = False  # a nudge is on its way
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
@@ -201,7 +203,7 @@ class KQueueRuntime:
             self._intake.give_back(held.lease.queue, held.taken_at)
         self._settling.add(ended)
         if not self._sated:
-            self.nudge()
+            self._fill_slot()
 
     def _mishap(self, held: Held, error: BaseException) -> Ended:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
@@ -233,9 +235,9 @@ class KQueueRuntime:
             took, next_due_s = yield from self._reserve()
             if took:
                 yield  # let them run before more are taken
-                if self._nudged or self._intake.may_get_more():
+                if self._nudged or self._is_hungry():
                     continue
-                self._sated = self._intake.has_slots()  # it has not, so that a slot that is freed is news
+                self._sated = False  # a slot that is freed is news
             if self._is_finished():
                 self.stop("burst" if self._burst else "max-jobs")
                 return
@@ -285,6 +287,29 @@ class KQueueRuntime:
         while True:
             yield from self.broker.wait(None)
             self.nudge()
+
+    def _is_hungry(self) -> bool:
+        """Whether another round is worth it, now that one has brought something."""
+        if self._intake.may_get_more("inline"):
+            return True
+        hungry = self._intake.may_get_more("isolated")
+        if hungry and self.isolated.pool.has_a_line:
+            self._fill_slot()
+            return False
+        return hungry
+
+    def _fill_slot(self) -> None:
+        """A slot is free. While jobs stand in line for the pool all the same, that is no hurry, and soon there are more of them."""
+        if not self.isolated.pool.has_a_line:
+            self.nudge()
+        elif not self._nudging:
+            self._nudging = True
+            self._loop(self._nudge_soon())
+
+    def _nudge_soon(self) -> Steps:
+        yield sleep(NO_HURRY_S)
+        self._nudging = False
+        self.nudge()
 
     def nudge(self) -> None:
         """Have the feeder look again: something may be ready, or a slot is free that something may have waited for."""

@@ -14,7 +14,7 @@ from . import events as facts
 from .brokers.base import MAX_BATCH, STALE, Broker, Lease, Settlement
 from .context import JobContext
 from .events import Events
-from .kernel import Kernel, Park, Task
+from .kernel import Kernel, Park, Task, sleep
 from .options import JobOptions
 from .outbox import Outbox
 from .outcome import Outcome
@@ -22,6 +22,7 @@ from .verdict import Verdict
 
 Steps = Generator[Any, Any, Any]
 
+NO_HURRY_S: Final = 0.002  # while jobs stand in line for the pool: what its jobs came to is settled, and their slots filled, together
 MAX_UNSETTLED: Final = 10_000  # outcomes that await their settlement
 AGAIN: Final = "they run again once our lease has expired, or when this daemon starts again"
 
@@ -66,6 +67,7 @@ class Settling:
         self._events = events
         self._outbox = outbox
         self._settled = settled
+        self.is_unhurried: Callable[[], bool] = lambda: False  # whether more outcomes come at once, and no slot waits for these
         self._waiting: deque[Ended] = deque()
         self._sent: list[Ended] = []  # and not answered
         self._idle: deque[Task] = deque()
@@ -93,6 +95,8 @@ class Settling:
         while True:
             if not self._waiting:
                 yield Park(self._idle)
+            if self.is_unhurried():
+                yield sleep(NO_HURRY_S)
             self._sent = batch = list(self._waiting)
             self._waiting.clear()
             answers = yield from self._broker.settle([ended.verdict.settlement for ended in batch])

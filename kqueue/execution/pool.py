@@ -36,6 +36,7 @@ class PoolSettings(NamedTuple):
     max_age_s: float = 3600.0
 
 
+LINE: Final = 4  # jobs that wait for a process, for each
 DEFAULTS: Final = PoolSettings()
 
 
@@ -64,6 +65,11 @@ class Pool:
         self._idle: list[Worker] = []
         self._numbers = 0  # of processes so far
         self._said: set[tuple[str, str]] = set()  # (job, what it changes) that the operator has been told of
+
+    @property
+    def has_a_line(self) -> bool:
+        """Whether so many jobs wait for a process that none will be without a job within the next milliseconds."""
+        return len(self._waiting) > LINE * self._settings.size
 
     def take(self, request: Mapping[str, Any]) -> Steps:
         """A Worker for `request`, to be given back. Waits for one that is free. Raises NotStarted."""
