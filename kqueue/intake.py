@@ -159,7 +159,7 @@ class Intake:
         return all(used < limit for limit, used in limits if limit)
 
     def may_get_more(self, lane: str) -> bool:
-        """Whether another round could bring something: a slot of `lane` is free, for which not every queue has just had nothing."""
+        """Whether another round could bring something: `lane` has a free slot, for which not every queue has just had nothing."""
         free = self.running[lane] < self._slots.get(lane, 0)
         return free and any(not queue.shares[lane].empty for queue in self._queues.values())
 

@@ -299,7 +299,7 @@ class KQueueRuntime:
         return hungry
 
     def _fill_slot(self) -> None:
-        """A slot is free. While jobs stand in line for the pool all the same, that is no hurry, and soon there are more of them."""
+        """A slot is free. While jobs stand in line for the pool there is no hurry, and soon there are more of them."""
         if not self.isolated.pool.has_a_line:
             self.nudge()
         elif not self._nudging:

@@ -22,7 +22,7 @@ from .verdict import Verdict
 
 Steps = Generator[Any, Any, Any]
 
-NO_HURRY_S: Final = 0.002  # while jobs stand in line for the pool: what its jobs came to is settled, and their slots filled, together
+NO_HURRY_S: Final = 0.002  # how long outcomes and free slots are gathered while jobs stand in line for the pool
 MAX_UNSETTLED: Final = 10_000  # outcomes that await their settlement
 AGAIN: Final = "they run again once our lease has expired, or when this daemon starts again"
 

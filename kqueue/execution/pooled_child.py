@@ -69,13 +69,13 @@ class _Pooled:
 
     def run(self, request: Mapping[str, Any], job: bytes) -> None:
         """One job, from its limits to its last frame."""
-        state, used = self._state, self._used
+        state = self._state
         os.environ["KQUEUE_JOB_ID"] = request["id"]
         state.expect_environment("KQUEUE_JOB_ID", request["id"])
         name_process(request)
         run = Run(request, self._socket)
         state.expect_handler(SIGTERM, SIG_IGN)
-        state.expect_rlimits(self._limits.apply(request["limits"], self._data, used.user_s + used.system_s))
+        state.expect_rlimits(self._limits.apply(request["limits"], self._data))
 
         def farewell() -> bytes:
             changes = state.changes() + ([] if run.kept_sigterm else [("the handler of SIGTERM", "")])
