@@ -90,7 +90,7 @@ class RunLimits:
 def _cpu_end(max_cpu_s: float) -> int:
     """The RLIMIT_CPU that is reached `max_cpu_s` from now, in whole seconds, rounded up.
 
-    It goes by the ticks of the clock that found the process running, not by what getrusage tells; they differ by 20 % on a busy host.
+    It goes by the clock ticks that found the process running, not by what getrusage tells: 20 % more on a busy host.
     """
     return ceil(time.clock_gettime(_TICKS_OF_THIS_PROCESS) + max(1.0, max_cpu_s))
 
