@@ -44,12 +44,13 @@ _ENDED_BY: Final = {"timeout": "supervisor", "cancelled": "shutdown", "memory": 
 class Attempt:
     """A child while it runs. `request` is what the template was asked.
 
-    `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how. `token`: see wire.TAKE.
+    `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
+    `kill`: it and all that it started. `token`: see wire.TAKE.
     """
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
-        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, token: bytes = b"",
+        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, kill: Callable[[Child], None], token: bytes = b"",
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -59,6 +60,7 @@ class Attempt:
         self._enqueue = enqueue
         self._check = check
         self._kill_grace_s = kill_grace_s
+        self._kill = kill
         self._token = token  # what a pool process says when it is through with this run; b"": the process is for this run alone
         self._done: Done | None = None  # that it did
         self._is_drained = False  # of a pool process that is done: nothing more came out of it
@@ -104,7 +106,7 @@ class Attempt:
                 self._why, deadline = "lingering", clock.monotonic() + self._kill_grace_s
             elif deadline is not None and clock.monotonic() >= deadline:
                 if self._why:
-                    child.kill(signal.SIGKILL)  # the template kills its group when it reaps it
+                    self._kill(child)
                     deadline = None
                 else:
                     deadline = self._end("timeout")

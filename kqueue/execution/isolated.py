@@ -43,20 +43,21 @@ class _General(NamedTuple):
 class IsolatedExecutionStrategy:
     """Runs jobs in children of a template.
 
-    `kill_grace_s`: between SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it
-    counts thread stacks at their full reserve. `enqueue`: how the supervisor enqueues what a child dispatches; `check`: what it
-    makes of a job that a child wants enqueued later, or why it refuses it.
+    `identity`: of the daemon, by which the processes of its earlier runs are known; "": there were none. `kill_grace_s`: between
+    SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it counts thread stacks at
+    their full reserve. `cgroups`: whether a job gets one, where they may be made. `enqueue`: how the supervisor enqueues what a
+    child dispatches; `check`: what it makes of a job that a child wants enqueued later, or why it refuses it.
     """
 
     name = "isolated"
 
     def __init__(
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
-        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, default_start: str = "fork", pool: PoolSettings = DEFAULTS,
-        commands: Sequence[Command] = (),
+        identity: str = "", kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, cgroups: bool = True,
+        default_start: str = "fork", pool: PoolSettings = DEFAULTS, commands: Sequence[Command] = (),
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
-        self.link = Templates(kernel, events)
+        self.link = Templates(kernel, events, identity, cgroups)
         self.pool = Pool(kernel, events, self.link, pool)
         self.link.on_replaced = self.pool.retire_idle
         self._default_start = default_start
@@ -167,7 +168,7 @@ class IsolatedExecutionStrategy:
     def _attempt_in(self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"") -> Attempt:
         return Attempt(
             self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
-            kill_grace_s=self._kill_grace_s, token=token,
+            kill_grace_s=self._kill_grace_s, kill=self.link.kill, token=token,
         )  # fmt: skip
 
     def _watched(self, attempt: Attempt, first: bytes, child: Child, context: JobContext) -> Steps:

@@ -23,7 +23,7 @@ Steps = Generator[Any, Any, Any]
 class Templates:
     """Passes on to the current TemplateLink what is asked of it, and to its own what concerns a child."""
 
-    def __init__(self, kernel: Kernel, events: Events) -> None:
+    def __init__(self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True) -> None:
         self._kernel = kernel
         self._events = events
         self._config: Mapping[str, Any] = {}
@@ -32,7 +32,9 @@ class Templates:
         self._next: TemplateLink | None = None  # that is being started in place of the current one; None: none is
         self._on_manifest: Callable[[], None] = lambda: None
         self.on_replaced: Callable[[], None] = lambda: None
-        self.current = TemplateLink(kernel, events)
+        self._identity = identity
+        self._cgroups = cgroups
+        self.current = self._new_link()
 
     @property
     def on_manifest(self) -> Callable[[], None]:
@@ -74,6 +76,13 @@ class Templates:
     def exited(self, child: Child) -> Steps:
         yield from child.link.exited(child)
 
+    def kill(self, child: Child) -> None:
+        child.link.kill(child)
+
+    def sweep(self, whose: str) -> Steps:
+        """See TemplateLink.sweep. Before the first start."""
+        yield from self.current.sweep(whose)
+
     def forget(self, child: Child) -> None:
         child.link.forget(child)
 
@@ -89,7 +98,7 @@ class Templates:
         """
         if self._next is not None:
             self._stop_later(self._next)
-        link = self._next = TemplateLink(self._kernel, self._events)
+        link = self._next = self._new_link()
         link.configure({**self._config, "needed": True})
         try:
             yield from link.start()
@@ -121,6 +130,16 @@ class Templates:
             self._stop_later(link)
         for task in list(self._stopping.values()):
             yield join(task)
+
+    def _new_link(self) -> TemplateLink:
+        link = TemplateLink(self._kernel, self._events, self._identity, self._cgroups)
+        link.siblings = lambda: self._pids_but(link)
+        return link
+
+    def _pids_but(self, link: TemplateLink) -> list[int]:
+        """Of all templates that live, but that of `link`."""
+        others = {self.current, *self._retired, *self._stopping, *([self._next] if self._next is not None else [])} - {link}
+        return [other.template_pid for other in others if other.template_pid]
 
     def _stop_later(self, link: TemplateLink) -> None:
         """`link` has nothing left to do."""

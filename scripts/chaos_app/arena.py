@@ -42,9 +42,10 @@ class Setting(NamedTuple):
 class Arena:
     """Everything of a run. Use it in a `with`: whatever it started is gone afterwards, and its directory too, unless `keep`."""
 
-    def __init__(self, setting: Setting, keep: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, setting: Setting, keep: bool, say: Callable[[str], None], verbose: bool = False) -> None:
         self.setting = setting
         self.say = say
+        self.detail = say if verbose else lambda text: None
         self.loop = Loop()
         self.history = History()
         self.faults: list[Fault] = []

@@ -256,7 +256,7 @@ def jump(arena: Arena, strike: Strike) -> Steps:
         arena.lost_wall_s -= by_s
     for clock in {id(arena.clocks[name]): arena.clocks[name] for name in names}.values():
         clock.jump(clock.offset_s + by_s)
-    arena.say(f"          the clock of {', '.join(names)}: {by_s:+d} s")
+    arena.detail(f"          the clock of {', '.join(names)}: {by_s:+d} s")
     return
     yield 0.0
 

@@ -60,13 +60,12 @@ def chaos(wishes: Wishes) -> Result:
     names = list(wishes.nemeses)
     disk_mib = _disk_mib(wishes) if "full-disk" in names else 0
     setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, clock="jump" in names, disk_mib=disk_mib)
-    with Arena(setting, wishes.keep, wishes.say) as arena:
+    with Arena(setting, wishes.keep, wishes.say, wishes.verbose) as arena:
         strikes = nemeses.schedule(
             wishes.seed, [name for name in names if name not in arena.lacking], wishes.seconds, wishes.lease_s, wishes.pause_s
         )
         orders = workload.mixed(wishes.seed, wishes.jobs, wishes.seconds, wishes.lease_s, wishes.without)
-        if wishes.verbose:
-            wishes.say("\n".join(map(str, strikes)))
+        arena.detail("\n".join(map(str, strikes)))
         return _run(arena, wishes, "chaos", orders, strikes)
 
 
@@ -77,7 +76,7 @@ def kills(wishes: Wishes) -> Result:
     )
     points = [0.08, 0.25, 0.45, 0.7, 0.95]
     orders = workload.uniform(wishes.jobs, 0.1, heavy_share=wishes.heavy_share)
-    with Arena(setting, wishes.keep, wishes.say) as arena:
+    with Arena(setting, wishes.keep, wishes.say, wishes.verbose) as arena:
         arena.start()
         began = time.monotonic()
         arena.dispatch(orders)
@@ -102,7 +101,7 @@ def survivor(wishes: Wishes) -> Result:
     """Two daemons on one broker, as two hosts; one is killed for good while it is at work."""
     setting = Setting(wishes.broker, wishes.seed, wishes.lease_s, inline=wishes.slots or 100, disk_mib=0, proxies=False)
     orders = workload.uniform(wishes.jobs, 0.1, heavy_share=wishes.heavy_share)
-    with Arena(setting, wishes.keep, wishes.say) as arena:
+    with Arena(setting, wishes.keep, wishes.say, wishes.verbose) as arena:
         arena.start()
         began = time.monotonic()
         arena.dispatch(orders)
@@ -124,7 +123,7 @@ def cut_every_byte(wishes: Wishes) -> Result:
         raise Trouble("cut-every-byte is about replies over a network: use --broker redis")
     setting = Setting("redis", wishes.seed, wishes.lease_s, daemons=6, dispatchers=1, isolated=0, disk_mib=0)
     walk = Walk({*AT_WORK, *AT_CONNECT, *AT_START}, WALK_LIMIT, wishes.stride, wishes.seed)
-    with Arena(setting, wishes.keep, wishes.say) as arena:
+    with Arena(setting, wishes.keep, wishes.say, wishes.verbose) as arena:
         walkers = {}
         for number, (name, proxy) in enumerate(arena.proxies.items()):
             kinds = AT_CONNECT if number % 2 and name != CLIENTS else AT_WORK
@@ -175,7 +174,7 @@ def _run(arena: Arena, wishes: Wishes, name: str, orders: Sequence[workload.Orde
     arena.dispatch(orders)
     pending = {"strikes": len(strikes)}
     for strike in strikes:
-        arena.loop.spawn(_strike(arena, strike, pending, wishes.verbose), strike.at_s)
+        arena.loop.spawn(_strike(arena, strike, pending), strike.at_s)
     arena.loop.spawn(_progress(arena, pending.values, len(orders), wishes))
     if not arena.loop.run_until(lambda: pending["strikes"] == 0, wishes.seconds + 60):
         raise Trouble("a nemesis does not end")
@@ -189,9 +188,8 @@ def _run(arena: Arena, wishes: Wishes, name: str, orders: Sequence[workload.Orde
     return _result(arena, wishes, name, standing, done, time.monotonic() - began, bound_s, took_s, {})
 
 
-def _strike(arena: Arena, strike: Strike, pending: dict[str, int], verbose: bool) -> Steps:
-    if verbose:
-        arena.say(f"{book.now() - arena.began_at:8.2f}  {strike.nemesis} {strike.target} begins")
+def _strike(arena: Arena, strike: Strike, pending: dict[str, int]) -> Steps:
+    arena.detail(f"{book.now() - arena.began_at:8.2f}  {strike.nemesis} {strike.target} begins")
     yield from nemeses.NEMESES[strike.nemesis].steps(arena, strike)
     pending["strikes"] -= 1
 
