@@ -15,6 +15,7 @@ from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
 from ..events import Events
 from ..kernel import Kernel
+from ..options import JobOptions
 from ..outcome import Outcome
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
@@ -22,7 +23,6 @@ from .base import Work
 from .link import Child, TemplateLink
 
 Steps = Generator[Any, Any, Any]
-MAX_FILES: Final = 1024  # open files of a job
 SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and reported
 
 
@@ -59,7 +59,7 @@ class IsolatedExecutionStrategy:
     def execute(self, work: Work) -> Steps:
         """Run one attempt in a child of its own; returns the Outcome. Raises NotStarted when there can be no child now."""
         options = work.options
-        limits = self._limits(options.timeout, options.max_memory, options.max_cpu)
+        limits = self._limits(options)
         request = {
             "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "limits": limits,
             "keep_result": bool(options.keep_result),
@@ -73,7 +73,7 @@ class IsolatedExecutionStrategy:
     ) -> Steps:  # fmt: skip
         """Run `function` in a child; returns its result or raises its error. TypeError when it cannot be sent there."""
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
-        limits = self._limits(timeout_s, max_memory_mib)
+        limits = self._limits(JobOptions(timeout=timeout_s, max_memory=max_memory_mib))
         request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "limits": limits, "keep_result": True}
         outcome: Outcome = yield from self._attempt(request, wire.frame(wire.CALL, call), context)
         if outcome.ok:
@@ -82,11 +82,12 @@ class IsolatedExecutionStrategy:
             raise JobCancelled(f"{context.name} was stopped")
         raise _offload_error(outcome)
 
-    def _limits(self, timeout_s: float, max_memory_mib: int, max_cpu_s: float = 0) -> dict[str, float]:
-        """What limits.apply puts on the child, and the time-out."""
+    def _limits(self, options: JobOptions) -> dict[str, float]:
+        """What limits.apply puts on the child, and what it is held to from here."""
         return {
-            "timeout": timeout_s, "max_memory": max_memory_mib, "memory_headroom": self._memory_headroom_mib,
-            "max_cpu": max_cpu_s, "max_files": MAX_FILES,
+            "timeout": options.timeout, "max_memory": options.max_memory, "memory_headroom": self._memory_headroom_mib,
+            "max_cpu": options.max_cpu, "max_files": options.max_files, "max_processes": options.max_processes,
+            "max_file_size": options.max_file_size,
         }  # fmt: skip
 
     # -- one attempt ------------------------------------------------------------------------------------------------
