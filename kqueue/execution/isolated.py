@@ -21,6 +21,7 @@ from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import Work
 from .link import Child, TemplateLink
+from .sampler import Sampler
 
 Steps = Generator[Any, Any, Any]
 SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and reported
@@ -42,6 +43,7 @@ class IsolatedExecutionStrategy:
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
         self.link = TemplateLink(kernel, events)
+        self.sampler = Sampler(kernel)
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
@@ -54,6 +56,7 @@ class IsolatedExecutionStrategy:
         yield from self.link.start()
 
     def stop(self) -> Steps:
+        self.sampler.stop()
         yield from self.link.stop()
 
     def execute(self, work: Work) -> Steps:
@@ -104,12 +107,17 @@ class IsolatedExecutionStrategy:
         )  # fmt: skip
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
+        limits = request["limits"]
+        sampled = self.sampler.watch(attempt, request["id"], child.pid, limits["max_memory"], limits["max_processes"])
         try:
             yield from attempt.watch(first, self.link.exited)
         finally:
             context.pid = None
+            self.sampler.forget(sampled)
             self.link.forget(child)
-        return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
+        outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), self.link.roots)
+        peak_mib = max(outcome.max_memory_mib, sampled.peak_mib)
+        return outcome._replace(duration_s=self._kernel.clock.monotonic() - began, max_memory_mib=peak_mib)
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:
