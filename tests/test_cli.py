@@ -216,7 +216,7 @@ def test_status_without_a_daemon_has_the_same_fields_and_the_queues(home: Home) 
     ended = home.kqueue("status", "--json")
     assert list(ended.json) == [
         "pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed", "forgotten", "running",
-        "queues", "loop",
+        "queues", "loop", "memory_budget",
     ]  # fmt: skip
     assert (ended.json["state"], ended.json["pid"], ended.json["running"]) == ("stopped", None, [])
     assert ended.json["queues"] == {

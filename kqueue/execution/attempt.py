@@ -279,7 +279,7 @@ class Attempt:
     def outcome(self, killer: Killer, roots: Sequence[str]) -> Outcome:
         """What it said and how it exited amount to this.
 
-        `killer` says who sent a SIGKILL that was not ours. `roots`: where the job's modules are found, so how its files are named.
+        `killer` says who sent a SIGKILL that was not ours. `roots`: where the job's modules are found, so how files are named.
         """
         exit = self._child.exit
         limits = {name: value for name, value in self._request["limits"].items() if value}

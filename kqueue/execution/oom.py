@@ -54,7 +54,7 @@ class OomKills:
         where = f"oom_kill of {self._events or self._vmstat}"
         new = self._kills - mark.kills
         if mark.kills < 0 or self._kills < 0:
-            return "operator", f"KQueue did not send it; whether the kernel's OOM killer did, nobody knows: {where} cannot be read"
+            return "operator", f"KQueue did not send it; the kernel's OOM killer may have: {where} cannot be read"
         if new - (self._claimed - mark.claimed) > 0:
             self._claimed += 1
             return "kernel", f"by the kernel's OOM killer, for {where} rose from {mark.kills} to {self._kills} while it ran"

@@ -29,6 +29,14 @@ def add(a: int, b: int = 0) -> int:
 
 
 @job(isolated=True, keep_result=60)
+def naps(seconds: float) -> list[float]:
+    """When it began and ended."""
+    began = time.monotonic()
+    time.sleep(seconds)
+    return [began, time.monotonic()]
+
+
+@job(isolated=True, keep_result=60)
 def about_me() -> dict[str, Any]:
     context = current()
     return {
