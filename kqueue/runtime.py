@@ -62,8 +62,8 @@ class KQueueRuntime:
     """Runs jobs from a broker. `KQueueRuntime("memory://").run(burst=True)` is a whole program.
 
     `broker`: a URL or an unopened Broker. `queues`: names, or QueueSpecs with weights. `template`: what the template imports, see
-    `loading.template_config`; None: what is registered when it starts. `memory_budget`: what the `max_memory` of all isolated jobs
-    that run may add up to, see `hostmemory.budget`. All times are seconds, sizes MiB.
+    `loading.template_config`; None: what is registered when it starts. `memory_budget`: what all isolated jobs that run may have
+    together, see `hostmemory.budget`. All times are seconds, sizes MiB.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The memory budget: what isolated jobs may have together is never more than there is, nothing starves, and nothing is lost by waiting."""
+"""The memory budget: isolated jobs never have more together than there is, none starves, and waiting costs none anything."""
 
 from __future__ import annotations
 

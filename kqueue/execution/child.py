@@ -254,6 +254,8 @@ _CAUSES: Final = (  # the first that fits
 def _failure(error: BaseException, limits: Mapping[str, float]) -> dict[str, Any]:
     """What `error` amounts to, as `child_frames.Failure` reads it."""
     cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # mmap, fork
+        cause = "memory"
     asked, retry_in_s = asked_by(error)
     described = describe_error(error)
     fields = {"cause": cause, "error": described, "asked": asked, "retry_in_s": retry_in_s}

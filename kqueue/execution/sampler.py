@@ -68,7 +68,7 @@ class Job:
         self.faulted = 0  # bytes that faults may have brought since `known`
         self.known = 0  # what counts, and what was resident, when smaps_rollup was last looked at; 0: it never was
         self.known_resident = 0
-        self.shared_before = -1  # shared memory of the host when it was first seen
+        self.shared_before = 0  # shared memory of the host when it began
 
     def open(self) -> None:
         """Keep its two files open: reading them again is half as dear, and they can never be another process's."""
@@ -110,7 +110,7 @@ class Sampler:
         if self._idle or not self._tick:
             self.oom.look(job.began)
             self._kernel.unpark(self._idle)
-        job.oom_mark = self.oom.mark()
+        job.oom_mark, job.shared_before = self.oom.mark(), self.oom.shared_memory
         return job
 
     def forget(self, job: Job) -> None:
@@ -156,8 +156,6 @@ class Sampler:
             many = f"{len(pids)}" if len(pids) < MOST else f"at least {MOST}"
             job.attempt.exceeds("processes", f"it has {many} processes at once, and its max_processes is {job.max_processes}")
             return
-        if job.shared_before < 0:
-            job.shared_before = self.oom.shared_memory
         hidden = self.oom.shared_memory - job.shared_before > job.max_memory // 2
         if len(pids) == 1:
             job.peak_mib = max(job.peak_mib, job.resident / MIB)

@@ -18,7 +18,7 @@ SIGNAL: Final = 62  # a real-time signal that no library is known to use
 PATIENCE_S: Final = 0.1  # for the first of its answer
 QUIET_S: Final = 0.005  # after the last of it
 _SIZE: Final = 16384  # of what is kept
-_OURS: Final = re.compile(r'  File "(?:.*/)?kqueue/(?:execution|kernel|registry)[/.].* in \w+$')
+_OURS: Final = re.compile(r'  File "(?:.*/)?kqueue/(?:execution|kernel|registry)[/.].* in \S+$')
 
 
 def can_answer(pid: int) -> bool:
