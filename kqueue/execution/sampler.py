@@ -6,7 +6,8 @@ of a job and all that it started are held to here. What is looked at first is ch
     every tick       resident pages, page faults, and children of each process: /proc/PID/stat and task/PID/children, 10 µs each
     near a limit     smaps_rollup, which costs 0.1 ms and 7-10 ms a GiB: when the pages that came since it was last looked at
                      (resident ones, and one for each fault, since a copy on write adds none) may have brought the job over
-    on a suspicion   open memfds, which nobody need have mapped: when the host's shared memory grew by half of max_memory
+    on a suspicion   open memfds, which nobody need have mapped: when the host's shared memory grew by half of max_memory, and
+                     every two seconds where it is that large
 
 What counts against `max_memory` is what the job has of its own: private pages, and its share of pages that several processes
 have, without what it shares with the template it was forked from. What the template itself has of such a share says how large
@@ -36,6 +37,7 @@ MOST: Final = 2000  # processes of one job that are looked at
 SLICE_S: Final = 0.002  # after which others get their turn
 PATIENCE_S: Final = 0.025  # of each tick for what is not cheap; who is not reached then comes first in the next one
 THREADS_EVERY: Final = 4  # ticks: children of threads other than the first
+MEMFDS_EVERY: Final = 8  # ticks, where the host has much shared memory anyway
 MIB: Final = 1048576
 
 
@@ -68,7 +70,7 @@ class Job:
         self.faulted = 0  # bytes that faults may have brought since `known`
         self.known = 0  # what counts, and what was resident, when smaps_rollup was last looked at; 0: it never was
         self.known_resident = 0
-        self.shared_before = 0  # shared memory of the host when it began
+        self.shared_before = 0  # the least shared memory that the host had since it began
 
     def open(self) -> None:
         """Keep its two files open: reading them again is half as dear, and they can never be another process's."""
@@ -156,7 +158,7 @@ class Sampler:
             many = f"{len(pids)}" if len(pids) < MOST else f"at least {MOST}"
             job.attempt.exceeds("processes", f"it has {many} processes at once, and its max_processes is {job.max_processes}")
             return
-        hidden = self.oom.shared_memory - job.shared_before > job.max_memory // 2
+        hidden = self._may_hide(job)
         if len(pids) == 1:
             job.peak_mib = max(job.peak_mib, job.resident / MIB)
         if job.most <= job.max_memory and not hidden:
@@ -175,6 +177,12 @@ class Sampler:
             age_s = self._kernel.clock.monotonic() - job.began
             text = f"{has} {counted / MIB:.0f} MiB, and its max_memory is {job.max_memory // MIB} MiB (seen after {age_s:.2f} s)"
             job.attempt.exceeds("memory", text)
+
+    def _may_hide(self, job: Job) -> bool:
+        """Whether it may have memory that none of its processes has mapped: the host's grew; or there is so much, now and then."""
+        shared, enough = self.oom.shared_memory, job.max_memory // 2
+        job.shared_before = min(job.shared_before, shared)
+        return shared - job.shared_before > enough or (shared > enough and (self._tick + job.pid) % MEMFDS_EVERY == 0)
 
     # -- the cheap look ---------------------------------------------------------------------------------------------
 

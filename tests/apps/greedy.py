@@ -1,4 +1,4 @@
-"""Isolated jobs that want more than they may have, each in its own way; and some that look like it and do not. See test_limits."""
+"""Isolated jobs that want more than they may have, each in its own way; and some that only look like it. See test_limits."""
 
 from __future__ import annotations
 
