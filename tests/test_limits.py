@@ -86,7 +86,7 @@ def test_memory_that_no_rlimit_counts_is_seen_and_ends_the_job(bench: Bench, kin
     found = re.fullmatch(r"it has (\d+) MiB, and its max_memory is 32 MiB \(seen after \d+\.\d\d s\)", message(outcome))
     assert found
     assert int(found[1]) > 32
-    assert outcome.max_memory_mib >= int(found[1])
+    assert outcome.max_memory_mib > int(found[1]) - 1
     assert "in maps" in outcome.stack
 
 

@@ -64,16 +64,20 @@ class OomKills:
 
 def _numbers(path: str, names: tuple[bytes, ...]) -> list[int]:
     """What stands behind `names` in a file of lines such as "oom_kill 0"; -1: nothing."""
-    found = dict.fromkeys(names, -1)
     try:
-        with open(path, "rb") as file:
-            for line in file:
-                name, _, value = line.partition(b" ")
-                if name in found:
-                    found[name] = int(value)
-    except (OSError, ValueError):
-        pass
-    return [found[name] for name in names]
+        with open(path, "rb", buffering=0) as file:
+            text = b"\n" + file.read(65536)
+    except OSError:
+        return [-1] * len(names)
+    return [_number(text, name) for name in names]
+
+
+def _number(text: bytes, name: bytes) -> int:
+    begin = text.find(b"\n" + name + b" ")
+    if begin < 0:
+        return -1
+    value = text[begin + len(name) + 2 : begin + len(name) + 24].split(b"\n", 1)[0]
+    return int(value) if value.isdigit() else -1
 
 
 def _own_events() -> str:

@@ -179,7 +179,7 @@ class Sampler:
             job.attempt.exceeds("memory", text)
 
     def _may_hide(self, job: Job) -> bool:
-        """Whether it may have memory that none of its processes has mapped: the host's grew; or there is so much, now and then."""
+        """Whether it may have memory that nobody has mapped: the host's grew by so much; or the host has so much, now and then."""
         shared, enough = self.oom.shared_memory, job.max_memory // 2
         job.shared_before = min(job.shared_before, shared)
         return shared - job.shared_before > enough or (shared > enough and (self._tick + job.pid) % MEMFDS_EVERY == 0)
@@ -190,6 +190,13 @@ class Sampler:
         """The job's processes. Writes down what they have resident, and how much faults may have brought."""
         if job.stat_fd < 0:
             job.open()
+        if not job.orphans and len(job.faults) == 1:  # as it mostly is: one process, of one thread, without children
+            fields = _fields(os.pread(job.stat_fd, 1024, 0))
+            if fields[17] == b"1" and not os.pread(job.children_fd, 65536, 0):
+                faults_now, job.resident = int(fields[7]), int(fields[21]) * PAGE
+                job.faulted += max(0, faults_now - job.faults[job.pid]) * PAGE
+                job.faults[job.pid] = faults_now
+                return [job.pid]
         before, resident = job.faults, 0
         faults: dict[int, int] = {}
         waiting = [job.pid, *job.orphans]
@@ -200,7 +207,7 @@ class Sampler:
             try:
                 first = pid == job.pid
                 stat = os.pread(job.stat_fd, 1024, 0) if first else _read(f"/proc/{pid}/stat")
-                fields = stat[stat.rindex(b")") + 2 :].split(b" ", 22)  # proc_pid_stat(5), from its field 3
+                fields = _fields(stat)
                 waiting += self._children(job, pid, int(fields[17]))
             except (OSError, ValueError, IndexError):
                 if pid == job.pid:
@@ -244,7 +251,7 @@ class Sampler:
     def _owner(self, pid: int, jobs: list[Job], by_id: dict[str, Job]) -> Job | None:
         try:
             stat = _read(f"/proc/{pid}/stat")
-            session = int(stat[stat.rindex(b")") + 2 :].split(b" ", 4)[3])
+            session = int(_fields(stat)[3])
             if session in self._jobs:
                 return self._jobs[session]
             for job in jobs:
@@ -287,6 +294,13 @@ def _read(path: str) -> bytes:
         return data
     finally:
         os.close(fd)
+
+
+def _fields(stat: bytes) -> list[bytes]:
+    """proc_pid_stat(5), from its field 3 on: the name before them may have spaces. OSError for a process that is gone."""
+    if not stat:
+        raise ProcessLookupError
+    return stat[stat.rindex(b")") + 2 :].split(b" ", 22)
 
 
 def _of_threads(pid: int) -> Iterator[int]:
