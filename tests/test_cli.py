@@ -23,6 +23,7 @@ from kqueue.cli.text import ago, block, duration, moment, table
 from kqueue.config_file import load_config
 from kqueue.job import BoundJob
 from kqueue.options import DispatchOptions
+from kqueue.outcome import Outcome
 from tests.cli_home import COMMAND, PATIENCE_S, Home, MakeHome
 from tests.daemon import Daemon
 from tests.servers import RedisServer
@@ -183,6 +184,14 @@ def test_json_output_is_json_whatever_a_queue_holds(sqlite_home: Home) -> None:
     ended = sqlite_home.kqueue("show", id, "--json")
     assert ended.out.rstrip("\n").isprintable()
     assert ended.json["args"] == [nasty]
+
+
+def test_a_certificate_says_where_a_killed_job_stood_and_one_of_before_does_not() -> None:
+    outcome = Outcome("timeout", "supervisor", signal="SIGKILL", pid=7, stack='Thread 1:\n  File "app.py", line 3 in work')
+    certificate = outcome.certificate(attempt=1, strategy="isolated", ended_at=1e9)
+    assert 'stood at\n  | Thread 1:\n  |   File "app.py", line 3 in work' in told(certificate)
+    del certificate["stack"]
+    assert "stood at" not in told(certificate)
 
 
 def test_a_certificate_that_somebody_else_wrote_shows_as_it_is() -> None:

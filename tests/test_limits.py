@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kqueue import KQueueRuntime, SecurityConfig, events
+from kqueue import KQueueRuntime, SecurityConfig, events, job
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.handle import last_error
@@ -21,6 +23,7 @@ from kqueue.execution.oom import OomKills
 from kqueue.execution.stack import Stack
 from kqueue.loading import template_config
 from kqueue.outcome import Outcome
+from kqueue.redact import redacted, shorten_paths
 from tests.apps import greedy
 from tests.daemon import tree, wait_gone
 
@@ -355,6 +358,29 @@ def test_one_oom_kill_explains_one_death(tmp_path: Path, events_file: bool) -> N
     assert (by, "cannot be read" in text) == ("operator", True)
 
 
+# -- what is wrong otherwise ------------------------------------------------------------------------------------------
+
+
+@job(isolated=True)
+def known_to_the_daemon_only() -> None: ...
+
+
+def test_a_job_whose_code_was_removed_is_named_and_costs_nobody_else(bench: Bench) -> None:
+    (outcome,) = bench.run(known_to_the_daemon_only.job())
+    assert (outcome.cause, outcome.ended_by) == ("refused", "supervisor")
+    assert message(outcome).startswith("job 'known_to_the_daemon_only' is not registered in the template")
+
+
+def test_a_host_that_allows_less_than_a_template_has_is_named() -> None:
+    code = (
+        "import resource; from kqueue.execution import limits; resource.setrlimit(resource.RLIMIT_DATA, (1 << 20, 1 << 20))\n"
+        "try: limits.apply({'max_memory': 64, 'memory_headroom': 128, 'max_files': 64})\n"
+        "except OSError as error: print(error.strerror)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert re.fullmatch(r"RLIMIT_DATA of this service is 1 MiB, and the template has \d+ MiB: raise it \(LimitDATA=\)\n", done.stdout)
+
+
 # -- what leaves the host ---------------------------------------------------------------------------------------------
 
 
@@ -367,6 +393,38 @@ def test_a_client_is_told_neither_paths_nor_secrets(bench: Bench) -> None:
     row = bench.client.show("bad")
     assert row is not None
     assert last_error(row) == "RuntimeError: cannot open …/data.json with redis://***@db/0, password=***"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no such file: '/var/lib/app/x.db'", "no such file: '…/x.db'"),
+        ("https://bob:pw@example.org/a/b failed", "https://***@example.org/a/b failed"),
+        ("https://example.org/a/b failed", "https://example.org/a/b failed"),
+        ("api_key: abc123, retry", "api_key: ***, retry"),
+        ("{'password': 'a b', 'user': 'c'}", "{'password': ***, 'user': 'c'}"),
+        ("Authorization: Bearer eyJhbGciOi", "Authorization: ***"),
+        ("AWS_SECRET_ACCESS_KEY=wJalr", "AWS_SECRET_ACCESS_KEY=***"),
+        ("1/2 of tokens and a/b/c", "1/2 of tokens and a/b/c"),
+        ("/tmp is full", "/tmp is full"),
+    ],
+)
+def test_what_is_redacted(text: str, told: str) -> None:
+    assert redacted(text) == told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('File "/srv/app/jobs.py", line 1', 'File "app/jobs.py", line 1'),
+        ('File "/srv/lib/python/x/y.py", line 1', 'File "x/y.py", line 1'),
+        ('File "/home/bob/secret/deep/x.py", line 1', 'File "…/deep/x.py", line 1'),
+        ('File "/srvapp/x.py", line 1', 'File "/srvapp/x.py", line 1'),
+        ('File "<string>", line 1', 'File "<string>", line 1'),
+    ],
+)
+def test_how_a_file_is_named(line: str, told: str) -> None:
+    assert shorten_paths(line, ["", "/srv", "/srv/lib/python", "/"]) == told
 
 
 def test_whoever_closes_its_result_pipe_ends_by_that(bench: Bench) -> None:

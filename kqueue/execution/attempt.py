@@ -331,8 +331,8 @@ class Attempt:
         """A signal ended it that we did not send, or not as its time-out or for a limit."""
         limits = self._request["limits"]
         cpu_s, max_cpu_s, size_mib = exit.cpu_user_s + exit.cpu_system_s, limits["max_cpu"], limits["max_file_size"]
-        # Who ignores SIGXCPU gets a SIGKILL a second later.
-        if name == "SIGXCPU" or (name == "SIGKILL" and max_cpu_s and cpu_s > max(1, int(max_cpu_s)) + 0.9):
+        # Who ignores SIGXCPU gets a SIGKILL a second later; the kernel counts by ticks then, and not quite as we are told.
+        if name == "SIGXCPU" or (name == "SIGKILL" and max_cpu_s and cpu_s > 0.95 * max(1, int(max_cpu_s)) + 0.5):
             text = f"its max_cpu is {max_cpu_s:g} s" if max_cpu_s else "its host's RLIMIT_CPU is less"
             return Outcome("cpu", "kernel", signal=name, error=_error(name, f"it used {cpu_s:.3g} s of CPU, and {text}"))
         if name == "SIGXFSZ":

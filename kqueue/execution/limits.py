@@ -50,7 +50,7 @@ def apply(limits: Mapping[str, float]) -> None:
     has = data_size()
     ceiling = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if ceiling not in (resource.RLIM_INFINITY, -1) and ceiling < has:
-        text = f"RLIMIT_DATA of this service is {ceiling // MIB} MiB, and the template has {has // MIB}: raise it (LimitDATA=)"
+        text = f"RLIMIT_DATA of this service is {ceiling // MIB} MiB, and the template has {has // MIB} MiB: raise it (LimitDATA=)"
         raise OSError(errno.ENOMEM, text)
     _lower(resource.RLIMIT_DATA, has + int((limits["max_memory"] + limits["memory_headroom"]) * MIB))
     if limits.get("max_file_size"):
