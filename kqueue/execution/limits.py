@@ -37,11 +37,11 @@ def data_size() -> int:
 def apply(limits: Mapping[str, float]) -> None:
     """Put the limits of a job on this process.
 
-    `max_memory` and `memory_headroom` in MiB, above what the process has already; `max_cpu` in seconds (0: none); `max_files`
-    open files; `max_file_size` in MiB (0: none). RLIMIT_RSS does nothing on Linux, and RLIMIT_AS counts address space that nobody
-    touches; RLIMIT_DATA makes malloc fail, which Python turns into MemoryError. Python ignores SIGXFSZ, so that a write beyond
-    RLIMIT_FSIZE is an OSError in it; a program that it starts has the signal's default, and dies of it. `max_processes` is the
-    sampler's: RLIMIT_NPROC counts those of a user, and not for root.
+    `max_memory` (0: none) and `memory_headroom` in MiB, above what the process has already; `max_cpu` in seconds (0: none);
+    `max_files` open files; `max_file_size` in MiB (0: none). RLIMIT_RSS does nothing on Linux, and RLIMIT_AS counts address space
+    that nobody touches; RLIMIT_DATA makes malloc fail, which Python turns into MemoryError. Python ignores SIGXFSZ, so that a write
+    beyond RLIMIT_FSIZE is an OSError in it; a program that it starts has the signal's default, and dies of it. `max_processes` is
+    the sampler's: RLIMIT_NPROC counts those of a user, and not for root.
 
     Raises OSError when the host's own limit is below what the template has already: nothing could run in that.
     """
@@ -49,10 +49,12 @@ def apply(limits: Mapping[str, float]) -> None:
     _lower(resource.RLIMIT_NOFILE, int(limits["max_files"]))
     has = data_size()
     ceiling = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if ceiling not in (resource.RLIM_INFINITY, -1) and ceiling < has:
-        text = f"RLIMIT_DATA of this service is {ceiling // MIB} MiB, and the template has {has // MIB} MiB: raise it (LimitDATA=)"
+    if ceiling != resource.RLIM_INFINITY and ceiling < has:
+        already = f"the template has {has // MIB} MiB"
+        text = f"RLIMIT_DATA of this service is {ceiling // MIB} MiB, and {already}: raise it (LimitDATA=)"
         raise OSError(errno.ENOMEM, text)
-    _lower(resource.RLIMIT_DATA, has + int((limits["max_memory"] + limits["memory_headroom"]) * MIB))
+    if limits["max_memory"]:
+        _lower(resource.RLIMIT_DATA, has + int((limits["max_memory"] + limits["memory_headroom"]) * MIB))
     if limits.get("max_file_size"):
         _lower(resource.RLIMIT_FSIZE, int(limits["max_file_size"] * MIB))
     if limits.get("max_cpu"):

@@ -56,8 +56,8 @@ class Job:
         self.id = id
         self.pid = pid  # the first process of it
         self.began = began
-        self.max_memory = int(max_memory_mib) * MIB
-        self.max_processes = int(max_processes)
+        self.max_memory = int(max_memory_mib) * MIB  # 0: no limit
+        self.max_processes = int(max_processes)  # 0: no limit
         self.peak_mib = 0.0  # the most it was seen to have, all its processes together; 0: that was not looked at
         self.oom_mark: Any = None  # of oom.OomKills
         self.template = 0  # its parent's pid; 0: not looked up yet
@@ -161,11 +161,10 @@ class Sampler:
         hidden = self._may_hide(job)
         if len(pids) == 1:
             job.peak_mib = max(job.peak_mib, job.resident / MIB)
-        if job.most <= job.max_memory and not hidden:
+        if not job.max_memory or (job.most <= job.max_memory and not hidden):
             return
         began = self._kernel.clock.monotonic()
         if self._spent_s > PATIENCE_S:
-            self._jobs[job.pid] = self._jobs.pop(job.pid)
             self._jobs = {job.pid: job, **self._jobs}
             return
         counted = self._count(job, pids, hidden)
@@ -179,7 +178,7 @@ class Sampler:
             job.attempt.exceeds("memory", text)
 
     def _may_hide(self, job: Job) -> bool:
-        """Whether it may have memory that nobody has mapped: the host's grew by so much; or the host has so much, now and then."""
+        """Whether it may have memory that nobody has mapped: the host's grew by so much, or is so much (now and then)."""
         shared, enough = self.oom.shared_memory, job.max_memory // 2
         job.shared_before = min(job.shared_before, shared)
         return shared - job.shared_before > enough or (shared > enough and (self._tick + job.pid) % MEMFDS_EVERY == 0)
