@@ -88,11 +88,13 @@ class Attempt:
         self._watcher = self._kernel.current
         self._outbox += first
         socket_fd = child.socket.fileno()
-        open_fds = {socket_fd, child.stdout, child.stderr, child.stack}
+        open_fds = {socket_fd, child.stdout, child.stderr}
         timeout_s = self._request["limits"]["timeout"]
         deadline = clock.monotonic() + timeout_s if timeout_s else None
         while not child.lost:
             fds = {child.pidfd: READ, **{fd: READ for fd in open_fds if fd != socket_fd or self._enqueuing is None}}
+            if self._asked and self._stack.open:  # until then nobody need look: its pipe keeps 64 KiB
+                fds[child.stack] = READ
             if self._outbox and socket_fd in open_fds:
                 fds[socket_fd] = fds.get(socket_fd, 0) | WRITE
             try:

@@ -39,9 +39,9 @@ def apply(limits: Mapping[str, float]) -> None:
 
     `max_memory` (0: none) and `memory_headroom` in MiB, above what the process has already; `max_cpu` in seconds (0: none);
     `max_files` open files; `max_file_size` in MiB (0: none). RLIMIT_RSS does nothing on Linux, and RLIMIT_AS counts address space
-    that nobody touches; RLIMIT_DATA makes malloc fail, which Python turns into MemoryError. Python ignores SIGXFSZ, so that a write
-    beyond RLIMIT_FSIZE is an OSError in it; a program that it starts has the signal's default, and dies of it. `max_processes` is
-    the sampler's: RLIMIT_NPROC counts those of a user, and not for root.
+    that nobody touches; RLIMIT_DATA makes malloc fail, which Python turns into MemoryError. Python ignores SIGXFSZ, so that a
+    write beyond RLIMIT_FSIZE is an OSError in it; a program that it starts has the signal's default, and dies of it.
+    `max_processes` is the sampler's: RLIMIT_NPROC counts those of a user, and not for root.
 
     Raises OSError when the host's own limit is below what the template has already: nothing could run in that.
     """

@@ -40,6 +40,7 @@ class Stack:
     def __init__(self) -> None:
         self._data = bytearray()
         self.came = False
+        self.open = True  # False: its end is closed, so that nothing can come
 
     def read(self, fd: int) -> bool:
         """Take what is there; False when nothing more can come."""
@@ -47,7 +48,7 @@ class Stack:
             data = os.read(fd, _SIZE)
         except BlockingIOError:
             return True
-        self.came = self.came or bool(data)
+        self.came, self.open = self.came or bool(data), bool(data)
         if len(self._data) < 4 * _SIZE:
             self._data += data
         return bool(data)
