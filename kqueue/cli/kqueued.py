@@ -101,6 +101,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     from ..control import Control
     from ..events import Warned
     from ..execution.pool import PoolSettings
+    from ..hostmemory import budget
     from ..instance import Instance
     from ..loading import ImportFailed, import_modules, register_commands, template_config
     from ..observe.logs import Logs
@@ -142,6 +143,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             default_start=config.isolated.start,
             pool=PoolSettings(*config.pool),
             commands=jobs.commands,
+            memory_budget=budget(config.isolated.memory_budget),
             offload_slots=config.pool.size,
             offload_memory_mib=config.pool.max_memory_mib,
             bury_unknown=jobs.unknown == "bury",

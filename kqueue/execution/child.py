@@ -7,6 +7,8 @@ is followed by a look at the parent, which may have died just before.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal.signal makes enums, at ten times the price
+import errno
+import faulthandler
 import importlib
 import os
 import signal
@@ -32,7 +34,7 @@ from ..outcome import describe_error
 from ..registry import registry
 from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
-from . import limits, wire
+from . import limits, stack, wire
 from .base import SECRETS, unpacked
 from .child_frames import MAX_JOBS
 from .inline import result_json
@@ -82,17 +84,19 @@ _STARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], int]]] = {"fork": _run
 def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
-    job_fd, stdout_fd, stderr_fd = (os.dup(fd) if fd <= wire.JOB_FD else fd for fd in fds)
+    job_fd, stdout_fd, stderr_fd, stack_fd = (os.dup(fd) if fd <= wire.STACK_FD else fd for fd in fds)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout_fd, 1)
     os.dup2(stderr_fd, 2)
     os.dup2(job_fd, wire.JOB_FD, inheritable=False)
-    os.closerange(wire.JOB_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    os.dup2(stack_fd, wire.STACK_FD, inheritable=False)
+    os.closerange(wire.STACK_FD + 1, os.sysconf("SC_OPEN_MAX"))
     for name in SECRETS:
         os.environ.pop(name, None)
     os.environ["KQUEUE_JOB_ID"] = request["id"]
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
+    tell_where_it_stands()
     limits.yield_to_the_oom_killer()
     if request.get("start") != "pool":  # whose jobs each have their own
         limits.apply(request["limits"])
@@ -114,6 +118,14 @@ def tidy_streams() -> None:
 
 def name_process(request: Mapping[str, Any]) -> None:
     setproctitle(f"kqueued: job {request['job']} {request['id']}")
+
+
+def tell_where_it_stands() -> None:
+    """When it crashes, runs out of CPU time, or is asked: by handlers in C, which need neither the interpreter nor its lock."""
+    faulthandler.enable(wire.STACK_FD)
+    faulthandler.register(stack.SIGNAL, wire.STACK_FD)
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    faulthandler.register(signal.SIGXCPU, wire.STACK_FD, chain=True)  # and then it dies of it
 
 
 class Run:
@@ -141,7 +153,7 @@ class Run:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
             answer = wire.frame(wire.RESULT, result_json(value) if self._request["keep_result"] else b"null")
         except BaseException as error:
-            fields = failure(error)
+            fields = failure(error, self._request["limits"])
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
             answer = wire.frame(wire.FAILURE, codec.to_json(fields))
         self._is_over = True  # what is left is to say so
@@ -284,6 +296,7 @@ def flush() -> None:
             stream.flush()
 
 
+_LIMIT_OF: Final = {errno.EMFILE: ("max_files", ""), errno.EFBIG: ("max_file_size", " MiB")}  # what each is about
 _CAUSES: Final = (  # the first that fits
     (ArgumentsDoNotFit, "refused"),
     (JobTimedOut, "timeout"),
@@ -294,11 +307,18 @@ _CAUSES: Final = (  # the first that fits
 )
 
 
-def failure(error: BaseException) -> dict[str, Any]:
+def failure(error: BaseException, limits: Mapping[str, float]) -> dict[str, Any]:
     """What `error` amounts to, as `child_frames.Failure` reads it."""
     cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # mmap, fork
+        cause = "memory"
     asked, retry_in_s = asked_by(error)
-    fields = {"cause": cause, "error": describe_error(error), "asked": asked, "retry_in_s": retry_in_s}
+    described = describe_error(error)
+    fields = {"cause": cause, "error": described, "asked": asked, "retry_in_s": retry_in_s}
+    if isinstance(error, OSError) and error.errno in _LIMIT_OF:
+        name, unit = _LIMIT_OF[error.errno]
+        if limits.get(name):
+            described["message"] = f"{described['message']} ({name} of this job is {limits[name]:g}{unit})"
     if isinstance(error, SystemExit):
         fields["exit_code"] = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     return fields

@@ -29,9 +29,9 @@ from ..registry import registry
 from ..security import SecurityConfig
 from . import limits, wire
 from .base import unpacked
-from .child import Run, failure, name_process, tidy_streams
+from .child import Run, failure, name_process, tell_where_it_stands, tidy_streams
 
-BUNDLE_FD: Final = 4
+BUNDLE_FD: Final = wire.STACK_FD + 1
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit statuses of a shell for these (POSIX, sh, 2.8.2)
 
 # The template's sys.path, since the child's environment and directory may lead elsewhere.
@@ -59,7 +59,7 @@ def run_command(request: Mapping[str, Any]) -> int:
         try:
             _become(Command(**request["command"]), payload, request["limits"])
         except Exception as error:
-            fields = failure(error)
+            fields = failure(error, request["limits"])
             if isinstance(error, CommandNotRun):
                 fields |= {"cause": "exit", "exit_code": error.status}
             supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json(fields)))
@@ -134,7 +134,7 @@ def run_python(request: Mapping[str, Any]) -> NoReturn:
     bundle = {"request": dict(request), "path": sys.path, "began": time.monotonic(), "module": module}
     fd = _memory_file(json.dumps(bundle).encode())
     os.dup2(fd, BUNDLE_FD)
-    for kept in (BUNDLE_FD, wire.JOB_FD):  # all others close by themselves
+    for kept in (BUNDLE_FD, wire.JOB_FD, wire.STACK_FD):  # all others close by themselves
         os.set_inheritable(kept, True)
     _lower_memory(request["limits"])
     os.execve(sys.executable, [sys.executable, "-c", BOOT], os.environ)
@@ -145,7 +145,9 @@ def main(bundle: Mapping[str, Any]) -> NoReturn:
     status = 70
     try:
         request = bundle["request"]
-        os.set_inheritable(wire.JOB_FD, False)
+        for fd in (wire.JOB_FD, wire.STACK_FD):
+            os.set_inheritable(fd, False)
+        tell_where_it_stands()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         tidy_streams()

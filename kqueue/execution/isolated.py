@@ -24,10 +24,10 @@ from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
 from .link import Child
 from .pool import DEFAULTS, Pool, PoolSettings, Worker
+from .sampler import Sampler
 from .templates import Templates
 
 Steps = Generator[Any, Any, Any]
-MAX_FILES: Final = 1024  # open files of a job
 POOL_TRIES: Final = 3  # processes that are tried when one after another is dead before it reads what it is to do
 SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and reported
 
@@ -63,6 +63,7 @@ class IsolatedExecutionStrategy:
         self._default_start = default_start
         self._general: dict[str, _General] = {}  # by job
         self._commands = {command.name: command for command in commands}
+        self.sampler = Sampler(kernel)
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
@@ -75,6 +76,7 @@ class IsolatedExecutionStrategy:
         yield from self.link.start()
 
     def stop(self) -> Steps:
+        self.sampler.stop()
         self.pool.retire_idle()
         yield from self.link.stop()
 
@@ -98,7 +100,7 @@ class IsolatedExecutionStrategy:
         """What holds for every run of job `name` with `options`. Most have the same ones as the run before."""
         known = self._general.get(name)
         if known is None or known.options is not options:
-            limits = self._limits(options.timeout, options.max_memory, options.max_cpu)
+            limits = self._limits(options)
             request = {"job": name, "keep_result": bool(options.keep_result), "limits": limits}
             known = self._general[name] = _General(options, request, to_json(request))
         return known
@@ -113,7 +115,7 @@ class IsolatedExecutionStrategy:
     ) -> Steps:  # fmt: skip
         """Run `function` in a child; returns its result or raises its error. TypeError when it cannot be sent there."""
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
-        limits = self._limits(timeout_s, max_memory_mib)
+        limits = self._limits(JobOptions(timeout=timeout_s, max_memory=max_memory_mib))
         request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "limits": limits, "keep_result": True}
         outcome: Outcome = yield from self._attempt(request, wire.frame(wire.CALL, call), context)
         if outcome.ok:
@@ -122,11 +124,12 @@ class IsolatedExecutionStrategy:
             raise JobCancelled(f"{context.name} was stopped")
         raise _offload_error(outcome)
 
-    def _limits(self, timeout_s: float, max_memory_mib: int, max_cpu_s: float = 0) -> dict[str, float]:
-        """What limits.apply puts on the child, and the time-out."""
+    def _limits(self, options: JobOptions) -> dict[str, float]:
+        """What limits.apply puts on the child, and what it is held to from here."""
         return {
-            "timeout": timeout_s, "max_memory": max_memory_mib, "memory_headroom": self._memory_headroom_mib,
-            "max_cpu": max_cpu_s, "max_files": MAX_FILES,
+            "timeout": options.timeout, "max_memory": options.max_memory, "memory_headroom": self._memory_headroom_mib,
+            "max_cpu": options.max_cpu, "max_files": options.max_files, "max_processes": options.max_processes,
+            "max_file_size": options.max_file_size,
         }  # fmt: skip
 
     # -- one attempt ------------------------------------------------------------------------------------------------
@@ -140,10 +143,10 @@ class IsolatedExecutionStrategy:
             return Outcome("cancelled", "shutdown")
         attempt = self._attempt_in(child, request, context)
         try:
-            yield from self._watched(attempt, first, child, context)
+            outcome: Outcome = yield from self._watched(attempt, request, first, child, context)
         finally:
             self.link.forget(child)
-        return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
+        return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)
 
     def _pooled(
         self, request: Mapping[str, Any], particular: Mapping[str, Any], general: bytes, data: bytes, context: JobContext
@@ -157,12 +160,15 @@ class IsolatedExecutionStrategy:
             began = self._kernel.clock.monotonic()
             token = os.urandom(8).hex()
             attempt = self._attempt_in(worker.child, request, context, token.encode())
+            first = wire.take({**particular, "token": token}, general, data)
             try:
-                yield from self._watched(attempt, wire.take({**particular, "token": token}, general, data), worker.child, context)
+                outcome: Outcome = yield from self._watched(
+                    attempt, request, first, worker.child, context, has_mib=worker.retained_mib
+                )
             finally:
                 self.pool.give_back(worker, attempt, request["job"])
             if not attempt.is_unread or attempt.is_ending:
-                return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
+                return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)
         raise NotStarted(f"{POOL_TRIES} processes of the pool died before they began")
 
     def _attempt_in(self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"") -> Attempt:
@@ -171,13 +177,27 @@ class IsolatedExecutionStrategy:
             kill_grace_s=self._kill_grace_s, kill=self.link.kill, token=token,
         )  # fmt: skip
 
-    def _watched(self, attempt: Attempt, first: bytes, child: Child, context: JobContext) -> Steps:
+    def _watched(
+        self, attempt: Attempt, request: Mapping[str, Any], first: bytes, child: Child, context: JobContext, has_mib: float = 0.0
+    ) -> Steps:  # fmt: skip
+        """The Outcome of `attempt`, but for how long it took. `has_mib`: what its process kept of earlier jobs."""
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
+        limits = request["limits"]
+        most_mib = _ceiling(limits["max_memory"], has_mib)
+        sampled = self.sampler.watch(attempt, request["id"], child.pid, most_mib, limits["max_processes"])
         try:
             yield from attempt.watch(first, self.link.exited)
         finally:
             context.pid = None
+            self.sampler.forget(sampled)
+        outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), child.link.roots)
+        return outcome._replace(max_memory_mib=max(outcome.max_memory_mib, sampled.peak_mib))
+
+
+def _ceiling(max_memory_mib: float, has_mib: float) -> float:
+    """What a process may have that has kept `has_mib` of earlier jobs. 0: no limit."""
+    return max_memory_mib and max_memory_mib + has_mib
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

@@ -70,6 +70,10 @@ class Child:
             self.stderr, self._its_stderr = _pipe()
             opened.callback(os.close, self.stderr)
             opened.callback(os.close, self._its_stderr)
+            # Nobody may have to wait for room in it: what writes there is a signal handler.
+            self.stack, self._its_stack = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            opened.callback(os.close, self.stack)
+            opened.callback(os.close, self._its_stack)
             self.ears = select.epoll()  # of all its fds, so that whoever listens waits for one
             opened.callback(self.ears.close)
             for fd in (self.socket.fileno(), self.stdout, self.stderr):
@@ -91,7 +95,7 @@ class Child:
 
     @property
     def its_fds(self) -> list[int]:
-        return [self._its_socket.fileno(), self._its_stdout, self._its_stderr]
+        return [self._its_socket.fileno(), self._its_stdout, self._its_stderr, self._its_stack]
 
     def close_its_ends(self) -> None:
         """After they were sent: as long as we hold them there is no end-of-file."""
@@ -99,6 +103,7 @@ class Child:
             self._its_socket.close()
             os.close(self._its_stdout)
             os.close(self._its_stderr)
+            os.close(self._its_stack)
 
     @property
     def has_ended(self) -> bool:
@@ -109,7 +114,7 @@ class Child:
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
-    def kill(self, number: signal.Signals) -> None:
+    def kill(self, number: int) -> None:
         """Signal the process itself, by pidfd: never a number that somebody else may have by now."""
         if self.pidfd >= 0:
             try:
@@ -121,10 +126,10 @@ class Child:
         self.close_its_ends()
         self.socket.close()
         self.ears.close()
-        for fd in (self.stdout, self.stderr, self.pidfd):
+        for fd in (self.stdout, self.stderr, self.stack, self.pidfd):
             if fd >= 0:
                 os.close(fd)
-        self.stdout = self.stderr = self.pidfd = -1
+        self.stdout = self.stderr = self.stack = self.pidfd = -1
 
 
 def _pipe() -> tuple[int, int]:
@@ -171,6 +176,11 @@ class TemplateLink:
         ended = yield from end_marked(self._owner, living)
         if ended:
             self._events.emit(LeftoversEnded(whose, [f"{process.pid} ({process.name})" for process in ended.values()]))
+
+    @property
+    def roots(self) -> Sequence[str]:
+        """Where the modules of jobs are found."""
+        return [*self._config.get("path", ()), *sys.path]
 
     def start(self) -> Steps:
         """Start it if it is needed, and wait until it is ready. Raises ImportFailed when its very first imports fail."""

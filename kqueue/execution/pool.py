@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from ..events import Events, Warned
 from ..kernel import Kernel, Park, Task
+from ..process import resident_mib
 from .attempt import Attempt
 from .child_frames import Done
 from .link import Child
@@ -43,13 +44,19 @@ DEFAULTS: Final = PoolSettings()
 class Worker:
     """One process of the pool."""
 
-    __slots__ = ("began", "child", "jobs", "key")
+    __slots__ = ("began", "child", "fresh_mib", "jobs", "key", "memory_mib")
 
     def __init__(self, child: Child, key: tuple[Any, ...], began: float) -> None:
         self.child = child
         self.key = key
         self.began = began
         self.jobs = 0  # that it has begun
+        self.fresh_mib = self.memory_mib = resident_mib(child.pid)  # at first, and after its last job
+
+    @property
+    def retained_mib(self) -> float:
+        """What it keeps of its jobs."""
+        return max(0.0, self.memory_mib - self.fresh_mib)
 
 
 class Pool:
@@ -95,6 +102,7 @@ class Pool:
         """`worker` has run `job`, as `attempt` knows: keep it for the next, or retire it."""
         done = attempt.done
         if done is not None:
+            worker.memory_mib = done.memory_mib
             self._tell(job, done)
         if done is not None and attempt.is_reusable and self._may_go_on(worker, done.memory_mib):
             self._idle.append(worker)

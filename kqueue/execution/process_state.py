@@ -26,7 +26,7 @@ _RLIMITS: Final = {name: number for name, number in vars(resource).items() if na
 _RLIMITS.pop("RLIMIT_OFILE", None)  # another name of RLIMIT_NOFILE
 _RLIMIT_NUMBERS: Final = tuple(_RLIMITS.values())
 _TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
-_STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket")
+_STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket", "the pipe for its stack")
 CHILDREN: Final = "its children"
 THREAD_PATIENCE_S: Final = 0.2  # the kernel counts a thread a little longer than join() waits
 

@@ -9,7 +9,7 @@ A job runs to its end on the code that it began with. What is asked of a templat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from ..events import Events, TemplateReplaced
@@ -68,6 +68,11 @@ class Templates:
     def are_used(self) -> bool:
         """Whether there is, or has to be, one."""
         return self.current.is_kept or bool(self._config.get("needed"))
+
+    @property
+    def roots(self) -> Sequence[str]:
+        """Where the modules of jobs are found."""
+        return self.current.roots
 
     def is_current(self, child: Child) -> bool:
         """Whether the template that forked `child` lives, and is the one that forks now."""
