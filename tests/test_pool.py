@@ -244,19 +244,25 @@ def test_sys_exit_is_no_death(bench: PoolBench) -> None:
     assert before.result == after.result
 
 
-def test_a_process_that_died_idle_costs_no_job_anything(bench: PoolBench) -> None:
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_process_that_died_idle_costs_no_job_anything(bench: PoolBench, dead: bool) -> None:
+    """`dead`: it has ended, and we have not heard of it; else it is about to end."""
     runtime = bench.runtime()
-    killed: list[int] = []
+    waiting = [prepare(pooled.pid.job(), pooled.pid.registration) for _ in range(10)]
+    pids = []
 
     def kill(fact: events.JobEnded) -> None:
-        if len(killed) < 5:
-            killed.append(fact.outcome.pid or 0)
-            os.kill(killed[-1], signal.SIGKILL)
+        pids.append(fact.outcome.pid or 0)
+        os.kill(pids[-1], signal.SIGKILL)
+        if dead:
+            wait_gone(pids[-1:])
+        if waiting:
+            bench.client.enqueue([waiting.pop()])
 
     runtime.events.subscribe(events.JobEnded, kill)
-    ran = bench.pooled(*[pooled.pid.job() for _ in range(20)], runtime=runtime)
-    assert len(killed) == 5
-    assert all(each.ended.outcome.ok for each in ran)
+    bench.pooled(pooled.pid.job(), runtime=runtime)
+    assert len(set(pids)) == 11
+    assert all(fact.outcome.ok for fact in bench.of(events.JobEnded))
     assert {settlement.counters.crashes for settlement in bench.settled} == {0}
 
 

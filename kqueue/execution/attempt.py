@@ -209,6 +209,11 @@ class Attempt:
             return
         except OSError:
             self._outbox.clear()  # it has closed its end; its exit will tell
+            self._note_unread()
+
+    def _note_unread(self) -> None:
+        """Something that we sent did not arrive. That was its job, if it has said nothing; else it was an answer."""
+        self.is_unread = self.is_unread or not self._frames.heard
 
     def _take_output(self, fd: int) -> bool:
         try:
@@ -238,7 +243,7 @@ class Attempt:
         except BlockingIOError:
             return True
         except ConnectionResetError:
-            self.is_unread = not self._frames.heard  # it died with what it was sent unread in its socket
+            self._note_unread()  # it died with what it was sent unread in its socket
             return False
         except OSError:
             return False
