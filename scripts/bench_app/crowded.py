@@ -34,7 +34,7 @@ ENVELOPE = b'{"v":1,"id":"%s","job":"noop","args":[],"kwargs":{},"queue":"q","la
 FILL = """
 for n = ARGV[2], ARGV[2] + ARGV[3] - 1 do
   local id, at = string.format('1%025d', n), ARGV[4] + n
-  redis.call('HSET', KEYS[1] .. 'job:' .. id, 'envelope', ARGV[5], 'lane', 'inline', 'priority', 0, 'available_at', at)
+  redis.call('SET', KEYS[1] .. 'job:' .. id, '-inline 0 ' .. at .. '\\n' .. ARGV[5])
   redis.call('ZADD', KEYS[1] .. ARGV[1], at, id)
 end
 """

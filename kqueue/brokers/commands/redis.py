@@ -31,7 +31,7 @@ from ..base import (
     lost,
 )
 from .redis_asking import Call, Command
-from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, ROW_FIELDS
+from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, PAST_FIELDS
 from .redis_mend import Arg
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
@@ -283,7 +283,7 @@ def newest_dead(queue: str, limit: int) -> Command:
 
 
 def show(queue: str, id: str) -> Call:
-    return Call("show", [1, prefix(queue), _bytes(id), *ROW_FIELDS])
+    return Call("show", [1, prefix(queue), _bytes(id), *PAST_FIELDS])
 
 
 def close(owner: Owner, queue: str) -> Call:
@@ -301,12 +301,27 @@ def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[
     leases = []
     for lane, flat in zip(LANES, lanes, strict=True):
         rest = iter(flat)
-        for id, number, fields in zip(rest, rest, rest, strict=True):
-            envelope, a, c, r, d, m, at, *_ = fields or (None,) * 9
-            counters = _NONE if not (a or c or r or d) else Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
+        for id, number, job, past in zip(rest, rest, rest, rest, strict=True):
+            _, _, at, envelope = _read_job(job)
+            counters = _NONE
+            if past:
+                a, c, r, d, m, later, *_ = past
+                at = later or at
+                if a or c or r or d:
+                    counters = Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
             token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
             leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
     return leases
+
+
+def _read_job(job: bytes | None) -> tuple[bytes, bytes, bytes, bytes | None]:
+    """Lane, priority, available_at and envelope in what stands in job:<id>. What KQueue did not write there is all envelope."""
+    head, _, envelope = (job or b"").partition(b"\n")
+    try:
+        lane, priority, at = head.split(b" ")
+    except ValueError:
+        return b"", b"", b"", job
+    return lane[1:], priority, at, envelope or None
 
 
 def read_digits(digits: bytes) -> list[bool]:
@@ -355,11 +370,14 @@ def read_stats(reply: Sequence[int]) -> QueueStats:
     return QueueStats(*reply)
 
 
-def read_row(queue: str, id: str, state: bytes, fields: Sequence[bytes | None], certificates: Sequence[bytes]) -> Row:
-    """A job as clients see it, whatever stands in its hash. `fields` in the order of ROW_FIELDS, or none of them at all."""
-    envelope, lane, priority, at, *counts, result = fields or (None,) * len(ROW_FIELDS)
+def read_row(
+    queue: str, id: str, state: bytes, job: bytes | None, past: Sequence[bytes | None], certificates: Sequence[bytes]
+) -> Row:
+    """A job as clients see it, whatever stands in its keys. `past` in the order of PAST_FIELDS, or none of them at all."""
+    lane, priority, at, envelope = _read_job(job)
+    lane_now, at_now, *counts, result = past or (None,) * len(PAST_FIELDS)
     return Row(
-        id, queue, state.decode(), LANES[lane == b"isolated"], int(_seconds(priority)), _seconds(at),
+        id, queue, state.decode(), LANES[(lane_now or lane) == b"isolated"], int(_seconds(priority)), _seconds(at_now or at),
         Counters(*map(_count, counts)), envelope, result or None, tuple(certificates),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, PLACE, RECOVER
+from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, JOB, PLACE, RECOVER
 
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
@@ -38,14 +38,15 @@ for i, key in ipairs(keys) do
   end
   seen[key] = true
 end
-local any = write_places()
+local any, values = write_places(), {}
 for i, key in ipairs(keys) do
   if moments[i] then
     local at = 6 * i
-    redis.call('HSET', key, 'envelope', ARGV[at + 5], 'lane', lane_of(ARGV[at + 1]), 'priority', ARGV[at + 2],
-      'available_at', moment(moments[i]))
+    values[#values + 1] = key
+    values[#values + 1] = job_value(lane_of(ARGV[at + 1]), ARGV[at + 2], moments[i], ARGV[at + 5])
   end
 end
+if any then redis.call('MSET', unpack(values)) end
 answers = table.concat(digits)
 redis.call('SET', memory, ARGV[2] .. ' ' .. answers, 'EX', ARGV[3])
 if any then ring() end
@@ -53,22 +54,31 @@ return answers
 """
 
 # ARGV: epoch, identity, lease in seconds, request, how many of each lane
-# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; a list a lane, three a job: id, n, fields
+# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; a list a lane, four a job: id, n, what stands in
+#       job:<id>, nil or what it went through: attempts, crashes, recoveries, deferrals, memory, available_at
 _RESERVE = """
 local epoch, request = ARGV[1], ARGV[4]
 local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
 local lanes, names = {{}, {}}, {'inline', 'isolated'}
 
-local function read(id)
-  local job = redis.pcall('HMGET', job_key(id),
-    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
-  return job.err and {} or job
+-- as many at once as are read in vain when the first of them is as large as all may be
+local function read(ids, first)
+  local keys = {}
+  for i = first, math.min(first + READ_AT_ONCE - 1, #ids) do keys[#keys + 1] = job_key(ids[i]) end
+  return redis.call('MGET', unpack(keys))
 end
 
-local function add(lane, id, n, job)
-  lane[#lane + 1] = id
-  lane[#lane + 1] = n
-  lane[#lane + 1] = job
+local function past_of(id)
+  local past = redis.pcall('HMGET', past_key(id), 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
+  return past.err and {} or past
+end
+
+local function add(lane, id, n, job, past)
+  local at = #lane
+  lane[at + 1] = id
+  lane[at + 2] = n
+  lane[at + 3] = job
+  lane[at + 4] = past
 end
 
 local due = next_due()
@@ -83,7 +93,9 @@ last = readable and type(taken_before) == 'table' and taken_before or {}
 if last[1] == request then
   for i, n in ipairs(redis.call('HMGET', leased, unpack(last, 2))) do
     local id = last[i + 1]
-    if n then add(redis.pcall('HGET', job_key(id), 'lane') == 'isolated' and lanes[2] or lanes[1], id, n, read(id)) end
+    if n then
+      add(look(id) == 'isolated' and lanes[2] or lanes[1], id, string.match(n, '^%d*'), read({id}, 1)[1], past_of(id))
+    end
   end
   return answer('repeated')
 end
@@ -99,27 +111,37 @@ for index, name in ipairs(names) do
   if #ids[index] < want then how = 'short' end
 end
 local held, recovered, taken = {}, {}, {request}
+local counts = {0, 0}
 for index = 1, 2 do
+  local jobs
   for i, id in ipairs(ids[index]) do
     if size > MAX_BYTES then
       how = 'enough'
-      ids[index][i] = nil
-    else
-      local job = read(id)
-      local n = count(job[8]) + 1
-      if job[9] then recovered[#recovered + 1] = job_key(id) end
-      size = size + #(job[1] or '')
-      add(lanes[index], id, n, job)
-      held[#held + 1] = id
-      held[#held + 1] = n
-      taken[#taken + 1] = id
+      break
     end
+    local at = (i - 1) % READ_AT_ONCE
+    if at == 0 then jobs = read(ids[index], i) end
+    local job, n, past = jobs[at + 1], '1', false
+    if job and string.byte(job) == UNTOUCHED then
+      held[#held + 1] = id
+      held[#held + 1] = '1'
+    else
+      past = past_of(id)
+      n = string.format('%.0f', count(past[7]) + 1)
+      if past[8] then recovered[#recovered + 1] = past_key(id) end
+      held[#held + 1] = id
+      held[#held + 1] = n .. '+'
+    end
+    size = size + #(job or '')
+    add(lanes[index], id, n, job, past)
+    taken[#taken + 1] = id
+    counts[index] = i
   end
 end
 
 if #held > 0 then
   for index, name in ipairs(names) do
-    if #ids[index] > 0 then redis.call('ZREM', prefix .. 'ready:' .. name, unpack(ids[index])) end
+    if counts[index] > 0 then redis.call('ZREMRANGEBYRANK', prefix .. 'ready:' .. name, 0, counts[index] - 1) end
   end
   redis.call('HSET', leased, unpack(held))
   if not living then revive(epoch, ARGV[2], ARGV[3]) end
@@ -149,13 +171,15 @@ while next_one <= #ARGV do
   next_one = next_one + 14 + 7 * ARGV[next_one + 13]
 end
 for i, position in ipairs(at) do ids[i] = ARGV[position] end
-local settled, digits, ended, strays, back, seen = {}, {}, {}, {}, {}, {}
+local settled, digits, ended, strays, back, seen, untouched = {}, {}, {}, {}, {}, {}, {}
 for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
   local id, n = ids[i], ARGV[at[i] + 1]
   local holds = at[i] >= others and ARGV[at[i] + 2] == 'hold'
   local good = held == n
+  untouched[id] = good
+  if not good then good = held == n .. '+' end
   if not good then
-    local job = redis.pcall('HMGET', job_key(id), 'epoch', 'n')
+    local job = redis.pcall('HMGET', past_key(id), 'epoch', 'n')
     good = job[1] == epoch and job[2] == n
     if good then
       strays[#strays + 1] = id
@@ -186,18 +210,12 @@ if #strays > 0 then
 end
 for id, n in pairs(back) do
   if not seen[id] then
-    redis.call('HDEL', job_key(id), 'epoch')
-    redis.call('HSET', leased, id, n)
+    redis.call('HDEL', past_key(id), 'epoch')
+    redis.call('HSET', leased, id, n .. '+')
   end
 end
 if next(back) and not alive(epoch) then revive(epoch, ARGV[5], ARGV[6]) end
 local gone = {}
-local function keep(id, ...)
-  local key = job_key(id)
-  if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
-  redis.call('HDEL', key, 'epoch')
-  redis.call('HSET', key, ...)
-end
 for i, id in ipairs(ids) do
   local verb = at[i] < others and 'plain' or ARGV[at[i] + 2]
   if not settled[i] or verb == 'hold' then
@@ -209,23 +227,23 @@ for i, id in ipairs(ids) do
       unpack(ARGV, at[i] + 1, at[i] + 12)
     if certificate ~= '' then certify(id, certificate) end
     if verb == 'ack' then
-      keep(id, 'n', n, 'result', result)
+      change(id, 'n', n, 'result', result)
       redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
     else
-      local job = redis.pcall('HMGET', job_key(id), 'lane', 'priority', 'available_at')
-      lane = lane_of(lane ~= '' and lane or job[1])
-      local due = delay + 0 > 0 and now + delay or number(job[3], now)
-      keep(id, 'n', n, 'lane', lane, 'available_at', moment(due),
+      local lane_before, priority, due = look(id)
+      lane = lane ~= '' and lane_of(lane) or lane_before
+      if delay + 0 > 0 then due = now + delay end
+      change(id, 'n', n, 'lane', lane, 'available_at', moment(due),
         'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals, 'memory', out_of_memory)
       if verb == 'release' then
-        place(id, lane, number(job[2], 0), due)
+        place(id, lane, priority, due)
       else
         redis.call('ZADD', prefix .. 'dead', moment(now), id)
       end
     end
   end
 end
-if #gone > 0 then delete_jobs(gone) end
+if #gone > 0 then delete_jobs(gone, untouched) end
 for i = ARGV[4] + 1, #at do
   if settled[i] and ARGV[at[i] + 2] == 'ack' then follow(at[i] + 13) end
 end
@@ -357,22 +375,23 @@ local id, found = ARGV[1], 0
 check_sets()
 for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed'}) do found = found + redis.call('ZREM', prefix .. set, id) end
 if found == 0 then return 0 end
-redis.pcall('HDEL', job_key(id), 'epoch')
+redis.pcall('HDEL', past_key(id), 'epoch')
 certify(id, ARGV[2])
 redis.call('ZADD', prefix .. 'dead', moment(now), id)
 return 1
 """
 
-# ARGV: id, names of fields  ->  nil, or: state, fields, certificates
+# ARGV: id, names of fields  ->  nil, or: state, what stands in job:<id>, those fields of past:<id>, certificates
 _SHOW = """
 local id, state = ARGV[1], false
 for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed', 'dead', 'done'}) do
   if not state and redis.call('ZSCORE', prefix .. set, id) then state = string.match(set, '^%a+') end
 end
 if not state and redis.call('EXISTS', job_key(id)) == 0 then return false end
-local row = redis.pcall('HMGET', job_key(id), unpack(ARGV, 2))
-local certificates = redis.pcall('LRANGE', prefix .. 'certs:' .. id, 0, -1)
-return {state or 'leased', row.err and {} or row, certificates.err and {} or certificates}
+local job = redis.call('MGET', job_key(id))[1]
+local past = redis.pcall('HMGET', past_key(id), unpack(ARGV, 2))
+local certificates = redis.pcall('LRANGE', certs_key(id), 0, -1)
+return {state or 'leased', job, past.err and {} or past, certificates.err and {} or certificates}
 """
 
 # ARGV: name of this request, seconds to remember it, ids  ->  a digit for each (1: it was dead, and is ready now)
@@ -382,12 +401,10 @@ local ids, digits = dead_ones()
 if not ids then return digits end
 redis.call('ZREM', prefix .. 'dead', unpack(ids))
 for _, id in ipairs(ids) do
-  local key = job_key(id)
-  local job = redis.pcall('HMGET', key, 'lane', 'priority')
-  if job.err then redis.call('DEL', key) end
-  redis.call('HDEL', key, 'epoch', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory')
-  redis.call('HSET', key, 'available_at', moment(now))
-  place(id, lane_of(job[1]), number(job[2], 0), now)
+  local lane, priority = look(id)
+  change(id, 'available_at', moment(now))
+  redis.call('HDEL', past_key(id), 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory')
+  place(id, lane, priority, now)
 end
 write_places()
 remember(digits)
@@ -408,11 +425,11 @@ return digits
 
 SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": BASE + BELL + PLACE + _ENQUEUE,
-    "reserve": BASE + PLACE + DUE + EPOCHS + _RESERVE,
-    "settle": BASE + BELL + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
-    "open": BASE + BELL + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
+    "reserve": BASE + JOB + PLACE + DUE + EPOCHS + _RESERVE,
+    "settle": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
+    "open": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
     "renew": BASE + EPOCHS + _RENEW,
-    "sweep": BASE + BELL + PLACE + CERTIFY + DUE + EPOCHS + RECOVER + _SWEEP,
+    "sweep": BASE + BELL + JOB + PLACE + CERTIFY + DUE + EPOCHS + RECOVER + _SWEEP,
     "outbox": BASE + _OUTBOX,
     "hand_over": BASE + BELL + PLACE + _HAND_OVER,
     "stats": BASE + _STATS,
@@ -421,8 +438,8 @@ SCRIPTS: Final[Mapping[str, str]] = {
 CLIENT_SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": SCRIPTS["enqueue"],
     "stats": SCRIPTS["stats"],
-    "cancel": BASE + PLACE + CERTIFY + _CANCEL,
+    "cancel": BASE + JOB + PLACE + CERTIFY + _CANCEL,
     "show": BASE + _SHOW,
-    "retry": BASE + BELL + PLACE + DEAD + _RETRY,
+    "retry": BASE + BELL + JOB + PLACE + DEAD + _RETRY,
     "forget": BASE + DEAD + _FORGET,
 }
