@@ -149,16 +149,16 @@ def reserve(owner: Owner, lease_s: float, request: int, queue: str, wants: Itera
 
 def settle(owner: Owner, lease_s: float, request: int, epoch: str, batch: Sequence[Settlement]) -> tuple[Call, list[int]]:
     """End leases of one epoch in one queue; and the positions in `batch` in the order in which the answers come."""
-    plain: list[Arg] = []
+    plain: dict[bytes, int] = {}
     others: list[Arg] = []
     order: list[int] = []
     later: list[int] = []
     queue = batch[0].queue
     for position, item in enumerate(batch):
         id = _bytes(item.token.id)
-        if item.verb == "ack" and item.keep_s <= 0 and not item.follow_ups:
+        if item.verb == "ack" and item.keep_s <= 0 and not item.follow_ups and id not in plain:
             order.append(position)
-            plain += (id, item.token.number)
+            plain[id] = item.token.number
         else:
             later.append(position)
             others += (
@@ -168,7 +168,7 @@ def settle(owner: Owner, lease_s: float, request: int, epoch: str, batch: Sequen
             for job in item.follow_ups:
                 others += ("" if job.queue == queue else job.queue, *_job(job))
     head: list[Arg] = [1, prefix(queue), epoch, owner.epoch, request, len(order), owner.identity, lease_s]
-    return Call("settle", [*head, *plain, *others]), order + later
+    return Call("settle", [*head, *plain, *plain.values(), *others]), order + later
 
 
 def settle_parts(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[int]]]]:
@@ -294,23 +294,26 @@ def close(owner: Owner, queue: str) -> Call:
 
 YES: Final = ord("1")  # a digit of the answers
 _NONE: Final = Counters()
+_FIRST: Final[tuple[int, Sequence[bytes | None]]] = (1, ())  # its number, and what it went through
 
 
 def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[Lease]:
-    """The leases in a reply of `reserve`; `lanes` in the order of LANES."""
+    """The leases in a reply of `reserve`; `lanes` are three lists for each of LANES."""
     leases = []
-    for lane, flat in zip(LANES, lanes, strict=True):
-        rest = iter(flat)
-        for id, number, job, past in zip(rest, rest, rest, rest, strict=True):
-            _, _, at, envelope = _read_job(job)
+    for lane, ids, jobs, others in zip(LANES, lanes[::3], lanes[1::3], lanes[2::3], strict=True):
+        rest = iter(others)
+        again = {at: (int(number), past) for at, number, past in zip(rest, rest, rest, strict=True)}
+        for at, (id, job) in enumerate(zip(ids, jobs, strict=True), 1):
+            _, _, available_at, envelope = _read_job(job)
+            number, past = again.get(at, _FIRST)
             counters = _NONE
             if past:
                 a, c, r, d, m, later, *_ = past
-                at = later or at
+                available_at = later or available_at
                 if a or c or r or d:
                     counters = Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
-            token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
-            leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
+            token = Token(epoch, id.decode("utf-8", "surrogateescape"), number)
+            leases.append(Lease(token, queue, lane, envelope, counters, _seconds(available_at)))
     return leases
 
 

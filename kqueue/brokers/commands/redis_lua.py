@@ -59,13 +59,16 @@ local PRIORITY_STEP, MEMORY, HAND_OVER_WITHIN = {PRIORITY_STEP_S:.0f}, {MEMORY_S
 local READ_AT_ONCE, UNTOUCHED = {READ_AT_ONCE}, {ord('-')}
 """
 
-BASE: Final = (
+START: Final = (
     _CONSTANTS
     + """
 local prefix = KEYS[1]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
+"""
+)
 
+FUNCTIONS: Final = """
 local function number(text, default)
   local value = tonumber(text)
   if value and value > -1e15 and value < 1e15 then return value end
@@ -92,7 +95,8 @@ local function delete_jobs(ids, untouched)
   redis.call('DEL', unpack(keys))
 end
 """
-)
+
+BASE: Final = START + FUNCTIONS
 
 BELL: Final = """
 local function ring()

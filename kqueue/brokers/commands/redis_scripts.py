@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, JOB, PLACE, RECOVER
+from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, FUNCTIONS, JOB, PLACE, RECOVER, START
 
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
@@ -53,128 +53,181 @@ if any then ring() end
 return answers
 """
 
-# ARGV: epoch, identity, lease in seconds, request, how many of each lane
-# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; a list a lane, four a job: id, n, what stands in
-#       job:<id>, nil or what it went through: attempts, crashes, recoveries, deferrals, memory, available_at
-_RESERVE = """
-local epoch, request = ARGV[1], ARGV[4]
-local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
-local lanes, names = {{}, {}}, {'inline', 'isolated'}
+# To reserve and to acknowledge, no function is defined that is not needed: each is garbage, and what a script spends most of its
+# time on is to collect the garbage of Lua.
+_SELDOM = (
+    "local function seldom()"
+    + FUNCTIONS
+    + JOB
+    + PLACE
+    + DUE
+    + EPOCHS
+    + """
+return look, move_due, revive
+end
+"""
+)
 
--- as many at once as are read in vain when the first of them is as large as all may be
-local function read(ids, first)
-  local keys = {}
-  for i = first, math.min(first + READ_AT_ONCE - 1, #ids) do keys[#keys + 1] = job_key(ids[i]) end
-  return redis.call('MGET', unpack(keys))
+# ARGV: epoch, identity, lease in seconds, request, how many of each lane
+# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; then three lists a lane: ids; what stands in
+#       job:<id> of each; and, three for each job that is not reserved for the first time: its position, n, and what it went
+#       through: attempts, crashes, recoveries, deferrals, memory, available_at
+_RESERVE = """
+local epoch, request, names = ARGV[1], ARGV[4], {'inline', 'isolated'}
+local leased, memory, job_prefix = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch, prefix .. 'job:'
+local ids, jobs, others = {{}, {}}, {{}, {}}, {{}, {}}
+
+-- nil, or how old what is next is
+local function next_age()
+  local head = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')
+  return head[2] and now - head[2]
+end
+
+local age = next_age()
+local function answer(how)
+  local due = age and string.format('%.6f', math.min(math.max(0, -age), 1e9)) or false
+  return {how, due, ids[1], jobs[1], others[1], ids[2], jobs[2], others[2]}
 end
 
 local function past_of(id)
-  local past = redis.pcall('HMGET', past_key(id), 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
+  local past = redis.pcall('HMGET', prefix .. 'past:' .. id,
+    'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
   return past.err and {} or past
 end
 
-local function add(lane, id, n, job, past)
-  local at = #lane
-  lane[at + 1] = id
-  lane[at + 2] = n
-  lane[at + 3] = job
-  lane[at + 4] = past
+local function add_other(index, at, n, past)
+  local list = others[index]
+  list[#list + 1], list[#list + 2], list[#list + 3] = at, n, past
 end
 
-local due = next_due()
-local function answer(how) return {how, due and moment(due), lanes[1], lanes[2]} end
-
 redis.call('HLEN', leased)
-local living = alive(epoch)
+local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch))
+local living = expiry and expiry > now and expiry < 1e15
 if not living then redis.call('HLEN', prefix .. 'owners') end
 local last = redis.call('GET', memory)
-local readable, taken_before = pcall(cmsgpack.unpack, last or '')
-last = readable and type(taken_before) == 'table' and taken_before or {}
-if last[1] == request then
-  for i, n in ipairs(redis.call('HMGET', leased, unpack(last, 2))) do
-    local id = last[i + 1]
+if last and string.sub(last, 1, #request + 1) == request .. ' ' then
+  local look = seldom()
+  local readable, taken = pcall(cmsgpack.unpack, string.sub(last, #request + 2))
+  taken = readable and type(taken) == 'table' and taken or {}
+  for i, n in ipairs(#taken > 0 and redis.call('HMGET', leased, unpack(taken)) or {}) do
     if n then
-      add(look(id) == 'isolated' and lanes[2] or lanes[1], id, string.match(n, '^%d*'), read({id}, 1)[1], past_of(id))
+      local id = taken[i]
+      local index = look(id) == 'isolated' and 2 or 1
+      local at = #ids[index] + 1
+      ids[index][at], jobs[index][at] = id, redis.call('MGET', job_prefix .. id)[1]
+      add_other(index, at, string.match(n, '^%d*'), past_of(id))
     end
   end
   return answer('repeated')
 end
 
-if due == 0 then
+if age and age >= 0 then
+  local _, move_due = seldom()
   move_due()
-  due = next_due()
+  age = next_age()
 end
-local how, size, ids = 'enough', 0, {}
+local short, cut, size, held, recovered = false, false, 0, {}, {}
 for index, name in ipairs(names) do
   local want = tonumber(ARGV[4 + index])
-  ids[index] = want > 0 and redis.call('ZRANGE', prefix .. 'ready:' .. name, 0, want - 1) or {}
-  if #ids[index] < want then how = 'short' end
-end
-local held, recovered, taken = {}, {}, {request}
-local counts = {0, 0}
-for index = 1, 2 do
-  local jobs
-  for i, id in ipairs(ids[index]) do
-    if size > MAX_BYTES then
-      how = 'enough'
-      break
+  local list = want > 0 and redis.call('ZRANGE', prefix .. 'ready:' .. name, 0, want - 1) or {}
+  short = short or #list < want
+  local last_one = 0
+  while last_one < #list and size <= MAX_BYTES do
+    local before, keys = last_one, {}
+    for i = 1, math.min(READ_AT_ONCE, #list - before) do keys[i] = job_prefix .. list[before + i] end
+    local found = redis.call('MGET', unpack(keys))
+    if before == 0 then jobs[index] = found end
+    for i, job in ipairs(found) do
+      if size > MAX_BYTES then break end
+      local at = before + i
+      jobs[index][at] = job
+      size = size + #(job or '')
+      last_one = at
+      held[#held + 1] = list[at]
+      if job and string.byte(job) == UNTOUCHED then
+        held[#held + 1] = '1'
+      else
+        local past = past_of(list[at])
+        local n = tonumber(past[7] or 0)
+        n = string.format('%.0f', n and n > 0 and n < 1e15 and math.floor(n) + 1 or 1)
+        held[#held + 1] = n .. '+'
+        if past[8] then recovered[#recovered + 1] = prefix .. 'past:' .. list[at] end
+        add_other(index, at, n, past)
+      end
     end
-    local at = (i - 1) % READ_AT_ONCE
-    if at == 0 then jobs = read(ids[index], i) end
-    local job, n, past = jobs[at + 1], '1', false
-    if job and string.byte(job) == UNTOUCHED then
-      held[#held + 1] = id
-      held[#held + 1] = '1'
-    else
-      past = past_of(id)
-      n = string.format('%.0f', count(past[7]) + 1)
-      if past[8] then recovered[#recovered + 1] = past_key(id) end
-      held[#held + 1] = id
-      held[#held + 1] = n .. '+'
-    end
-    size = size + #(job or '')
-    add(lanes[index], id, n, job, past)
-    taken[#taken + 1] = id
-    counts[index] = i
   end
+  for i = #list, last_one + 1, -1 do
+    list[i], jobs[index][i], cut = nil, nil, true
+  end
+  ids[index] = list
 end
 
 if #held > 0 then
   for index, name in ipairs(names) do
-    if counts[index] > 0 then redis.call('ZREMRANGEBYRANK', prefix .. 'ready:' .. name, 0, counts[index] - 1) end
+    if #ids[index] > 0 then redis.call('ZREMRANGEBYRANK', prefix .. 'ready:' .. name, 0, #ids[index] - 1) end
   end
   redis.call('HSET', leased, unpack(held))
-  if not living then revive(epoch, ARGV[2], ARGV[3]) end
+  if not living then
+    local _, _, revive = seldom()
+    revive(epoch, ARGV[2], ARGV[3])
+  end
   for _, key in ipairs(recovered) do redis.call('HDEL', key, 'epoch') end
-  redis.call('SET', memory, cmsgpack.pack(taken))
+  local taken = ids[1]
+  if #ids[2] > 0 then
+    taken = {}
+    for i = 1, #held, 2 do taken[#taken + 1] = held[i] end
+  end
+  redis.call('SET', memory, request .. ' ' .. cmsgpack.pack(taken))
 end
-if how == 'short' then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
-return answer(how)
+short = short and not cut
+if short then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
+return answer(short and 'short' or 'enough')
 """
 
-# ARGV: the tokens' epoch, sender, request, number of plain acks, identity, lease in seconds; two for each plain ack: id, n;
-#       fourteen for each other settlement: id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay, "" or lane,
-#       "" or certificate, "" or result, keep_s, number of follow-ups; after it seven for each of those: "" or another queue,
-#       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
+# ARGV: the tokens' epoch, sender, request, number of plain acks, identity, lease in seconds; the ids of the plain acks, none
+#       twice; their ns; fourteen for each other settlement: id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay,
+#       "" or lane, "" or certificate, "" or result, keep_s, number of follow-ups; after it seven for each of those: "" or another
+#       queue, id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
 # ->    a digit for each in that order (1: settled)
-_SETTLE = """
-local epoch, others = ARGV[1], 7 + 2 * ARGV[4]
+_SETTLE_PLAIN = """
+local epoch, plain = ARGV[1], tonumber(ARGV[4])
+local others = 7 + 2 * plain
 local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'settled:' .. ARGV[2]
-local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
-if request == ARGV[3] then return answers end
+local last = redis.call('GET', memory)
+if last and string.sub(last, 1, #ARGV[3] + 1) == ARGV[3] .. ' ' then return string.sub(last, #ARGV[3] + 2) end
 
-local at, ids = {}, {}
-for i = 7, others - 1, 2 do at[#at + 1] = i end
+local all = others > #ARGV and redis.call('HMGET', leased, unpack(ARGV, 7, 6 + plain))
+for i = 1, all and plain or 0 do
+  if all[i] ~= ARGV[6 + plain + i] then
+    all = false
+    break
+  end
+end
+if all then
+  redis.call('HDEL', leased, unpack(ARGV, 7, 6 + plain))
+  local keys, job_prefix = {}, prefix .. 'job:'
+  for i = 1, plain do keys[i] = job_prefix .. ARGV[6 + i] end
+  redis.call('DEL', unpack(keys))
+  local answers = string.rep('1', plain)
+  redis.call('SET', memory, ARGV[3] .. ' ' .. answers, 'EX', MEMORY)
+  return answers
+end
+"""
+
+_SETTLE = """
+local at, ids, ns = {}, {}, {}
+for i = 1, plain do
+  at[i], ids[i], ns[i] = 0, ARGV[6 + i], ARGV[6 + plain + i]
+end
 local next_one = others
 while next_one <= #ARGV do
-  at[#at + 1] = next_one
+  at[#at + 1], ids[#ids + 1], ns[#ns + 1] = next_one, ARGV[next_one], ARGV[next_one + 1]
   next_one = next_one + 14 + 7 * ARGV[next_one + 13]
 end
-for i, position in ipairs(at) do ids[i] = ARGV[position] end
 local settled, digits, ended, strays, back, seen, untouched = {}, {}, {}, {}, {}, {}, {}
 for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
-  local id, n = ids[i], ARGV[at[i] + 1]
-  local holds = at[i] >= others and ARGV[at[i] + 2] == 'hold'
+  local id, n = ids[i], ns[i]
+  local holds = at[i] > 0 and ARGV[at[i] + 2] == 'hold'
   local good = held == n
   untouched[id] = good
   if not good then good = held == n .. '+' end
@@ -193,7 +246,7 @@ for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
     seen[id] = true
   end
 end
-answers = table.concat(digits)
+local answers = table.concat(digits)
 if #ended + #strays == 0 then return answers end
 if others <= #ARGV or #strays > 0 then
   check_sets()
@@ -425,8 +478,8 @@ return digits
 
 SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": BASE + BELL + PLACE + _ENQUEUE,
-    "reserve": BASE + JOB + PLACE + DUE + EPOCHS + _RESERVE,
-    "settle": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
+    "reserve": START + _SELDOM + _RESERVE,
+    "settle": START + _SETTLE_PLAIN + FUNCTIONS + BELL + JOB + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
     "open": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
     "renew": BASE + EPOCHS + _RENEW,
     "sweep": BASE + BELL + JOB + PLACE + CERTIFY + DUE + EPOCHS + RECOVER + _SWEEP,
