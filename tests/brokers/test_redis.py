@@ -12,6 +12,7 @@ import pytest
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis_asking import judge
+from kqueue.brokers.commands.redis_lua import LANES
 from kqueue.brokers.commands.redis_mend import GRACE_S, STRUCTURES
 from kqueue.brokers.commands.redis_url import parse_url
 from kqueue.client.redis import RedisClient
@@ -274,6 +275,74 @@ def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_ga
     leases = {lease.token.id: lease for lease in reserve(rig, alive)}
     assert leases["good"].envelope is not None
     assert (leases["bad"].envelope, leases["bad"].counters) == (left, Counters(recoveries=1))
+
+
+# What becomes of a leased job before it is acknowledged after all.
+PASTS: dict[str, Any] = {
+    "nothing": lambda rig, broker, leases: (broker, leases),
+    "a release": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "release", counters=Counters(1), certificate=b"{}"), (broker, reserve(rig, broker)),
+    )[1],
+    "a move to the other lane": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "release", lane="isolated"), (broker, reserve(rig, broker, 0, 1)),
+    )[1],
+    "a recovery": lambda rig, broker, leases: (rig.broker(identity="host"), (broker, leases))[1],
+    "a recovery, taken back": lambda rig, broker, leases: (
+        rig.broker(identity="host"), settle(rig, broker, leases, "hold"), (broker, leases),
+    )[2],
+    "a recovery, and another reservation": lambda rig, broker, leases: (
+        other := rig.broker(identity="host"), (other, reserve(rig, other)),
+    )[1],
+    "a cancellation, and a retry": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "release"), client := rig.make_client(), client.cancel("a", b"{}"), client.retry(["a"], "q"),
+        (broker, reserve(rig, broker)),
+    )[4],
+    "a death, and a retry": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "bury", certificate=b"{}"), rig.make_client().retry(["a"], "q"),
+        (broker, reserve(rig, broker)),
+    )[2],
+    "a result that expires": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "ack", keep_s=0.01, result=b"1"), rig.elapse(0.05), rig.do(broker.sweep()), (broker, []),
+    )[3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("among", [1, 3])
+@pytest.mark.parametrize("past", PASTS)
+def test_a_job_that_is_done_leaves_nothing_behind(rig: RedisRig, past: str, among: int) -> None:
+    broker = rig.broker(identity="host")
+    rig.do(broker.enqueue([new_job("a")]))
+    holder, leases = PASTS[past](rig, broker, reserve(rig, broker))
+    rig.do(holder.enqueue([new_job(f"neighbour {n}", lane="isolated") for n in range(among)]))
+    leases += reserve(rig, holder, 0, 10)
+    assert settle(rig, holder, leases, "ack") == [SETTLED] * len(leases)
+    left: Any = rig.server.command("KEYS", "kq:{q}:*")
+    assert [key for key in left if key.split(b":")[2] in (b"job", b"past", b"certs", b"leased", b"ready", b"delayed")] == []
+
+
+def test_in_a_batch_of_acknowledgments_the_stale_ones_alone_change_nothing(rig: RedisRig) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(id) for id in "abcd"]))
+    a, b, c, d = reserve(rig, broker)
+    stale = b._replace(token=b.token._replace(number=2))
+    assert settle(rig, broker, [a, stale, a, c], "ack") == [SETTLED, STALE, STALE, SETTLED]
+    assert [rig.server.command("EXISTS", JOB + id) for id in "abcd"] == [0, 1, 0, 1]
+    assert settle(rig, broker, [d, b, d], "ack") == [SETTLED, SETTLED, STALE]
+    assert stats(rig, broker) == (0, 0, 0, 0)
+
+
+def test_what_is_too_much_for_one_reply_stays_where_it_was(rig: RedisRig) -> None:
+    broker = rig.broker()
+    jobs = [new_job(f"{lane} {n:02}", lane=lane)._replace(envelope=b"x" * (1 << 20)) for lane in LANES for n in range(12)]
+    for start in range(0, 24, 6):
+        rig.do(broker.enqueue(jobs[start : start + 6]))
+    call = commands.reserve(broker._owner, 15.0, 10**6, "q", [10, 12])
+    how, _, inline, _, _, isolated, _, _ = rig.do(broker._ask([call]))[0]
+    assert (how, isolated) == (b"enough", [])
+    assert inline == [f"inline {n:02}".encode() for n in range(8)]
+    assert stats(rig, broker) == (16, 0, 8, 0)
+    (repeated,) = rig.do(broker._ask([call]))
+    assert (repeated[0], repeated[2]) == (b"repeated", inline)
 
 
 def every_verb(rig: RedisRig, broker: Any) -> list[str]:
