@@ -22,7 +22,7 @@ Everything of a queue lives under one hash tag, `kq:{QUEUE}:`, so that a script 
 
 What state a job is in follows from where its id stands; nothing else says so. One that stands nowhere is leased. So a reservation
 writes nothing into the job's keys, and an acknowledgment only deletes. Nobody reads what is not there: a job that runs once and
-ends is one key, set, read and deleted together with the others of its batch. Decision 0016 has the reasons, and what it costs.
+ends is one key, set, read and deleted together with the others of its batch. Decision 0013 has the reasons, and what it costs.
 
 Rule 1. A script checks first and writes last. What it reads by redis.call raises while nothing has changed yet, so a structure of
         a wrong type can be moved out of the way (to `corrupt:NAME:*`, see redis_mend) and the script be run again.
