@@ -1,10 +1,11 @@
 """Crowded: what Redis itself spends on a job while 1,000,000 are ready, 100,000 delayed and 10,000 dead, against an empty queue.
 
-Two servers of its own, one of them filled. On each by turns: 200 jobs are enqueued, then 20 times 10 are reserved and acknowledged;
-what counts is the time of the scripts that reserve and acknowledge, from `INFO commandstats`. New jobs are those just enqueued,
+Two servers of its own, one of them filled. On each by turns: 200 jobs are enqueued, then 20 times 10 are reserved and
+acknowledged; what counts is the time of the scripts that do this, from `INFO commandstats`. New jobs are those just enqueued,
 which go before all others; old ones have stood there since the filling, and the new go behind them. Nothing of an old one is in
-the processor's caches, which is the difference between the two. Medians of 40. What the commands add that touch the jobs themselves
-(ZRANGE and ZREMRANGEBYRANK of the ready ones, MGET and DEL of theirs) no script could save: it is a floor under the rest.
+the processor's caches, which is the difference between the two. Medians of 40. What the commands add that touch the jobs
+themselves (ZRANGE and ZREMRANGEBYRANK of the ready ones, MGET and DEL of theirs) no script could save: it is a floor under the
+rest.
 
 A hash table of Redis that has just grown is moved bit by bit by whoever uses it. After filling, it is used until that is done:
 this is the price of growing, not of being large. And what the filling left in the memory of Lua is thrown away.

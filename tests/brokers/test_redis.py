@@ -320,6 +320,16 @@ def test_a_job_that_is_done_leaves_nothing_behind(rig: RedisRig, past: str, amon
     assert [key for key in left if key.split(b":")[2] in (b"job", b"past", b"certs", b"leased", b"ready", b"delayed")] == []
 
 
+def test_nothing_is_left_of_a_job_that_was_cancelled_before_it_ever_ran(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a")]))
+    assert client.cancel("a", b"{}", "q")
+    assert rig.server.command("GETRANGE", f"{JOB}a", 0, 0) == b"+", "as redis_lua says of one that has certificates"
+    assert client.retry(["a"], "q") == [True]
+    assert settle(rig, broker, reserve(rig, broker), "ack") == [SETTLED]
+    assert rig.server.command("KEYS", "kq:{q}:*:a") == []
+
+
 def test_in_a_batch_of_acknowledgments_the_stale_ones_alone_change_nothing(rig: RedisRig) -> None:
     broker = rig.broker()
     rig.do(broker.enqueue([new_job(id) for id in "abcd"]))
@@ -336,9 +346,9 @@ def test_what_is_too_much_for_one_reply_stays_where_it_was(rig: RedisRig) -> Non
     jobs = [new_job(f"{lane} {n:02}", lane=lane)._replace(envelope=b"x" * (1 << 20)) for lane in LANES for n in range(12)]
     for start in range(0, 24, 6):
         rig.do(broker.enqueue(jobs[start : start + 6]))
-    call = commands.reserve(broker._owner, 15.0, 10**6, "q", [10, 12])
+    call = commands.reserve(broker._owner, 15.0, 10**6, "q", [10, 13])
     how, _, inline, _, _, isolated, _, _ = rig.do(broker._ask([call]))[0]
-    assert (how, isolated) == (b"enough", [])
+    assert (how, isolated) == (b"enough", []), "and nobody waits for a bell, though a lane has fewer than are wanted"
     assert inline == [f"inline {n:02}".encode() for n in range(8)]
     assert stats(rig, broker) == (16, 0, 8, 0)
     (repeated,) = rig.do(broker._ask([call]))
