@@ -27,8 +27,8 @@ TAG: Final = "$kq"
 _TAG: Final = TAG.encode()
 LANES: Final = ("inline", "isolated")
 OPTIONS: Final = (  # may be in an envelope
-    "timeout", "max_memory", "max_cpu", "max_attempts", "backoff", "keep_result", "retry_until", "retry_on", "dont_retry_on",
-    "causes",
+    "timeout", "max_memory", "max_cpu", "max_files", "max_processes", "max_file_size", "max_attempts", "backoff", "keep_result",
+    "retry_until", "retry_on", "dont_retry_on", "causes",
 )  # fmt: skip
 
 

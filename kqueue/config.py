@@ -68,6 +68,10 @@ class LimitsConfig(NamedTuple):
 
     timeout_s: float
     memory_mib: int
+    cpu_s: float
+    files: int
+    processes: int
+    file_size_mib: int
     concurrent: int
     per_minute: int
     queue_depth: int

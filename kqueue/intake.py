@@ -1,9 +1,9 @@
 """Intake: how many jobs to ask for, from which queue, in which lane. Pure arithmetic; the runtime asks, and does the asking.
 
 Limits are kept by reserving less, never by failing a job: slots of each lane, slots of all, slots and a rate of a queue, a rate
-of all. Queues share each lane by weight, as in deficit round robin (Shreedhar and Varghese, 1995): of every job that was taken,
-each queue that may have more earns its share as credit, the queue that it came from pays for it, and one that ran dry keeps no
-credit. In strict order an earlier queue takes whatever it can.
+of all, and for isolated jobs what the memory budget has room for. Queues share each lane by weight, as in deficit round robin
+(Shreedhar and Varghese, 1995): of every job that was taken, each queue that may have more earns its share as credit, the queue
+that it came from pays for it, and one that ran dry keeps no credit. In strict order an earlier queue takes whatever it can.
 """
 
 from __future__ import annotations
@@ -100,11 +100,15 @@ class Ask(NamedTuple):
 
 
 class Intake:
-    """The books of what runs and of what may be reserved. `slots`: lane -> how many may run at once."""
+    """The books of what runs and of what may be reserved. `slots`: lane -> how many may run at once.
+
+    `room`: how many isolated jobs more there is memory for, with so many running; None: for any number.
+    """
 
     def __init__(
         self, queues: Sequence[QueueSpec], slots: Mapping[str, int], *, strict_order: bool = False, concurrent: int = 0,
         per_minute: int = 0, max_jobs: int = 0, clock: Callable[[], float],
+        room: Callable[[int], int | None] = lambda running: None,
     ) -> None:  # fmt: skip
         self._queues = {spec.name: _Queue(spec) for spec in queues}
         self._slots = dict(slots)
@@ -113,6 +117,7 @@ class Intake:
         self._per_minute = per_minute
         self._rate = RateWindow(per_minute)
         self._clock = clock
+        self._room = room
         self.taken_at = 0.0  # when the last jobs were taken
         self.remaining = max_jobs or None  # jobs that may still be taken in this process's life; None: any number
         self.running = dict.fromkeys(LANES, 0)
@@ -149,6 +154,8 @@ class Intake:
         """Whether only the queues limit what can be had now: there is a slot in each lane, and some left of each limit."""
         if any(self.running[lane] >= slots for lane, slots in self._slots.items() if slots):
             return False
+        if self._free("isolated") == 0 < self._slots.get("isolated", 0):
+            return False
         limits = [(self._concurrent, self.total_running)]
         limits += [(queue.spec.max_concurrent, queue.running) for queue in self._queues.values()]
         return all(used < limit for limit, used in limits if limit)
@@ -168,7 +175,7 @@ class Intake:
         """
         queue = self._queues[name]
         left = self._left(name)
-        wants = {lane: max(0, min(left, self._slots.get(lane, 0) - self.running[lane])) for lane in LANES}
+        wants = {lane: max(0, min(left, self._free(lane))) for lane in LANES}
         if self._is_scarce(name):  # half to each lane, and more of what the other has no slots for
             first, second = queue.lanes
             wants[first] = min(wants[first], max(left - left // 2, left - wants[second]))
@@ -183,6 +190,14 @@ class Intake:
                 wants[lane] = min(wants[lane], max(least, round(most)))
             mine.ask(wants[lane])
         return Ask(name, wants) if any(wants.values()) else None
+
+    def ask_one(self, name: str, lane: str) -> Ask | None:
+        """To ask `name` for one job of `lane`, whatever its share is; None: its limits do not let one through."""
+        queue = self._queues.get(name)
+        if queue is None or self._left(name) < 1 or self._slots.get(lane, 0) <= self.running[lane]:
+            return None
+        queue.shares[lane].ask(1)
+        return Ask(name, {each: int(each == lane) for each in LANES})
 
     def got(self, ask: Ask, count: int) -> None:
         """`ask` brought `count` jobs. Each of them is `started` next."""
@@ -207,6 +222,12 @@ class Intake:
         waits = [self._rate.opens_in_s(now), *(queue.rate.opens_in_s(now) for queue in self._queues.values())]
         known = [wait for wait in waits if wait is not None]
         return min(known) if known else None
+
+    def _free(self, lane: str) -> int:
+        """How many jobs of `lane` there are slots for, and memory."""
+        free = self._slots.get(lane, 0) - self.running[lane]
+        room = self._room(self.running[lane]) if lane == "isolated" else None
+        return free if room is None else min(free, room)
 
     def _left(self, name: str) -> int:
         """How many jobs of `name` the limits that both lanes draw on let through now."""

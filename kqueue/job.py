@@ -151,6 +151,9 @@ class KQueueJob:
     backoff: ClassVar[Backoff] = None
     start: ClassVar[str] = "fork"
     max_cpu: ClassVar[float] = 0
+    max_files: ClassVar[int] = 1024
+    max_processes: ClassVar[int] = 256
+    max_file_size: ClassVar[int] = 0
     keep_result: ClassVar[float] = 0
     retry_until: ClassVar[Any] = None
     retry_on: ClassVar[Any] = None

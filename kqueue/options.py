@@ -24,6 +24,8 @@ PRIORITY_MIN: Final = -100
 PRIORITY_MAX: Final = 100
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # no braces: they are the hash tag of a Redis key
 STARTS: Final = ("fork", "pool", "exec")
+MIN_FILES: Final = 16  # a child has five, and an import or a traceback needs some more
+_MOST: Final = 1 << 30  # more is a slip of the pen, and in MiB what an rlimit still holds
 
 
 Backoff = float | Sequence[float] | Mapping[str, Any] | Callable[[int, BaseException], float] | None
@@ -41,6 +43,9 @@ class JobOptions(NamedTuple):
     backoff: Backoff = None  # seconds before each retry; None: 2, 4, 8 … up to an hour, jittered
     start: str = "fork"
     max_cpu: float = 0  # seconds of CPU time; 0: no limit
+    max_files: int = 1024  # open files of each of its processes
+    max_processes: int = 256  # at once, its own included; 0: no limit
+    max_file_size: int = 0  # MiB that a file may have which it writes to; 0: no limit
     keep_result: float = 0  # seconds that the result is kept; 0: not at all
     retry_until: float | None = None  # seconds after its enqueueing; replaces max_attempts. None: there is no such time
     retry_on: Sequence[str] | None = None  # names of exception classes that are retried; None: all
@@ -71,6 +76,9 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "max_attempts": (lambda v: type(v) is int and v >= 1, "an integer of at least 1"),
     "start": (lambda v: v == "fork", '"fork": this version has no "pool" and no "exec"'),
     "max_cpu": (_wait, "seconds, 0 for no limit"),
+    "max_files": (lambda v: type(v) is int and MIN_FILES <= v <= _MOST, f"an integer of at least {MIN_FILES}"),
+    "max_processes": (lambda v: type(v) is int and 0 <= v <= _MOST, "an integer of at least 1, or 0 for no limit"),
+    "max_file_size": (lambda v: type(v) is int and 0 <= v <= _MOST, "a positive number of MiB, or 0 for no limit"),
     "keep_result": (_wait, "seconds, 0 for not at all"),
 }
 

@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     cpu_system_s: float = 0.0
     max_memory_mib: float = 0.0  # peak resident memory of the child; 0: not measured (inline)
     limits: Mapping[str, float] = {}  # those that applied
+    stack: str = ""  # where it stood when it had to be killed, or crashed: each thread's, the innermost line first
     output: str = ""  # the last 8 KiB of stdout and stderr
     follow_ups: tuple[NewJob, ...] = ()  # ok: to be enqueued with its ack; else empty
     asked: str = ""  # "retry" or "discard": it raised kqueue.Retry or kqueue.Discard; "": neither
@@ -42,10 +43,11 @@ class Outcome(NamedTuple):
         return self.cause == "ok"
 
     def summary(self) -> str:
-        """One line for a log: "timeout after 30 s", "ValueError: no such file", …"""
+        """One line for a log: "timeout: SIGKILL", "ValueError: no such file", "signal: SIGKILL: sent by somebody else", …"""
         if self.error is not None:
             message = str(self.error.get("message", "")).split("\n", 1)[0]
-            return f"{self.error.get('class')}: {message}" if message else str(self.error.get("class"))
+            told = f"{self.error.get('class')}: {message}" if message else str(self.error.get("class"))
+            return told if self.error.get("class") != self.signal else f"{self.cause}: {told}"
         if self.signal is not None:
             return f"{self.cause}: {self.signal}"
         return self.cause if self.exit_code is None else f"{self.cause}: status {self.exit_code}"
@@ -75,9 +77,12 @@ def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, An
 
     The traceback begins where KQueue's own frames end; `whole`: with them, for an error that is KQueue's own.
 
-    Locals never stand in it; the message is cut at 4 KiB and the traceback at 16 KiB, since both can be huge.
+    Locals never stand in it, and files by the names that they are imported by; the message is cut at 4 KiB and the traceback at
+    16 KiB, since both can be huge.
     """
     from traceback import format_exception
+
+    from .redact import shorten_paths
 
     trace = error.__traceback__
     while trace is not None and not whole and trace.tb_frame.f_code.co_filename.startswith(_OURS):
@@ -89,8 +94,8 @@ def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, An
     lines = "".join(format_exception(type(error), error, trace))
     return {
         "class": type(error).__name__,
-        "message": _cut(message, 4096),
-        "traceback": _cut(lines, 16384),
+        "message": cut(message, 4096),
+        "traceback": cut(shorten_paths(lines), 16384),
         "mro": [base.__name__ for base in type(error).__mro__ if base is not object],
     }
 
@@ -98,7 +103,8 @@ def describe_error(error: BaseException, *, whole: bool = False) -> dict[str, An
 _OURS: Final = __file__.rpartition("/")[0] + "/"
 
 
-def _cut(text: str, size: int) -> str:
+def cut(text: str, size: int) -> str:
+    """`text`, without its middle where it has more than `size` characters."""
     text = text.encode("utf-8", "replace").decode()
     if len(text) <= size:
         return text

@@ -24,6 +24,7 @@ from . import events as facts
 from . import signing
 from .brokers import open_broker
 from .brokers.base import LEASE_S, NO_RETENTION, STALE, Broker, Lease, Owner, Retention
+from .budget import MemoryBudget
 from .codec import decode
 from .config import QueueSpec
 from .context import JobContext
@@ -33,6 +34,7 @@ from .events import Events
 from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
+from .hostmemory import NO_BUDGET, Budget
 from .ids import new_id
 from .instance import SlicePage
 from .intake import Intake
@@ -49,7 +51,7 @@ from .services import RuntimeServices
 from .settling import Ended, Held, Settling
 from .signing import unsigned
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import defer, exhausted, judge, move, postpone
+from .verdict import defer, exhausted, judge, move, postpone, put_back
 
 Steps = Generator[Any, Any, Any]
 
@@ -60,7 +62,8 @@ class KQueueRuntime:
     """Runs jobs from a broker. `KQueueRuntime("memory://").run(burst=True)` is a whole program.
 
     `broker`: a URL or an unopened Broker. `queues`: names, or QueueSpecs with weights. `template`: what the template imports, see
-    `loading.template_config`; None: what is registered when it starts. All times are seconds, sizes MiB.
+    `loading.template_config`; None: what is registered when it starts. `memory_budget`: what all isolated jobs that run may have
+    together, see `hostmemory.budget`. All times are seconds, sizes MiB.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class KQueueRuntime:
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
-        heartbeat_s: float = 5.0, grace_s: float = 20.0,
+        heartbeat_s: float = 5.0, grace_s: float = 20.0, memory_budget: Budget = NO_BUDGET,
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
@@ -90,6 +93,7 @@ class KQueueRuntime:
         self._specs = [QueueSpec(queue) if isinstance(queue, str) else queue for queue in queues]
         self._strict_order = strict_order
         self._slots = {"inline": max_inline, "isolated": max_isolated}
+        self.memory = MemoryBudget(memory_budget, self._least_mib)
         self._intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
@@ -140,6 +144,13 @@ class KQueueRuntime:
         strategy = self._choose(registration)
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
+        if lease.lane == "isolated":
+            options = held.options = self._within_budget(options, lease)
+            if self.memory.never_fits(options.max_memory):
+                outcome = _refused(Refused(self._too_large(options)))
+                return Ended(held, outcome, judge(lease, options, outcome, "none"))
+            if not self.memory.take(held, lease.queue, envelope.id, options.max_memory):
+                return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
 
         attempt = lease.counters.runs + 1
         work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt)
@@ -171,6 +182,25 @@ class KQueueRuntime:
     def _choose(self, registration: Registration) -> ExecutionStrategy:
         return self._strategies[registration.lane]
 
+    def _within_budget(self, options: JobOptions, lease: Lease) -> JobOptions:
+        """What grew, since it ran out of memory before, grows up to the budget, as it does up to limits.memory."""
+        if lease.counters.memory and self.memory.never_fits(options.max_memory):
+            return options._replace(max_memory=self.memory.total_mib)
+        return options
+
+    def _too_large(self, options: JobOptions) -> str:
+        budget = self.memory.budget
+        return (
+            f"its max_memory is {options.max_memory} MiB, and isolated.memory_budget is {budget.total_mib} MiB"
+            f"{f' ({budget.basis})' if budget.basis else ''}: it can never run here"
+        )
+
+    def _least_mib(self) -> int:
+        """What the smallest isolated job declares; a dispatch may ask for less, and then waits for that much."""
+        declared = [registration.options.max_memory for registration in registry if registration.isolated]
+        least = min(declared, default=1)
+        return min(least, self.security.max_memory_mib or least)
+
     def _work(self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int) -> Work:
         deadline = self.kernel.clock.monotonic() + options.timeout if options.timeout else None
         context = JobContext(
@@ -185,8 +215,10 @@ class KQueueRuntime:
         if self._newest.get(held.key) is held:
             del self._newest[held.key]
         self._intake.ended(held.lease.queue, held.lease.lane)
+        self.memory.give(held)
         ended: Ended = task.value if task.error is None else self._mishap(held, task.error)
         if held.lost:
+            self.memory.released(held)
             self._look_whether_drained()
             self.nudge()
             return
@@ -236,6 +268,8 @@ class KQueueRuntime:
 
     def _reserve(self) -> Steps:
         """One round over the queues: how many jobs started, and in how many seconds the next one is due (None: none is)."""
+        if took := (yield from self._reserve_what_waited()):
+            return took, None
         took = 0
         next_due_s: float | None = None
         self._sated = self._intake.has_slots()
@@ -252,6 +286,18 @@ class KQueueRuntime:
                 if reserved.next_due_s is not None and (next_due_s is None or reserved.next_due_s < next_due_s):
                     next_due_s = reserved.next_due_s
         return took, next_due_s
+
+    def _reserve_what_waited(self) -> Steps:
+        """The job that waited for memory, now that there is enough: before any other, which might take it; how many came."""
+        queue = self.memory.next_up()
+        ask = self._intake.ask_one(queue, "isolated") if queue is not None else None
+        if ask is None:
+            return 0
+        reserved = yield from self.broker.reserve(ask.queue, ask.wants)
+        self._intake.got(ask, len(reserved.leases))
+        for lease in reserved.leases:
+            self._start_life(lease)
+        return len(reserved.leases)
 
     def _start_life(self, lease: Lease) -> None:
         held = Held(lease, self.kernel.clock.monotonic(), self._intake.taken_at)
@@ -301,6 +347,9 @@ class KQueueRuntime:
     def _settled(self, batch: Sequence[Ended], answers: Sequence[str]) -> None:
         for ended, answer in zip(batch, answers, strict=True):
             self._account(ended, stale=answer == STALE)
+            self.memory.released(ended.held)
+        if self.memory.waiting is not None:
+            self.nudge()
         self._look_whether_drained()
 
     def _account(self, ended: Ended, stale: bool) -> None:
@@ -524,7 +573,7 @@ class KQueueRuntime:
     def _new_intake(self, max_jobs: int = 0) -> Intake:
         return Intake(
             self._specs, self._slots, strict_order=self._strict_order, concurrent=self.security.max_concurrent,
-            per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic,
+            per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic, room=self.memory.room,
         )  # fmt: skip
 
     def template(self) -> Mapping[str, Any]:

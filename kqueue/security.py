@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from .codec import MAX_BYTES
 from .codec import OPTIONS as ENVELOPE_OPTIONS
 from .errors import ConfigError, Refused, UsageError, nearest
-from .options import PRIORITY_MAX, PRIORITY_MIN, JobOptions, check_option
+from .options import MIN_FILES, PRIORITY_MAX, PRIORITY_MIN, JobOptions, check_option
 from .registry import Registration
 from .retries import grown
 from .signing import ENVIRONMENT
@@ -42,6 +42,10 @@ class SecurityConfig(NamedTuple):
     strict: bool = True  # dispatch and --check refuse what exceeds a limit; False: it is clamped
     signing_key_file: str | None = None  # what envelopes are signed with; None: they are not, and signatures are not checked
     signed: bool = False  # they must be signed: what a daemon that has a key tells clients that know only the broker
+    max_cpu_s: float = 0
+    max_files: int = 0  # at least options.MIN_FILES
+    max_processes: int = 0
+    max_file_size_mib: int = 0
 
     @classmethod
     def production(cls, **overrides: Any) -> SecurityConfig:
@@ -67,6 +71,10 @@ class SecurityConfig(NamedTuple):
         return cls(
             max_timeout_s=limits.timeout_s,
             max_memory_mib=limits.memory_mib,
+            max_cpu_s=limits.cpu_s,
+            max_files=limits.files,
+            max_processes=limits.processes,
+            max_file_size_mib=limits.file_size_mib,
             max_concurrent=limits.concurrent,
             per_minute=limits.per_minute,
             queue_depth=limits.queue_depth,
@@ -88,12 +96,15 @@ class SecurityConfig(NamedTuple):
 
     def validated(self) -> SecurityConfig:
         """Itself, paths made absolute. Raises ConfigError for what makes no sense. No file is looked at."""
-        for name in ("max_memory_mib", "max_concurrent", "per_minute", "queue_depth"):
+        for name in _COUNTS:
             value = getattr(self, name)
             _check(type(value) is int and value >= 0, name, "an integer of at least 0 (0 for no limit)", value)
-        timeout = self.max_timeout_s
-        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-        _check(number and 0 <= timeout < float("inf"), "max_timeout_s", "seconds, 0 for no limit", timeout)
+        files = self.max_files
+        _check(not files or files >= MIN_FILES, "max_files", f"at least {MIN_FILES}, or 0 for no limit", files)
+        for name in ("max_timeout_s", "max_cpu_s"):
+            seconds = getattr(self, name)
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            _check(number and 0 <= seconds < float("inf"), name, "seconds, 0 for no limit", seconds)
         size = self.max_envelope_bytes
         _check(type(size) is int and size >= 1024, "max_envelope_bytes", "an integer of at least 1024", size)
         _check(type(self.strict) is bool, "strict", "True or False", self.strict)
@@ -107,7 +118,13 @@ class SecurityConfig(NamedTuple):
         )
 
 
-_PUBLISHED: Final = ("max_timeout_s", "max_memory_mib", "queue_depth", "max_envelope_bytes", "strict", "signed")
+_COUNTS: Final = (
+    "max_memory_mib", "max_files", "max_processes", "max_file_size_mib", "max_concurrent", "per_minute", "queue_depth",
+)  # fmt: skip
+_PUBLISHED: Final = (
+    "max_timeout_s", "max_memory_mib", "max_cpu_s", "max_files", "max_processes", "max_file_size_mib", "queue_depth",
+    "max_envelope_bytes", "strict", "signed",
+)  # fmt: skip
 
 
 def _with(preset: SecurityConfig, overrides: dict[str, Any]) -> SecurityConfig:
@@ -206,7 +223,14 @@ def check_dispatch(security: SecurityConfig, options: JobOptions, name: str) -> 
 
 
 def _limits(security: SecurityConfig) -> tuple[tuple[str, str, float], ...]:
-    return ("timeout", "limits.timeout", security.max_timeout_s), ("max_memory", "limits.memory", security.max_memory_mib)
+    return (
+        ("timeout", "limits.timeout", security.max_timeout_s),
+        ("max_memory", "limits.memory", security.max_memory_mib),
+        ("max_cpu", "limits.cpu", security.max_cpu_s),
+        ("max_files", "limits.files", security.max_files),
+        ("max_processes", "limits.processes", security.max_processes),
+        ("max_file_size", "limits.file_size", security.max_file_size_mib),
+    )
 
 
 def _clamped(security: SecurityConfig, options: JobOptions) -> JobOptions:

@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Final, NamedTuple
 
 from .errors import UsageError, nearest
-from .options import QUEUE_NAME, STARTS
+from .options import MIN_FILES, QUEUE_NAME, STARTS
 
 MIB: Final = 1024 * 1024
 _LONGEST_S: Final = 3650 * 86400.0  # ten years: longer is a slip of the pen
@@ -114,6 +114,12 @@ def _integer(least: int) -> Kind:
         return int(value)
 
     return Kind(f"an integer of at least {least}", read)
+
+
+def _read_files(value: Any, directory: str) -> int:
+    count: int = _integer(0).read(value, directory)
+    _wanted(count == 0 or count >= MIN_FILES, "fewer, and no child could start")
+    return count
 
 
 def _duration(least: str = "") -> Kind:
@@ -310,6 +316,10 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("pool.max_memory", 256, _MEMORY),
     Setting("limits.timeout", 0, _duration()),
     Setting("limits.memory", 512, _MEMORY),
+    Setting("limits.cpu", 0, _duration()),
+    Setting("limits.files", 0, Kind(f"an integer of at least {MIN_FILES}, or 0", _read_files)),
+    Setting("limits.processes", 0, _integer(0)),
+    Setting("limits.file_size", 0, _MEMORY),
     Setting("limits.concurrent", 0, _integer(0)),
     Setting("limits.per_minute", 0, _integer(0)),
     Setting("limits.queue_depth", 0, _integer(0)),

@@ -223,6 +223,11 @@ def move(lease: Lease, lane: str) -> Verdict:
     return Verdict("released", Settlement(lease.token, lease.queue, "release", lease.counters, lane=lane))
 
 
+def put_back(lease: Lease) -> Verdict:
+    """For a job that there is no memory for just now: at its old place in its lane, at no cost."""
+    return move(lease, lease.lane)
+
+
 def backoff_s(options: JobOptions, failures: int, uniform: float | None = None) -> float:
     """Seconds until the retry after `failures` failed runs (1 for the first).
 

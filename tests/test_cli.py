@@ -23,6 +23,7 @@ from kqueue.cli.text import ago, block, duration, moment, table
 from kqueue.config_file import load_config
 from kqueue.job import BoundJob
 from kqueue.options import DispatchOptions
+from kqueue.outcome import Outcome
 from tests.cli_home import COMMAND, PATIENCE_S, Home, MakeHome
 from tests.daemon import Daemon
 from tests.servers import RedisServer
@@ -185,6 +186,14 @@ def test_json_output_is_json_whatever_a_queue_holds(sqlite_home: Home) -> None:
     assert ended.json["args"] == [nasty]
 
 
+def test_a_certificate_says_where_a_killed_job_stood_and_one_of_before_does_not() -> None:
+    outcome = Outcome("timeout", "supervisor", signal="SIGKILL", pid=7, stack='Thread 1:\n  File "app.py", line 3 in work')
+    certificate = outcome.certificate(attempt=1, strategy="isolated", ended_at=1e9)
+    assert 'stood at\n  | Thread 1:\n  |   File "app.py", line 3 in work' in told(certificate)
+    del certificate["stack"]
+    assert "stood at" not in told(certificate)
+
+
 def test_a_certificate_that_somebody_else_wrote_shows_as_it_is() -> None:
     for odd in ({"unreadable": "x\x1b"}, {"attempt": 1}, [1], None):
         assert told(odd).startswith("\nanother    ")
@@ -216,7 +225,7 @@ def test_status_without_a_daemon_has_the_same_fields_and_the_queues(home: Home) 
     ended = home.kqueue("status", "--json")
     assert list(ended.json) == [
         "pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed", "forgotten", "running",
-        "queues", "loop",
+        "queues", "loop", "memory_budget",
     ]  # fmt: skip
     assert (ended.json["state"], ended.json["pid"], ended.json["running"]) == ("stopped", None, [])
     assert ended.json["queues"] == {

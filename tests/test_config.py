@@ -59,7 +59,7 @@ def test_an_empty_file_is_the_defaults(load: Load, tmp_path: Path) -> None:
     assert config.inline == (10000, 0.1, 5)
     assert config.isolated == (4, "fork", "80%", 2, None, 128)
     assert config.pool == (2, 1000, 256)
-    assert config.limits == (0, 512, 0, 0, 0, MAX_BYTES)
+    assert config.limits == (0, 512, 0, 0, 0, 0, 0, 0, 0, MAX_BYTES)
     assert config.security == (None, None, True)
     assert config.runtime == (512, 5)
     assert config.shutdown.grace_s == 20
@@ -138,7 +138,7 @@ def test_the_memory_budget_is_kept_as_written(load: Load, budget: str) -> None:
 
 
 def test_sizes_of_settings_become_whole_mib_rounded_down(load: Load) -> None:
-    assert load("limits: {memory: 512MB, envelope: 64KiB}").limits == (0, 488, 0, 0, 0, 64 * 1024)
+    assert load("limits: {memory: 512MB, envelope: 64KiB}").limits == (0, 488, 0, 0, 0, 0, 0, 0, 0, 64 * 1024)
     assert load("runtime: {memory_limit: 2GiB}").runtime.memory_limit_mib == 2048
 
 

@@ -210,6 +210,7 @@ def test_status_and_jobs_are_as_promised(daemon: Daemon) -> None:
     assert set(status) >= {
         "pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed", "running", "queues",
         "loop",
+        "memory_budget",
     }  # fmt: skip
     assert (status["pid"], status["state"]) == (daemon.pid, "running")
     running = {each["job"]: each for each in status["running"]}

@@ -109,7 +109,7 @@ def test_a_child_is_set_up_as_promised(bench: Bench) -> None:
     assert (me["name"], me["attempt"]) == ("about_me", 1)
     assert me["sid"] == me["pid"] == ran.ended.outcome.pid, "a session of its own"
     assert (me["core"], me["files"], me["secrets"]) == ([0, 0], 1024, [])
-    assert [fd for fd in me["fds"] if fd > 4] == [], "nothing inherited but its own; 4 is the listing itself"
+    assert [fd for fd in me["fds"] if fd > 5] == [], "nothing inherited but its own; 5 is the listing itself"
     assert me["stdin"] == "/dev/null"
     assert me["no_new_privs"]
     assert me["title"].startswith(f"kqueued: job about_me {ran.ended.id}")

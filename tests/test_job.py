@@ -322,6 +322,9 @@ WRONG = [
     ("backoff", [[], [1, -1], "fast", [1, "2"], float("nan"), [float("inf")], -1, 10**400, 1e300], "backoff must be seconds"),
     ("start", ["Fork", "thread", None, ["fork"], "pool", "exec"], 'start must be "fork": this version has no "pool"'),
     ("max_cpu", [-1, True, float("inf")], "max_cpu must be seconds"),
+    ("max_files", [0, 15, 20.0, True, 1 << 31], "max_files must be an integer of at least 16"),
+    ("max_processes", [-1, 1.5, True, 1 << 31], "max_processes must be an integer of at least 1, or 0 for no limit"),
+    ("max_file_size", [-1, 0.5, True, 1 << 31], "max_file_size must be a positive number of MiB, or 0 for no limit"),
     ("keep_result", [-0.1, True, None], "keep_result must be seconds"),
     ("retry_until", [0, -1, True, "1h", float("nan"), 1e300, [5]], "retry_until must be seconds or a timedelta after the enq"),
     ("retry_on", [5, [5], int, [""], ["a b"], ["OSError", None], {"OSError": 1}], "retry_on must be exception classes or their"),
@@ -347,6 +350,7 @@ RIGHT = [
     ("timeout", [0, 0.5, 30, 86400]), ("max_memory", [1, 4096]), ("isolated", [None, True, False]), ("priority", [-100, 0, 100]),
     ("queue", ["default", "a.b:c-d_e", "x" * 64]), ("max_attempts", [1, 100]), ("backoff", [None, 0, 1.5, [0], (1, 2.5, 3600)]),
     ("start", ["fork"]), ("max_cpu", [0, 10]), ("keep_result", [0, 3600]), ("retry_until", [None, 0.5, 3600]),
+    ("max_files", [16, 4096]), ("max_processes", [0, 1]), ("max_file_size", [0, 100]),
     ("retry_on", [None, ("OSError",)]), ("dont_retry_on", [None, ("OSError", "ValueError")]),
     ("causes", [{}, {"timeout": "bury"}, {"memory": {"grow": 2, "max_attempts": 5, "backoff": [1, 2]}, "exit": {}}]),
 ]  # fmt: skip

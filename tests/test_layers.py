@@ -21,13 +21,14 @@ PACKAGE = Path(__file__).parent.parent / "kqueue"
 ROOMS = [
     (0, "ground", ["errors", "ids", "job", "codec", "context", "dispatch", "outcome", "events", "config", "security", "loading"]),
     (0, "ground", ["states", "options", "registry", "retries", "signing", "process", "disk", "instance", "settings"]),
+    (0, "ground", ["redact", "hostmemory"]),
     (0, "ground", ["config_file"]),
     (1, "kernel", ["kernel"]),
     (1, "stores", ["brokers.base", "brokers.commands"]),  # the protocol and plain commands, which clients and daemon share
     (2, "brokers", ["brokers"]),
     (2, "execution", ["execution"]),
     (2, "client", ["client"]),
-    (3, "runtime", ["intake", "verdict", "services", "settling", "outbox", "upkeep", "runtime"]),
+    (3, "runtime", ["intake", "budget", "verdict", "services", "settling", "outbox", "upkeep", "runtime"]),
     (4, "front", [""]),  # kqueue/__init__.py, which users import; everything above may read its __version__
     (4, "testing", ["testing"]),
     (5, "observe", ["observe"]),

@@ -104,7 +104,7 @@ def test_the_certificate_holds_all_there_is_to_say_but_the_result() -> None:
     assert json.loads(to_json(certificate)) == {
         "attempt": 2, "strategy": "isolated", "cause": "exception", "ended_by": "job", "exit_code": 1, "signal": None, "pid": 42,
         "error": {"class": "E", "message": "m", "traceback": "t"}, "duration_s": 1.0, "cpu_user_s": 0.0, "cpu_system_s": 0.0,
-        "max_memory_mib": 0.0, "limits": {}, "output": "", "ended_at": 1790000000.123, "then": "", "why": "",
+        "max_memory_mib": 0.0, "limits": {}, "stack": "", "output": "", "ended_at": 1790000000.123, "then": "", "why": "",
     }  # fmt: skip
 
 

@@ -1202,7 +1202,8 @@ def test_clients_can_read_what_may_be_dispatched_and_how_much(house: House, tick
     assert sorted(documents) == ["limits:default", "limits:mail", "manifest:default", "manifest:mail"]
     assert from_json(documents["manifest:mail"])["tick"]["cooperative"] is True
     assert from_json(documents["limits:default"]) == {
-        "max_timeout_s": 0, "max_memory_mib": 512, "queue_depth": 5, "max_envelope_bytes": 1 << 20, "strict": True,
+        "max_timeout_s": 0, "max_memory_mib": 512, "max_cpu_s": 0, "max_files": 0, "max_processes": 0, "max_file_size_mib": 0,
+        "queue_depth": 5, "max_envelope_bytes": 1 << 20, "strict": True,
             "signed": False,
     }  # fmt: skip
 

@@ -48,13 +48,13 @@ def envelope(priority: int = 0, **options: Any) -> Envelope:
 
 
 def test_without_anything_said_only_memory_and_size_are_limited() -> None:
-    assert SecurityConfig() == (0, 512, 0, 0, 0, MAX_BYTES, None, True, None, False)
+    assert SecurityConfig() == (0, 512, 0, 0, 0, MAX_BYTES, None, True, None, False, 0, 0, 0, 0)
     assert SecurityConfig().validated() == SecurityConfig()
 
 
 def test_production_is_strict_and_must_be_told_where_jobs_come_from() -> None:
     security = SecurityConfig.production(allowed_paths=["/srv/app"])
-    assert security == (3600, 512, 0, 0, 100_000, MAX_BYTES, ("/srv/app",), True, None, False)
+    assert security == (3600, 512, 0, 0, 100_000, MAX_BYTES, ("/srv/app",), True, None, False, 0, 0, 0, 0)
     assert SecurityConfig.production(allowed_paths=(), max_timeout_s=60)[:1] == (60,)
     for overrides in ({}, {"allowed_paths": None}, {"max_timeout_s": 5}):
         with pytest.raises(ConfigError, match=r"production\(\) needs allowed_paths"):
@@ -62,7 +62,7 @@ def test_production_is_strict_and_must_be_told_where_jobs_come_from() -> None:
 
 
 def test_development_is_lenient() -> None:
-    assert SecurityConfig.development() == (0, 1024, 0, 0, 0, MAX_BYTES, None, False, None, False)
+    assert SecurityConfig.development() == (0, 1024, 0, 0, 0, MAX_BYTES, None, False, None, False, 0, 0, 0, 0)
     assert SecurityConfig.development(queue_depth=5).queue_depth == 5
 
 
@@ -73,6 +73,10 @@ def test_from_kqueue_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             "limits": {
                 "timeout": "5m",
                 "memory": "1GiB",
+                "cpu": "1m",
+                "files": 64,
+                "processes": 5,
+                "file_size": "1GiB",
                 "concurrent": 9,
                 "per_minute": 60,
                 "queue_depth": 7,
@@ -83,7 +87,8 @@ def test_from_kqueue_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         str(tmp_path),
     )
     security = SecurityConfig.from_config(config.limits, config.security)
-    assert security == (300, 1024, 9, 60, 7, 2 * MAX_BYTES, (f"{tmp_path}/app",), False, f"{tmp_path}/key", False)
+    key = f"{tmp_path}/key"
+    assert security == (300, 1024, 9, 60, 7, 2 * MAX_BYTES, (f"{tmp_path}/app",), False, key, False, 60, 64, 5, 1024)
     default = make_config()
     assert SecurityConfig.from_config(default.limits, default.security) == SecurityConfig()
     monkeypatch.setenv("KQUEUE_SIGNING_KEY_FILE", "/etc/key")
@@ -106,6 +111,8 @@ def test_paths_are_made_absolute_and_may_be_path_objects(tmp_path: Path, monkeyp
         ({"max_timeout_s": float("inf")}, "max_timeout_s must be seconds, 0 for no limit, not inf"),
         ({"max_timeout_s": "1h"}, "max_timeout_s must be seconds, 0 for no limit, not '1h'"),
         ({"max_memory_mib": -1}, "max_memory_mib must be an integer of at least 0 (0 for no limit), not -1"),
+        ({"max_files": 15}, "max_files must be at least 16, or 0 for no limit, not 15"),
+        ({"max_cpu_s": -1}, "max_cpu_s must be seconds, 0 for no limit, not -1"),
         ({"max_memory_mib": 1.5}, "max_memory_mib must be an integer of at least 0 (0 for no limit), not 1.5"),
         ({"max_concurrent": "5"}, "max_concurrent must be an integer of at least 0 (0 for no limit), not '5'"),
         ({"per_minute": None}, "per_minute must be an integer of at least 0 (0 for no limit), not None"),
@@ -157,6 +164,20 @@ def test_at_run_a_job_is_clamped(asked: dict[str, Any], granted: dict[str, Any],
         job = registration() if dispatched else registration(**asked)
         options = admit(security, envelope(**asked) if dispatched else envelope(), job).options
         assert options == JobOptions()._replace(**granted)
+
+
+def test_every_limit_clamps_and_refuses_its_own_option() -> None:
+    security = SecurityConfig(max_cpu_s=5, max_files=64, max_processes=2, max_file_size_mib=3)
+    within = {"max_cpu": 5, "max_files": 64, "max_processes": 2, "max_file_size": 3}
+    assert check_dispatch(security, JobOptions(**within), "work") == JobOptions(**within)
+    for option, most in within.items():
+        for value in (most + 1, *([0] if option != "max_files" else [])):  # 0 asks for no limit
+            asked = JobOptions(**{**within, option: value})
+            assert admit(security, envelope(**{option: value}), registration(**within)).options == JobOptions(**within)
+            with pytest.raises(UsageError, match=rf"{option} {value}.* is over limits\.{option[4:]} {most}; lower it"):
+                check_dispatch(security, asked, "work")
+            published = SecurityConfig.from_published({**security.published(), "strict": False})
+            assert check_dispatch(published, asked, "work") == JobOptions(**within)
 
 
 def test_without_limits_nothing_is_clamped() -> None:

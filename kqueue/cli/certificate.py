@@ -76,6 +76,8 @@ def _told(certificate: Mapping[str, Any]) -> str:
     if certificate["error"]:
         error = certificate["error"]
         lines.append(block(error.get("traceback") or f"{error['class']}: {error['message']}", "  | "))
+    if certificate.get("stack"):
+        lines += ["stood at", block(certificate["stack"], "  | ")]
     if certificate["output"]:
         lines += ["output", block(certificate["output"], "  > ")]
     return "\n".join(lines)

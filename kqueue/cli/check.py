@@ -9,6 +9,7 @@ from ..config import Config
 from ..errors import ConfigError, UsageError
 from ..events import Events
 from ..execution.link import TemplateLink
+from ..hostmemory import budget
 from ..kernel import Kernel
 from ..loading import ImportFailed, import_modules, template_config
 from ..registry import registry
@@ -68,6 +69,9 @@ def _print(config: Config, keys: Keys | None) -> None:
     print(f"instance  {config.instance}, state in {config.state_dir}")
     print(f"queue     {_without_secret(config.queue.url)}: {queues}{' in this order' if config.queue.strict_order else ''}")
     print(f"slots     {config.inline.max_concurrent} inline, {config.isolated.max_concurrent} isolated")
+    memory = budget(config.isolated.memory_budget)
+    basis = f", {memory.basis}" if memory.basis.endswith(("available", "allows")) else ""
+    print(f"memory    {memory.total_mib} MiB for isolated jobs{basis}")
     if keys is not None:
         signs, *others = keys.ids
         accepted = f"; also accepted: {', '.join(others)}" if others else ""
@@ -79,9 +83,11 @@ def _print(config: Config, keys: Keys | None) -> None:
     for position, registration in enumerate(registry):
         options = registration.options
         timeout = f"{options.timeout:g} s" if options.timeout else "no time-out"
-        memory = f", {options.max_memory} MiB" if registration.isolated else ""
+        needs = f", {options.max_memory} MiB" if registration.isolated else ""
+        if registration.isolated and options.max_memory > memory.total_mib:
+            needs += ": over isolated.memory_budget, so it can never run here"
         label = "jobs" if position == 0 else ""
-        print(f"{label:9} {registration.name:{width}}  {registration.lane:8}  {timeout}{memory}  ({registration.module})")
+        print(f"{label:9} {registration.name:{width}}  {registration.lane:8}  {timeout}{needs}  ({registration.module})")
 
 
 def _without_secret(url: str) -> str:

@@ -104,6 +104,21 @@ def _daemon(target: Target) -> Notes:
         yield Note("warn", "daemon", f"it is kqueue {found['version']}, and this is {__version__}", "start it again")
 
 
+def _memory(target: Target) -> Notes:
+    from ..hostmemory import budget
+
+    config = target.config
+    if config is None or not config.isolated.max_concurrent:
+        return
+    memory, about = budget(config.isolated.memory_budget), "memory"
+    basis = f" ({memory.basis})" if memory.basis.endswith(("available", "allows")) else ""
+    yield Note("ok", about, f"isolated jobs may use {memory.total_mib} MiB together{basis}")
+    most = config.limits.memory_mib
+    if most > memory.total_mib:
+        what = f"limits.memory is {most} MiB, and isolated.memory_budget, {memory.total_mib} MiB, has never so much for a job"
+        yield Note("warn", about, what, "lower limits.memory, or raise isolated.memory_budget; such a job is buried")
+
+
 def _state_dir(target: Target) -> Notes:
     from ..disk import FLEETING, REMOTE, file_system, free, nearest_directory
 
@@ -178,4 +193,4 @@ def _signing(target: Target) -> Notes:
         yield Note("warn", "signing", keys.warning)
 
 
-CHECKS: Final[tuple[Check, ...]] = (_versions, _configuration, _state_dir, _daemon, _broker, _signing)
+CHECKS: Final[tuple[Check, ...]] = (_versions, _configuration, _memory, _state_dir, _daemon, _broker, _signing)

@@ -100,6 +100,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
     from ..brokers.base import Retention
     from ..control import Control
     from ..events import Warned
+    from ..hostmemory import budget
     from ..instance import Instance
     from ..loading import ImportFailed, import_modules, template_config
     from ..observe.logs import Logs
@@ -136,6 +137,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             max_slice_s=config.inline.max_slice_s,
             kill_grace_s=config.isolated.kill_grace_s,
             memory_headroom_mib=config.isolated.memory_headroom_mib,
+            memory_budget=budget(config.isolated.memory_budget),
             offload_slots=config.pool.size,
             offload_memory_mib=config.pool.max_memory_mib,
             bury_unknown=jobs.unknown == "bury",

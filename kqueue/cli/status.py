@@ -46,6 +46,7 @@ def _stopped(target: Target) -> dict[str, Any]:
         "pid": None, "version": __version__, "uptime_s": 0.0, "state": "unknown" if config is None else "stopped",
         "memory_mib": 0.0, "processed": 0, "failed": 0, "retried": 0, "killed": 0, "forgotten": 0, "running": [],
         "queues": dict(sorted(queues.items())), "loop": {"lag_ms_p50": 0.0, "lag_ms_p99": 0.0, "turns_per_s": 0.0},
+        "memory_budget": None,
     }  # fmt: skip
 
 
@@ -63,12 +64,21 @@ def _daemon(found: Mapping[str, Any]) -> str:
     if found["pid"] is None:
         return "kqueued is stopped" if found["state"] == "stopped" else "whether a kqueued runs is not known"
     loop = found["loop"]
-    return (
+    return (  # the daemon may be an earlier version, which has no budget
         f"kqueued {found['version']}, pid {found['pid']}, up {duration(found['uptime_s'])}, {found['state']}\n"
-        f"memory {found['memory_mib']} MiB{_tree(found['pid'], found['memory_mib'])}\n"
+        f"memory {found['memory_mib']} MiB{_tree(found['pid'], found['memory_mib'])}{_budget(found.get('memory_budget'))}\n"
         f"processed {found['processed']}, failed {found['failed']}, retried {found['retried']}, killed {found['killed']}\n"
         f"loop: {loop['turns_per_s']} turns/s, lag {loop['lag_ms_p50']} ms (p50), {loop['lag_ms_p99']} ms (p99)"
     )
+
+
+def _budget(found: Mapping[str, Any] | None) -> str:
+    """What isolated jobs may use, and which job waits for memory. "": there is no budget."""
+    if not found:
+        return ""
+    waiting = found["waiting"]
+    waits = f"; {waiting['id']} of {waiting['queue']} waits for {waiting['max_memory']} MiB" if waiting else ""
+    return f"\nisolated jobs: {found['used_mib']} of {found['total_mib']} MiB{waits}"
 
 
 def _tree(pid: int, memory_mib: float) -> str:

@@ -9,6 +9,7 @@ from ..brokers.base import Row, Store
 from ..codec import from_json, to_json, unpack
 from ..errors import EnvelopeError, JobFailed, ResultNotKept
 from ..outcome import Outcome
+from ..redact import redacted
 from ..states import JobState
 
 POLL_S: Final = (0.002, 0.25)  # first and longest pause between two looks; each is half as long again as the one before
@@ -70,12 +71,17 @@ class Handle:
 
 
 def last_error(row: Row) -> str:
-    """Class and message only: the full record is for the operator. Whatever stands in the store, it says something."""
+    """Class and message only, and no paths or secrets in it: the full record is for the operator.
+
+    Whatever stands in the store, it says something.
+    """
     if not row.certificates:
         return "it has no certificate"
     try:
         certificate = from_json(row.certificates[-1])
         error = certificate.get("error")
-        return f"{error['class']}: {error['message']}" if error else str(certificate["cause"])
+        if not error:
+            return str(certificate["cause"])
+        return f"{error['class']}: {redacted(str(error['message']))}"
     except (EnvelopeError, AttributeError, KeyError, TypeError):
         return "its last certificate cannot be read, since something else than KQueue wrote it"

@@ -1,7 +1,8 @@
 """One attempt in a child: feed it, listen to it, end it when it must end, and say what came of it.
 
     running --result or failure, exit--> ended
-       |-- time-out, cancel, garbage --> terminating (SIGTERM) -- kill_grace --> killed (SIGKILL) --> ended
+       |-- time-out, cancel, garbage --> terminating (SIGTERM) -- kill_grace --> asked where it stands
+       |-- over a limit that we watch -------------------------------------------> asked -- at most 0.1 s --> killed --> ended
 
 What decides is the first complete result or failure, whatever the exit status; without one, the exit status does. End-of-file
 decides nothing: a surviving grandchild can hold it back. What the child says is parsed by `child_frames.py` and trusted after.
@@ -23,18 +24,22 @@ from ..events import Events, JobOutput
 from ..kernel import READ, WRITE, Kernel, Task, wait_any
 from ..outcome import Outcome
 from ..process import signal_name
-from . import wire
+from . import stack, wire
 from .child_frames import Backoff, Failure, Progress, Result, Said, Then, parse
-from .link import Child
+from .link import Child, ChildExit
 from .output import Lines, Rate, Tail
 
 Steps = Generator[Any, Any, Any]
 EnqueueFromChild = Callable[[Sequence[NewJob]], Steps]
 CheckFromChild = Callable[[NewJob], NewJob]
+Killer = Callable[[], tuple[str, str]]  # who sent a SIGKILL that we did not: one of outcome.ENDED_BY, and how we know
 
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
 LAST_WORDS: Final = 100
 DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
+
+# Over one of these there is no SIGTERM: a job that takes all the memory there is would only get the time to take more.
+_LIMITS: Final = ("memory", "processes")
 
 # Who sends these when the supervisor did not: the kernel, for what the process did.
 _FROM_KERNEL: Final = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGXCPU", "SIGXFSZ", "SIGTRAP")
@@ -63,7 +68,12 @@ class Attempt:
         self._said: Result | Failure | None = None  # the first of either, which decides
         self._backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
         self._garbage: str | None = None  # what was wrong with its frames; None: nothing
-        self._why = ""  # we are ending it because of: "timeout", "cancelled", "garbage", "lingering"; "": we are not
+        # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", "memory", "processes"; "": we are not.
+        self._why = ""
+        self._too_much = ""  # "memory" or "processes": it is over that limit, and to be killed; "": it is not
+        self._numbers = ""  # what there is to say of that
+        self._asked = False  # it was asked where it stands; the next step is SIGKILL
+        self._stack = stack.Stack()
         self._lines = {child.stdout: ("stdout", Lines()), child.stderr: ("stderr", Lines())}
         self._tail = Tail()
         self._rate = Rate()
@@ -83,25 +93,34 @@ class Attempt:
         deadline = clock.monotonic() + timeout_s if timeout_s else None
         while not child.lost:
             fds = {child.pidfd: READ, **{fd: READ for fd in open_fds if fd != socket_fd or self._enqueuing is None}}
+            if self._asked and self._stack.open:  # until then nobody need look: its pipe keeps 64 KiB
+                fds[child.stack] = READ
             if self._outbox and socket_fd in open_fds:
                 fds[socket_fd] = fds.get(socket_fd, 0) | WRITE
             try:
                 ready = yield wait_any(fds, None if deadline is None else max(0.0, deadline - clock.monotonic()))
             except JobCancelled:
-                if self._why != "timeout":  # which is counted, whatever comes after it
+                if not self._asked and self._why != "timeout":  # which is counted, whatever comes after it
                     deadline = self._end("cancelled")
                 continue
             if child.pidfd in ready:
                 break
             open_fds -= {fd for fd, events in ready.items() if not self._serve(fd, events)}
-            if self._garbage is not None and not self._why:
+            if self._asked and child.stack in ready and deadline is not None:
+                deadline = min(deadline, clock.monotonic() + stack.QUIET_S)
+            if self._too_much and not self._asked:
+                self._why = self._why or self._too_much
+                deadline = self._ask_where()
+            elif self._garbage is not None and not self._why:
                 deadline = self._end("garbage")
             elif self._said is not None and not self._why:
                 self._why, deadline = "lingering", clock.monotonic() + self._kill_grace_s
             elif deadline is not None and clock.monotonic() >= deadline:
-                if self._why:
+                if self._asked or self._said is not None:  # who has said what came of it need not say where it lingers
                     child.kill(signal.SIGKILL)  # the template kills its group when it reaps it
                     deadline = None
+                elif self._why:
+                    deadline = self._ask_where()
                 else:
                     deadline = self._end("timeout")
         yield from self._await_report(exited)
@@ -123,12 +142,29 @@ class Attempt:
         self._child.kill(signal.SIGTERM)
         return self._kernel.clock.monotonic() + self._kill_grace_s
 
+    def _ask_where(self) -> float:
+        """Ask it where it stands, for the certificate; when it is to be killed, whatever it answered."""
+        self._asked = True
+        if not stack.can_answer(self._child.pid):
+            return self._kernel.clock.monotonic()
+        self._child.kill(stack.SIGNAL)
+        return self._kernel.clock.monotonic() + stack.PATIENCE_S
+
+    def exceeds(self, limit: str, numbers: str) -> None:
+        """It is over `limit`, "memory" or "processes": kill it now. For who watches it while it runs."""
+        if not self._too_much and self._child.exit is None:
+            self._too_much, self._numbers = limit, numbers
+            if self._watcher is not None:
+                self._kernel.wake(self._watcher, {})
+
     # -- what it says -----------------------------------------------------------------------------------------------
 
     def _serve(self, fd: int, events: int) -> bool:
         """Take what is there on `fd`, a bounded amount; False when nothing more can come."""
         if fd in self._lines:
             return self._take_output(fd)
+        if fd == self._child.stack:
+            return self._stack.read(fd)
         if events & WRITE:
             self._send()
         return self._take_frames() if events & READ else True
@@ -178,7 +214,8 @@ class Attempt:
 
     def _hear(self, said: Said) -> None:
         if isinstance(said, (Result, Failure)):
-            self._said = self._said or said
+            if not self._asked:  # else it is too late: the question may have woken it
+                self._said = self._said or said
         elif isinstance(said, Backoff):
             self._backoff = said
         elif self._last_words == 0 or (self._last_words is not None and not isinstance(said, Progress)):
@@ -233,23 +270,31 @@ class Attempt:
                     break
             for line in lines.rest():
                 self._log(stream, line)
+        for _ in range(8):
+            if not self._stack.read(self._child.stack) or not _readable(self._child.stack):
+                break
         if self._rate.held_back:
             self._log("stderr", f"… {self._rate.held_back} more lines were not logged")
 
     # -- what came of it --------------------------------------------------------------------------------------------
 
-    def outcome(self) -> Outcome:
-        """What it said and how it exited amount to this."""
+    def outcome(self, killer: Killer, roots: Sequence[str]) -> Outcome:
+        """What it said and how it exited amount to this.
+
+        `killer` says who sent a SIGKILL that was not ours. `roots`: where the job's modules are found, so how files are named.
+        """
         exit = self._child.exit
         limits = {name: value for name, value in self._request["limits"].items() if value}
-        outcome = self._verdict()._replace(pid=self._child.pid or None, limits=limits, output=self._tail.text())
+        outcome = self._verdict(killer)._replace(pid=self._child.pid or None, limits=limits, output=self._tail.text())
+        if not outcome.ok and self._stack.came:
+            outcome = outcome._replace(stack=self._stack.text(roots))
         if exit is None:
             return outcome
         return outcome._replace(
             cpu_user_s=exit.cpu_user_s, cpu_system_s=exit.cpu_system_s, max_memory_mib=exit.max_memory_mib
         )
 
-    def _verdict(self) -> Outcome:
+    def _verdict(self, killer: Killer) -> Outcome:
         exit = self._child.exit
         signaled = signal_name(os.WTERMSIG(exit.status)) if exit and os.WIFSIGNALED(exit.status) else None
         code = os.WEXITSTATUS(exit.status) if exit and os.WIFEXITED(exit.status) else None
@@ -257,15 +302,11 @@ class Attempt:
             follow_ups = () if self._context.inline else self._context.follow_ups
             return Outcome("ok", result=self._said.json, exit_code=code, signal=signaled, follow_ups=follow_ups)
         if isinstance(self._said, Failure):
-            cause = self._why if self._why in ("timeout", "cancelled") else self._said.cause
-            if cause in ("timeout", "cancelled") and cause != self._why:
-                cause = "exception"  # the job raised it itself; to release it for that would run it for ever
-            exit_code = self._said.exit_code if self._said.exit_code is not None else code
-            return Outcome(
-                cause, _ENDED_BY.get(cause, "job"), error=self._said.error, exit_code=exit_code, backoff_s=self._backoff.seconds,
-                backoff_failed=self._backoff.why_not, asked=self._said.asked if cause == "exception" else "",
-                retry_in_s=self._said.retry_in_s,
-            )  # fmt: skip
+            return self._failed(self._said, code)
+        if self._why in _LIMITS:
+            kind, cause = ("MemoryError", "memory") if self._why == "memory" else ("TooManyProcesses", "signal")
+            error = {"class": kind, "message": self._numbers}
+            return Outcome(cause, "supervisor", error=error, exit_code=code, signal=signaled)
         if self._garbage is not None:
             error = {"class": "WireError", "message": f"the job wrote garbage to KQueue's socket: {self._garbage}"}
             return Outcome("exception", "supervisor", error=error, exit_code=code, signal=signaled)
@@ -275,8 +316,39 @@ class Attempt:
             return Outcome("lost", "kernel")
         if signaled is None:
             return Outcome("exit", exit_code=code)
-        ended_by = "kernel" if signaled in _FROM_KERNEL else "job" if signaled == "SIGABRT" else "operator"
-        return Outcome("cpu" if signaled == "SIGXCPU" else "signal", ended_by, signal=signaled)
+        return self._signaled(signaled, exit, killer)
+
+    def _failed(self, said: Failure, code: int | None) -> Outcome:
+        """It said so itself."""
+        cause = self._why if self._why in ("timeout", "cancelled") else said.cause
+        if cause in ("timeout", "cancelled") and cause != self._why:
+            cause = "exception"  # the job raised it itself; to release it for that would run it for ever
+        return Outcome(
+            cause, _ENDED_BY.get(cause, "job"), error=said.error, backoff_s=self._backoff.seconds,
+            exit_code=said.exit_code if said.exit_code is not None else code, backoff_failed=self._backoff.why_not,
+            asked=said.asked if cause == "exception" else "", retry_in_s=said.retry_in_s,
+        )  # fmt: skip
+
+    def _signaled(self, name: str, exit: ChildExit, killer: Killer) -> Outcome:
+        """A signal ended it that we did not send, or not as its time-out or for a limit."""
+        limits = self._request["limits"]
+        cpu_s, max_cpu_s, size_mib = exit.cpu_user_s + exit.cpu_system_s, limits["max_cpu"], limits["max_file_size"]
+        # Who ignores SIGXCPU gets a SIGKILL a second later; the kernel counts by ticks then, and not quite as we are told.
+        if name == "SIGXCPU" or (name == "SIGKILL" and max_cpu_s and cpu_s > 0.95 * max(1, int(max_cpu_s)) + 0.5):
+            text = f"its max_cpu is {max_cpu_s:g} s" if max_cpu_s else "its host's RLIMIT_CPU is less"
+            return Outcome("cpu", "kernel", signal=name, error=_error(name, f"it used {cpu_s:.3g} s of CPU, and {text}"))
+        if name == "SIGXFSZ":
+            text = f"its max_file_size, {size_mib:g} MiB" if size_mib else "its host's RLIMIT_FSIZE"
+            return Outcome("signal", "kernel", signal=name, error=_error(name, f"it made a file larger than {text}"))
+        if name == "SIGKILL":
+            by, text = killer()
+            return Outcome("memory" if by == "kernel" else "signal", by, signal=name, error=_error(name, text))
+        ended_by = "kernel" if name in _FROM_KERNEL else "job" if name == "SIGABRT" else "operator"
+        return Outcome("signal", ended_by, signal=name)
+
+
+def _error(name: str, message: str) -> dict[str, str]:
+    return {"class": name, "message": message}
 
 
 def _readable(fd: int) -> bool:

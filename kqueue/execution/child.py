@@ -6,6 +6,8 @@ is followed by a look at the parent, which may have died just before.
 
 from __future__ import annotations
 
+import errno
+import faulthandler
 import importlib
 import os
 import signal
@@ -30,7 +32,7 @@ from ..outcome import describe_error
 from ..registry import registry
 from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
-from . import limits, wire
+from . import limits, stack, wire
 from .base import SECRETS, unpacked
 from .child_frames import MAX_JOBS
 from .inline import result_json
@@ -57,17 +59,19 @@ def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> N
 def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
-    job_fd, stdout_fd, stderr_fd = (os.dup(fd) if fd <= wire.JOB_FD else fd for fd in fds)
+    job_fd, stdout_fd, stderr_fd, stack_fd = (os.dup(fd) if fd <= wire.STACK_FD else fd for fd in fds)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout_fd, 1)
     os.dup2(stderr_fd, 2)
     os.dup2(job_fd, wire.JOB_FD, inheritable=False)
-    os.closerange(wire.JOB_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    os.dup2(stack_fd, wire.STACK_FD, inheritable=False)
+    os.closerange(wire.STACK_FD + 1, os.sysconf("SC_OPEN_MAX"))
     for name in SECRETS:
         os.environ.pop(name, None)
     os.environ["KQUEUE_JOB_ID"] = request["id"]
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
+    _tell_where_it_stands()
     limits.yield_to_the_oom_killer()
     limits.apply(request["limits"])
     limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
@@ -80,6 +84,14 @@ def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     setproctitle(f"kqueued: job {request['job']} {request['id']}")
+
+
+def _tell_where_it_stands() -> None:
+    """When it crashes, runs out of CPU time, or is asked: by handlers in C, which need neither the interpreter nor its lock."""
+    faulthandler.enable(wire.STACK_FD)
+    faulthandler.register(stack.SIGNAL, wire.STACK_FD)
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    faulthandler.register(signal.SIGXCPU, wire.STACK_FD, chain=True)  # and then it dies of it
 
 
 class _Child:
@@ -103,7 +115,7 @@ class _Child:
             value = self._call(payload) if kind == wire.CALL else self._run(payload)
             answer = wire.RESULT, result_json(value) if self._request["keep_result"] else b"null"
         except BaseException as error:
-            fields = _failure(error)
+            fields = _failure(error, self._request["limits"])
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
             answer = wire.FAILURE, codec.to_json(fields)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the job is over; what is left is to say so
@@ -228,6 +240,7 @@ class _Child:
             self._socket.sendall(wire.frame(kind, payload))
 
 
+_LIMIT_OF: Final = {errno.EMFILE: ("max_files", ""), errno.EFBIG: ("max_file_size", " MiB")}  # what each is about
 _CAUSES: Final = (  # the first that fits
     (ArgumentsDoNotFit, "refused"),
     (JobTimedOut, "timeout"),
@@ -238,11 +251,18 @@ _CAUSES: Final = (  # the first that fits
 )
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
+def _failure(error: BaseException, limits: Mapping[str, float]) -> dict[str, Any]:
     """What `error` amounts to, as `child_frames.Failure` reads it."""
     cause = next(cause for kind, cause in _CAUSES if isinstance(error, kind))
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # mmap, fork
+        cause = "memory"
     asked, retry_in_s = asked_by(error)
-    fields = {"cause": cause, "error": describe_error(error), "asked": asked, "retry_in_s": retry_in_s}
+    described = describe_error(error)
+    fields = {"cause": cause, "error": described, "asked": asked, "retry_in_s": retry_in_s}
+    if isinstance(error, OSError) and error.errno in _LIMIT_OF:
+        name, unit = _LIMIT_OF[error.errno]
+        if limits.get(name):
+            described["message"] = f"{described['message']} ({name} of this job is {limits[name]:g}{unit})"
     if isinstance(error, SystemExit):
         fields["exit_code"] = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     return fields

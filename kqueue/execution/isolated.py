@@ -15,14 +15,15 @@ from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
 from ..events import Events
 from ..kernel import Kernel
+from ..options import JobOptions
 from ..outcome import Outcome
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import Work
 from .link import Child, TemplateLink
+from .sampler import Sampler
 
 Steps = Generator[Any, Any, Any]
-MAX_FILES: Final = 1024  # open files of a job
 SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and reported
 
 
@@ -42,6 +43,7 @@ class IsolatedExecutionStrategy:
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
         self.link = TemplateLink(kernel, events)
+        self.sampler = Sampler(kernel)
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
@@ -54,12 +56,13 @@ class IsolatedExecutionStrategy:
         yield from self.link.start()
 
     def stop(self) -> Steps:
+        self.sampler.stop()
         yield from self.link.stop()
 
     def execute(self, work: Work) -> Steps:
         """Run one attempt in a child of its own; returns the Outcome. Raises NotStarted when there can be no child now."""
         options = work.options
-        limits = self._limits(options.timeout, options.max_memory, options.max_cpu)
+        limits = self._limits(options)
         request = {
             "id": work.envelope.id, "job": work.envelope.job, "attempt": work.attempt, "limits": limits,
             "keep_result": bool(options.keep_result),
@@ -73,7 +76,7 @@ class IsolatedExecutionStrategy:
     ) -> Steps:  # fmt: skip
         """Run `function` in a child; returns its result or raises its error. TypeError when it cannot be sent there."""
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
-        limits = self._limits(timeout_s, max_memory_mib)
+        limits = self._limits(JobOptions(timeout=timeout_s, max_memory=max_memory_mib))
         request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "limits": limits, "keep_result": True}
         outcome: Outcome = yield from self._attempt(request, wire.frame(wire.CALL, call), context)
         if outcome.ok:
@@ -82,11 +85,12 @@ class IsolatedExecutionStrategy:
             raise JobCancelled(f"{context.name} was stopped")
         raise _offload_error(outcome)
 
-    def _limits(self, timeout_s: float, max_memory_mib: int, max_cpu_s: float = 0) -> dict[str, float]:
-        """What limits.apply puts on the child, and the time-out."""
+    def _limits(self, options: JobOptions) -> dict[str, float]:
+        """What limits.apply puts on the child, and what it is held to from here."""
         return {
-            "timeout": timeout_s, "max_memory": max_memory_mib, "memory_headroom": self._memory_headroom_mib,
-            "max_cpu": max_cpu_s, "max_files": MAX_FILES,
+            "timeout": options.timeout, "max_memory": options.max_memory, "memory_headroom": self._memory_headroom_mib,
+            "max_cpu": options.max_cpu, "max_files": options.max_files, "max_processes": options.max_processes,
+            "max_file_size": options.max_file_size,
         }  # fmt: skip
 
     # -- one attempt ------------------------------------------------------------------------------------------------
@@ -103,12 +107,17 @@ class IsolatedExecutionStrategy:
         )  # fmt: skip
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
+        limits = request["limits"]
+        sampled = self.sampler.watch(attempt, request["id"], child.pid, limits["max_memory"], limits["max_processes"])
         try:
             yield from attempt.watch(first, self.link.exited)
         finally:
             context.pid = None
+            self.sampler.forget(sampled)
             self.link.forget(child)
-        return attempt.outcome()._replace(duration_s=self._kernel.clock.monotonic() - began)
+        outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), self.link.roots)
+        peak_mib = max(outcome.max_memory_mib, sampled.peak_mib)
+        return outcome._replace(duration_s=self._kernel.clock.monotonic() - began, max_memory_mib=peak_mib)
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ costs 1 MB, which the supervisor does not pay.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 from collections.abc import Mapping
@@ -36,14 +37,26 @@ def data_size() -> int:
 def apply(limits: Mapping[str, float]) -> None:
     """Put the limits of a job on this process.
 
-    `max_memory` and `memory_headroom` in MiB, above what the process has already; `max_cpu` in seconds (0: none); `max_files`
-    open files. RLIMIT_RSS does nothing on Linux, and RLIMIT_AS counts address space that nobody touches; RLIMIT_DATA makes
-    malloc fail, which Python turns into MemoryError.
+    `max_memory` (0: none) and `memory_headroom` in MiB, above what the process has already; `max_cpu` in seconds (0: none);
+    `max_files` open files; `max_file_size` in MiB (0: none). RLIMIT_RSS does nothing on Linux, and RLIMIT_AS counts address space
+    that nobody touches; RLIMIT_DATA makes malloc fail, which Python turns into MemoryError. Python ignores SIGXFSZ, so that a
+    write beyond RLIMIT_FSIZE is an OSError in it; a program that it starts has the signal's default, and dies of it.
+    `max_processes` is the sampler's: RLIMIT_NPROC counts those of a user, and not for root.
+
+    Raises OSError when the host's own limit is below what the template has already: nothing could run in that.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_NOFILE, int(limits["max_files"]))
-    data = data_size() + int((limits["max_memory"] + limits["memory_headroom"]) * MIB)
-    _lower(resource.RLIMIT_DATA, data)
+    has = data_size()
+    ceiling = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if ceiling != resource.RLIM_INFINITY and ceiling < has:
+        already = f"the template has {has // MIB} MiB"
+        text = f"RLIMIT_DATA of this service is {ceiling // MIB} MiB, and {already}: raise it (LimitDATA=)"
+        raise OSError(errno.ENOMEM, text)
+    if limits["max_memory"]:
+        _lower(resource.RLIMIT_DATA, has + int((limits["max_memory"] + limits["memory_headroom"]) * MIB))
+    if limits.get("max_file_size"):
+        _lower(resource.RLIMIT_FSIZE, int(limits["max_file_size"] * MIB))
     if limits.get("max_cpu"):
         seconds = max(1, int(limits["max_cpu"]))
         _lower(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU, and SIGKILL a second later

@@ -63,6 +63,10 @@ class Child:
             opened.callback(os.close, self.stdout)
             opened.callback(os.close, self._its_stdout)
             self.stderr, self._its_stderr = _pipe()
+            opened.callback(os.close, self.stderr)
+            opened.callback(os.close, self._its_stderr)
+            # Nobody may have to wait for room in it: what writes there is a signal handler.
+            self.stack, self._its_stack = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.pop_all()
 
     @property
@@ -72,7 +76,7 @@ class Child:
 
     @property
     def its_fds(self) -> list[int]:
-        return [self._its_socket.fileno(), self._its_stdout, self._its_stderr]
+        return [self._its_socket.fileno(), self._its_stdout, self._its_stderr, self._its_stack]
 
     def close_its_ends(self) -> None:
         """After they were sent: as long as we hold them there is no end-of-file."""
@@ -80,8 +84,9 @@ class Child:
             self._its_socket.close()
             os.close(self._its_stdout)
             os.close(self._its_stderr)
+            os.close(self._its_stack)
 
-    def kill(self, number: signal.Signals) -> None:
+    def kill(self, number: int) -> None:
         """Signal the process itself, by pidfd: never a number that somebody else may have by now."""
         if self.pidfd >= 0:
             try:
@@ -92,10 +97,10 @@ class Child:
     def close(self) -> None:
         self.close_its_ends()
         self.socket.close()
-        for fd in (self.stdout, self.stderr, self.pidfd):
+        for fd in (self.stdout, self.stderr, self.stack, self.pidfd):
             if fd >= 0:
                 os.close(fd)
-        self.stdout = self.stderr = self.pidfd = -1
+        self.stdout = self.stderr = self.stack = self.pidfd = -1
 
 
 def _pipe() -> tuple[int, int]:
@@ -130,6 +135,11 @@ class TemplateLink:
     def configure(self, config: Mapping[str, Any]) -> None:
         """What the template is to import; see loading.template_config. Read at its next start."""
         self._config = config
+
+    @property
+    def roots(self) -> Sequence[str]:
+        """Where the modules of jobs are found."""
+        return [*self._config.get("path", ()), *sys.path]
 
     def start(self) -> Steps:
         """Start it if it is needed, and wait until it is ready. Raises ImportFailed when its very first imports fail."""

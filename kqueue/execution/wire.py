@@ -22,7 +22,7 @@ from ..errors import EnvelopeError
 
 # supervisor -> template
 CONFIG: Final = 1  # what to import
-FORK: Final = 2  # fds: the child's ends of job socket, stdout, stderr
+FORK: Final = 2  # fds: the child's ends of job socket, stdout, stderr, stack
 # template -> supervisor
 JOB_KNOWN: Final = 3  # one job of the manifest
 READY: Final = 4
@@ -45,6 +45,7 @@ BACKOFF: Final = 24  # what the backoff function said, after the FAILURE
 
 CONTROL_FD: Final = 3  # where the template finds its end of its socket
 JOB_FD: Final = 3  # where a child finds its own
+STACK_FD: Final = 4  # and the pipe into which it says where it stands, when it is asked or crashes
 
 _FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN, BACKOFF)
 _HEADER: Final = struct.Struct(">IB")

@@ -4,7 +4,8 @@
      "forgotten", "leases_lost",
      "running": [{"id", "job", "strategy", "pid", "elapsed_s", "memory_mib", "progress"}],
      "queues": {NAME: {"ready", "delayed", "leased", "dead"}},
-     "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"}}
+     "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"},
+     "memory_budget": {"total_mib", "used_mib", "waiting": {"id", "queue", "max_memory"} or null} or null}
 
 It looks, and never touches. Whoever asks, however often, costs the broker one count a second; while the broker is away, the
 counts are the last ones known.
@@ -73,6 +74,7 @@ class Status:
             "running": running,
             "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
             "loop": self._loop(),
+            "memory_budget": runtime.memory.status(),
         }
 
     def _now(self) -> float:

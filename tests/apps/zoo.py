@@ -29,6 +29,14 @@ def add(a: int, b: int = 0) -> int:
 
 
 @job(isolated=True, keep_result=60)
+def naps(seconds: float) -> list[float]:
+    """When it began and ended."""
+    began = time.monotonic()
+    time.sleep(seconds)
+    return [began, time.monotonic()]
+
+
+@job(isolated=True, keep_result=60)
 def about_me() -> dict[str, Any]:
     context = current()
     return {
@@ -321,7 +329,7 @@ def has_a_backoff_and_no_time() -> Any:
 @job(isolated=True, backoff=0, max_attempts=4, max_memory=100, causes={"memory": {"grow": 2, "max_attempts": 9}})
 def grows() -> Any:
     """Needs more than the first two runs have: 100 and 200 MiB, and 128 of headroom."""
-    return len(b"x" * (400 << 20))
+    return len(b"x" * (350 << 20))
 
 
 @job(isolated=True, keep_result=60)
