@@ -123,6 +123,17 @@ def test_a_job_that_ran_before_its_enqueue_was_repeated_is_not_added_again(rig: 
     assert stats(rig, other) == (0, 0, 0, 0)
 
 
+def test_an_enqueue_that_was_long_under_way_changes_nothing(rig: RedisRig) -> None:
+    """It was asked again, and answered; its job has run and is gone. What a broken connection still brings is nobody's wish."""
+    broker, sender = rig.broker(), commands.Sender()
+    late = commands.enqueue(sender, 60, [new_job("a")])
+    assert rig.do(broker._ask([late])) == [b"1"]
+    settle(rig, broker, reserve(rig, broker), "ack")
+    rig.do(broker._ask([commands.enqueue(sender, 60, [new_job("b")])]))
+    assert rig.do(broker._ask([late])) == [b""]
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["b"]
+
+
 def test_a_client_s_enqueue_whose_reply_is_lost_adds_nothing_twice(rig: RedisRig, proxy: Proxy) -> None:
     client = rig.make_client()
     client.enqueue([new_job("first")])

@@ -17,6 +17,7 @@ _ENQUEUE = """
 local memory = prefix .. 'client:' .. ARGV[1]
 local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
 if request == ARGV[2] then return answers end
+if request and tonumber(request) > tonumber(ARGV[2]) then return '' end -- it was long under way, and nobody waits for an answer
 
 local max_depth = tonumber(ARGV[4])
 if max_depth > 0 then
