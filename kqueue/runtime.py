@@ -102,7 +102,7 @@ class KQueueRuntime:
         self._services = RuntimeServices(self, offload_slots, offload_memory_mib)
         self.isolated = IsolatedExecutionStrategy(
             self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
-            kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib,
+            identity=identity, kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
@@ -431,7 +431,9 @@ class KQueueRuntime:
         self.kernel.unpark(self._stopper)
 
     def _start(self) -> Steps:
-        """Broker and template at once, since both take their time; then the loops."""
+        """End what an earlier life of ours left. Broker and template at once, since both take their time; then the loops."""
+        if self._owner.identity:
+            yield from self.isolated.link.sweep("an earlier run of this daemon")
         self.isolated.link.configure(self.template())
         opening = self.kernel.spawn(self._open(), name="open")
         starting = self.kernel.current

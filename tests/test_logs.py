@@ -50,6 +50,7 @@ EVERY_FACT: list[Any] = [
     facts.DeadForgotten("mail", 17),
     facts.TemplateStarted(99, 5, 0.2),
     facts.TemplateDied(99, "killed by SIGKILL", 0.1),
+    facts.LeftoversEnded("an earlier run of this daemon", ["5123 (python)", NASTY]),
     facts.Warned("something is odd; do this"),
     facts.DaemonStopped(0, 10),
 ]
