@@ -34,7 +34,6 @@ _SERIALS: Final = 1 << 20  # how many serial numbers a mark tells apart: of jobs
 TEMPLATE_SERIAL: Final = _SERIALS - 1  # the highest, since a hard limit can only be lowered
 _OWNERS: Final = 1 << 40
 _MARKED: Final = 1 << 61  # beyond any size of memory that somebody could have meant
-_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _PASS_S: Final = (0.002, 0.2)  # first and longest pause between two passes over what is being killed
 PATIENCE_S: Final = 5.0  # for killed processes to be gone; one that the kernel holds in a system call takes its time
 _TURN: Final = 64  # processes that are looked at in one turn of the supervisor's loop
@@ -96,7 +95,6 @@ class Process(NamedTuple):
     name: str
     state: str
     ppid: int
-    started_s: float  # after boot
 
     @property
     def is_alive(self) -> bool:
@@ -107,15 +105,10 @@ def look(pid: int) -> Process | None:
     """Process `pid`; None: there is none."""
     head, _, rest = _read(f"/proc/{pid}/stat").rpartition(b")")
     fields = rest.split()
-    if len(fields) < 20:
+    if len(fields) < 2:
         return None
     name = head.partition(b"(")[2].decode("utf-8", "replace")
-    return Process(pid, name, fields[0].decode(), int(fields[1]), int(fields[19]) * _TICK_S)
-
-
-def boottime_s() -> float:
-    """Now, on the clock of `Process.started_s`."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return Process(pid, name, fields[0].decode(), int(fields[1]))
 
 
 def children_of(pid: int) -> list[int]:
@@ -233,7 +226,6 @@ class Running(NamedTuple):
 
     serial: int
     id: str
-    started_s: float
 
 
 class Leftovers:
@@ -288,12 +280,9 @@ class Leftovers:
         return serial in serials
 
     def _may_belong(self, pid: int, running: Mapping[int, Running]) -> bool:
-        """Of an orphan without our mark: by its environment; failing that, it is of nobody who began after it did."""
+        """Of an orphan without our mark. Who got rid of its environment, too, did so to get away."""
         id = environ_of(pid).get(JOB_ID.encode())
-        if id is not None:
-            return any(job.id.encode() == id for job in running.values())
-        process = look(pid)
-        return process is not None and any(job.started_s <= process.started_s + _TICK_S for job in running.values())
+        return any(job.id.encode() == id for job in running.values())
 
 
 # -- in the supervisor --------------------------------------------------------------------------------------------------------

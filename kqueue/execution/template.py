@@ -29,7 +29,7 @@ from ..registry import registry
 from ..security import SecurityConfig
 from . import inherited, wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
-from .killing import TEMPLATE_SERIAL, Leftovers, Running, boottime_s, children_of, kill_trees, put_mark
+from .killing import TEMPLATE_SERIAL, Leftovers, Running, children_of, kill_trees, put_mark
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
 
@@ -134,7 +134,7 @@ class Template:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        job = Running(fields["serial"], fields["id"], boottime_s())
+        job = Running(fields["serial"], fields["id"])
         try:
             pid = os.fork()
         except OSError as error:
