@@ -175,7 +175,7 @@ def test_when_supervisor_and_template_are_killed_the_next_start_ends_the_rest_be
     assert "daemon" in house.alive().values(), "or this proves nothing"
     house.daemon.start()
     assert after.result(PATIENCE_S) == [], "what the first job saw"
-    assert "processes that jobs of an earlier run of this daemon had left behind" in house.daemon.wait_log("killed ")
+    assert "processes that jobs of an earlier run of this daemon had left behind" in house.daemon.wait_log("msg=\"killed ")
     house.wait_nobody()
     assert house.daemon.stop() == 0
 
@@ -186,7 +186,7 @@ def test_what_jobs_of_a_template_left_that_was_killed_is_ended_before_they_run_a
     os.kill(house.template(), signal.SIGKILL)
     assert {handle.result(PATIENCE_S) for handle in handles.values()} == {"had run before"}
     house.wait_nobody()
-    assert "processes that jobs of a template that died had left behind" in house.daemon.wait_log("killed ")
+    assert "processes that jobs of a template that died had left behind" in house.daemon.wait_log("msg=\"killed ")
     assert house.daemon.stop() == 0
 
 

@@ -2,6 +2,7 @@
 
 Whoever is to be found again must carry something that neither a double fork, nor setsid, nor an exec takes off:
 
+    cgroup     where we may make some (cgroup.py): the kernel kills it as a whole
     tree       below the job; and once its parent died, below the template, which is the subreaper of all of them
     mark       RLIMIT_RSS, which Linux ignores, inherits and shows in /proc/PID/limits: it says whose process, of which job
     environ    KQUEUE_OWNER and KQUEUE_JOB_ID, for what replaced its limits. (Only an exec writes /proc/PID/environ, and a
@@ -9,7 +10,8 @@ Whoever is to be found again must carry something that neither a double fork, no
 
 Rule 1. A process is signalled by a pidfd that was opened before it was looked at: if its number went to somebody else since,
         the signal is lost, not misdirected.
-Rule 2. It is stopped before its children are read, and killed after: what stands still does not fork.
+Rule 2. It is stopped before its children are read, and killed after: what stands still does not fork. Who has many to stop does
+        it with real-time priority, where that is permitted, or a fork bomb would have all the processor to outrun it.
 Rule 3. Passes are repeated until one finds nothing. A zombie is nothing.
 
 The template ends what a job left (`Leftovers`); the supervisor what a dead template left, or a dead supervisor of the same
@@ -22,10 +24,12 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 from ..kernel import sleep
+from . import cgroup
 
 Steps = Generator[Any, Any, Any]
 OWNER: Final = "KQUEUE_OWNER"  # in the environment of all that a daemon's jobs execute
@@ -157,34 +161,49 @@ class Killed(NamedTuple):
     beyond_us: list[Process]  # that we may not signal
 
 
-def kill_trees(roots: Iterable[int]) -> Killed:
-    """SIGKILL `roots`, which are children of this process, and all their descendants, as far as they hold still for it."""
-    parent = os.getpid()
+def kill_trees(roots: Collection[int], parent: int | None = None) -> Killed:
+    """SIGKILL `roots` and all their descendants. `parent`: whose children they must be; None: ours."""
+    if not roots:
+        return Killed(0, [])
+    parent = os.getpid() if parent is None else parent
     held: list[int] = []
     beyond_us: list[Process] = []
     waiting = [(pid, parent, -1) for pid in roots]
-    try:
-        while waiting:
-            pid, its_parent, parent_pidfd = waiting.pop()
-            pidfd = _hold(pid, its_parent, parent_pidfd)
-            if pidfd is None:
-                continue
-            held.append(pidfd)
-            try:
-                _signal(pidfd, signal.SIGSTOP)
-            except PermissionError:  # a program that changed its user, such as sudo
-                beyond_us += filter(None, [look(pid)])
-            waiting += [(child, pid, pidfd) for child in children_of(pid)]
-    except OSError:  # no fd is left: kill those we hold, the next pass has the rest
-        pass
-    for pidfd in held:
+    with _urgently():
         try:
-            _signal(pidfd, signal.SIGKILL)
-        except PermissionError:
-            continue
-        finally:
+            while waiting:
+                pid, its_parent, parent_pidfd = waiting.pop()
+                pidfd = _hold(pid, its_parent, parent_pidfd)
+                if pidfd is None:
+                    continue
+                held.append(pidfd)
+                try:
+                    _signal(pidfd, signal.SIGSTOP)
+                except PermissionError:  # a program that changed its user, such as sudo
+                    beyond_us += filter(None, [look(pid)])
+                waiting += [(child, pid, pidfd) for child in children_of(pid)]
+        except OSError:  # no fd is left: kill those we hold, the next pass has the rest
+            pass
+        for pidfd in held:
+            with suppress(PermissionError):
+                _signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
     return Killed(len(held) - len(beyond_us), beyond_us)
+
+
+@contextmanager
+def _urgently() -> Iterator[None]:
+    """Ahead of all ordinary processes of the host, where we may; for some milliseconds."""
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
 
 
 def _hold(pid: int, parent: int, parent_pidfd: int) -> int | None:
@@ -226,6 +245,7 @@ class Running(NamedTuple):
 
     serial: int
     id: str
+    cgroup: cgroup.Cgroup | None = None
 
 
 class Leftovers:
@@ -237,10 +257,30 @@ class Leftovers:
 
     def __init__(self, owner: int) -> None:
         self._owner = owner
+        self._cgroups = cgroup.Cgroups.of(owner_text(owner))
         self._ours = set(children_of(os.getpid()))
         self._beyond_us: set[int] = set()
         self._known: dict[int, int] = {}  # orphan -> serial of its job; its number is its own until we reap it
         self._pause_s = 0.0  # until the next pass; 0: nothing is left, as far as we know
+
+    def start(self, serial: int, id: str) -> Running:
+        """A job that is about to be forked; `enter` is for its process, `over` for when that has ended."""
+        place = None
+        if self._cgroups is not None:
+            with suppress(OSError):  # no fd or no memory is left: it has its mark
+                place = self._cgroups.take()
+        return Running(serial, id, place)
+
+    def enter(self, job: Running) -> None:
+        """In the job's process, before its first line: be found, with all that it will start."""
+        put_mark(self._owner, job.serial)
+        if job.cgroup is not None:
+            with suppress(OSError):
+                job.cgroup.enter()
+
+    def over(self, job: Running) -> None:
+        if self._cgroups is not None and job.cgroup is not None:
+            self._cgroups.give(job.cgroup)
 
     @property
     def pause_s(self) -> float | None:
@@ -258,13 +298,32 @@ class Leftovers:
         serials = {mark_serial(job.serial) for job in running.values()}
         strangers = [pid for pid in children_of(os.getpid()) if pid not in running and not self._is_left_alone(pid)]
         killed = kill_trees([pid for pid in strangers if not self._belongs(pid, serials, running)])
-        if killed.alive:
+        has_emptied = self._cgroups is None or self._cgroups.tidy()
+        if killed.alive or not has_emptied:
             self._pause_s = min(2 * self._pause_s, _PASS_S[1]) if self._pause_s else _PASS_S[0]
         else:
             self._pause_s = 0.0
         new = [process for process in killed.beyond_us if process.pid not in self._beyond_us]
         self._beyond_us.update(process.pid for process in new)
         return new
+
+    def end_all(self, running: Iterable[Running], patience_s: float) -> bool:
+        """End whatever is below this process, in its last moments; whether that is done."""
+        if self._cgroups is not None:
+            self._cgroups.kill()
+        deadline = time.monotonic() + patience_s
+        while kill_trees(children_of(os.getpid())).alive or not (self._cgroups is None or self._cgroups.tidy()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PASS_S[0])
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+        for job in running:
+            self.over(job)
+        if self._cgroups is not None:
+            self._cgroups.close()
+        return True
 
     def _is_left_alone(self, pid: int) -> bool:
         return pid in self._ours or pid in self._beyond_us
@@ -288,48 +347,45 @@ class Leftovers:
 # -- in the supervisor --------------------------------------------------------------------------------------------------------
 
 
-def end_marked(owner: int) -> Steps:
-    """Kill every process that carries the mark of `owner`, until there is none; returns them: {pid: Process}.
+def end_marked(owner: int, living: Container[int] = ()) -> Steps:
+    """Kill every process that is `owner`'s, until there is none; returns them: {pid: Process}.
 
-    Those that outlive it by PATIENCE_S are in it all the same. A turn of the loop for every few processes of the host.
+    `living`: templates that are spared with all that is below them. Those that outlive it by PATIENCE_S are in it all the same. A
+    turn of the loop for every few processes of the host.
     """
     ended: dict[int, Process] = {}
     deadline = time.monotonic() + PATIENCE_S
     pause_s = _PASS_S[0]
+    cgroups = cgroup.of_dead_templates(owner_text(owner), living)
     while True:
         alive = 0
+        for path in cgroups:
+            found = [process for pid in cgroup.members(path) if (process := look(pid)) is not None and process.is_alive]
+            cgroup.kill(path)
+            ended.update((process.pid, process) for process in found)
+            alive += len(found)
         for number, pid in enumerate(pids()):
             if number % _TURN == _TURN - 1:
                 yield
-            process = _kill_if_marked(pid, owner)
-            if process is not None:
+            process = look(pid) if pid != os.getpid() and _is_of(pid, owner) else None
+            if process is not None and process.is_alive and not _is_below(process, living):
+                alive += kill_trees([pid], process.ppid).alive
                 ended.setdefault(pid, process)
-                alive += 1
         if not alive or time.monotonic() > deadline:
-            return ended
+            break
         yield sleep(pause_s)
         pause_s = min(2 * pause_s, _PASS_S[1])
+    for path in cgroups:
+        cgroup.remove(path)
+    return ended
 
 
-def _kill_if_marked(pid: int, owner: int) -> Process | None:
-    """The process, when it was marked, alive and ours to kill."""
-    if pid == os.getpid() or not _is_of(pid, owner):
-        return None
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return None
-    try:
-        process = look(pid)
-        if process is None or not process.is_alive or not _is_of(pid, owner):
-            return None
-        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        return process
-    except (ProcessLookupError, PermissionError):
-        return None
-    finally:
-        os.close(pidfd)
+def _is_below(process: Process | None, living: Container[int]) -> bool:
+    while process is not None and process.ppid:
+        if process.pid in living:
+            return True
+        process = look(process.ppid)
+    return False
 
 
 def _is_of(pid: int, owner: int) -> bool:

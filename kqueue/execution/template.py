@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
 from types import FrameType
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from ..registry import registry
 from ..security import SecurityConfig
 from . import inherited, wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
-from .killing import TEMPLATE_SERIAL, Leftovers, Running, children_of, kill_trees, put_mark
+from .killing import TEMPLATE_SERIAL, Leftovers, Running, put_mark
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
 
@@ -98,7 +97,6 @@ class Template:
 
     def __init__(self, control: socket.socket, owner: int) -> None:
         self._control = control
-        self._owner = owner
         self._running: dict[int, Running] = {}  # by pid
         self._leftovers = Leftovers(owner)
         self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -134,15 +132,16 @@ class Template:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        job = Running(fields["serial"], fields["id"])
+        job = self._leftovers.start(fields["serial"], fields["id"])
         try:
             pid = os.fork()
         except OSError as error:
             wire.send_message(self._control, wire.FORK_FAILED, {"serial": job.serial, "message": str(error)})
+            self._leftovers.over(job)
             pid = -1
         if pid == 0:
             try:
-                put_mark(self._owner, job.serial)
+                self._leftovers.enter(job)
                 child_main(fields, fds, parent)
             finally:  # whatever happens, a child is never a second template
                 os._exit(70)
@@ -178,6 +177,7 @@ class Template:
                 self._leftovers.reaped(pid)
                 continue
             ended_jobs += 1
+            self._leftovers.over(job)
             fields = {
                 "serial": job.serial,
                 "status": status,
@@ -199,15 +199,7 @@ class Template:
         """The supervisor is gone: nothing that was forked here survives. False when something did, for the sweep to find."""
         for pid in self._running:
             _kill_group(pid)
-        deadline = time.monotonic() + END_PATIENCE_S
-        while kill_trees(children_of(os.getpid())).alive:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-            with suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-        return True
+        return self._leftovers.end_all(self._running.values(), END_PATIENCE_S)
 
 
 def _kill_group(pid: int) -> None:

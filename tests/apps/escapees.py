@@ -135,10 +135,11 @@ def bomb() -> None:
     def explode() -> None:
         os.setsid()
         note("bomb")
+        while count("bomb") < BOMB:
+            fork(explode)
+            time.sleep(0.002)
         while True:
-            if count("bomb") < BOMB:
-                fork(explode)
-            time.sleep(0.001)
+            signal.pause()
 
     daemonise(explode)
     wait_for("bomb", 20)
