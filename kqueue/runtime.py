@@ -70,7 +70,8 @@ class KQueueRuntime:
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
-        offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
+        cgroups: bool = True, offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False,
+        memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
     ) -> None:  # fmt: skip
         self.events = events or Events()
@@ -102,7 +103,7 @@ class KQueueRuntime:
         self._services = RuntimeServices(self, offload_slots, offload_memory_mib)
         self.isolated = IsolatedExecutionStrategy(
             self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
-            identity=identity, kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib,
+            identity=identity, kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib, cgroups=cgroups,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)

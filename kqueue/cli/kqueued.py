@@ -135,6 +135,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             max_isolated=config.isolated.max_concurrent,
             max_slice_s=config.inline.max_slice_s,
             kill_grace_s=config.isolated.kill_grace_s,
+            cgroups=config.isolated.cgroups,
             memory_headroom_mib=config.isolated.memory_headroom_mib,
             offload_slots=config.pool.size,
             offload_memory_mib=config.pool.max_memory_mib,

@@ -31,18 +31,18 @@ class IsolatedExecutionStrategy:
 
     `identity`: of the daemon, by which the processes of its earlier runs are known; "": there were none. `kill_grace_s`: between
     SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it counts thread stacks at
-    their full reserve. `enqueue`: how the supervisor enqueues what a child dispatches; `check`: what it makes of a job that a
-    child wants enqueued later, or why it refuses it.
+    their full reserve. `cgroups`: whether a job gets one, where they may be made. `enqueue`: how the supervisor enqueues what a
+    child dispatches; `check`: what it makes of a job that a child wants enqueued later, or why it refuses it.
     """
 
     name = "isolated"
 
     def __init__(
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
-        identity: str = "", kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
+        identity: str = "", kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, cgroups: bool = True,
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
-        self.link = TemplateLink(kernel, events, identity)
+        self.link = TemplateLink(kernel, events, identity, cgroups)
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue

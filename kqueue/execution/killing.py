@@ -255,9 +255,9 @@ class Leftovers:
     until it ends. What was here when this was made (the application's imports may have started something) is none of a job's.
     """
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: int, cgroups: bool) -> None:
         self._owner = owner
-        self._cgroups = cgroup.Cgroups.of(owner_text(owner))
+        self._cgroups = cgroup.Cgroups.of(owner_text(owner)) if cgroups else None
         self._ours = set(children_of(os.getpid()))
         self._beyond_us: set[int] = set()
         self._known: dict[int, int] = {}  # orphan -> serial of its job; its number is its own until we reap it
@@ -298,8 +298,7 @@ class Leftovers:
         serials = {mark_serial(job.serial) for job in running.values()}
         strangers = [pid for pid in children_of(os.getpid()) if pid not in running and not self._is_left_alone(pid)]
         killed = kill_trees([pid for pid in strangers if not self._belongs(pid, serials, running)])
-        has_emptied = self._cgroups is None or self._cgroups.tidy()
-        if killed.alive or not has_emptied:
+        if not self._tidy() or killed.alive:
             self._pause_s = min(2 * self._pause_s, _PASS_S[1]) if self._pause_s else _PASS_S[0]
         else:
             self._pause_s = 0.0
@@ -312,9 +311,9 @@ class Leftovers:
         if self._cgroups is not None:
             self._cgroups.kill()
         deadline = time.monotonic() + patience_s
-        while kill_trees(children_of(os.getpid())).alive or not (self._cgroups is None or self._cgroups.tidy()):
+        while still := bool(kill_trees(children_of(os.getpid())).alive or not self._tidy()):
             if time.monotonic() > deadline:
-                return False
+                break
             time.sleep(_PASS_S[0])
             with suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
@@ -323,7 +322,11 @@ class Leftovers:
             self.over(job)
         if self._cgroups is not None:
             self._cgroups.close()
-        return True
+        return not still
+
+    def _tidy(self) -> bool:
+        """Whether no cgroup still holds what was killed."""
+        return self._cgroups is None or self._cgroups.tidy()
 
     def _is_left_alone(self, pid: int) -> bool:
         return pid in self._ours or pid in self._beyond_us

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final, NamedTuple
 
@@ -123,10 +123,11 @@ class TemplateLink:
     It is started right away when there is something for it to run ("needed" in the configuration), else by the first request.
     """
 
-    def __init__(self, kernel: Kernel, events: Events, identity: str = "") -> None:
+    def __init__(self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True) -> None:
         self._kernel = kernel
         self._events = events
         self._owner = owner_of(identity)
+        self._cgroups = cgroups
         self._config: Mapping[str, Any] = {}
         self._socket: socket.socket | None = None
         self._keeper: Task | None = None
@@ -145,9 +146,9 @@ class TemplateLink:
         """What the template is to import; see loading.template_config. Read at its next start."""
         self._config = config
 
-    def sweep(self, whose: str) -> Steps:
-        """End whatever jobs of `whose` are still there, and tell what that was. No template of ours may live."""
-        ended = yield from end_marked(self._owner)
+    def sweep(self, whose: str, living: Container[int] = ()) -> Steps:
+        """End whatever jobs of `whose` are still there, and tell what that was. `living`: templates, whose jobs are spared."""
+        ended = yield from end_marked(self._owner, living)
         if ended:
             self._events.emit(LeftoversEnded(whose, [f"{process.pid} ({process.name})" for process in ended.values()]))
 
@@ -305,7 +306,7 @@ class TemplateLink:
         ours.setblocking(False)
         self._socket = ours
         self._last_pid = pid
-        wire.send_message(ours, wire.CONFIG, {**self._config, "owner": self._owner})
+        wire.send_message(ours, wire.CONFIG, {**self._config, "owner": self._owner, "cgroups": self._cgroups})
         return pid, output_fd
 
     def _listen(self, pid: int, began: float) -> Steps:

@@ -45,7 +45,7 @@ def main() -> int:
     message = wire.receive_message(control)
     if message is None:
         return 0
-    owner = message[1]["owner"]
+    owner, cgroups = message[1]["owner"], message[1]["cgroups"]
     put_mark(owner, TEMPLATE_SERIAL)
     try:
         try:
@@ -58,7 +58,7 @@ def main() -> int:
         return 0
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of jobs stay under us
     prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # from here on EOF tells, if we can run; our children are ended before us
-    return Template(control, owner).serve()
+    return Template(control, Leftovers(owner, cgroups)).serve()
 
 
 def _import(config: dict[str, Any]) -> None:
@@ -89,16 +89,16 @@ def _introduce(control: socket.socket, import_s: float) -> None:
 MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must fit the socket
 
 
-END_PATIENCE_S: Final = 1.5  # for what was killed at our own end; the supervisor's STOP_PATIENCE_S is longer
+END_PATIENCE_S: Final = 60.0  # for what was killed at our own end; a supervisor that lives has less, and kills us
 
 
 class Template:
     """Forks on request, reaps, reports, and ends what a job leaves behind."""
 
-    def __init__(self, control: socket.socket, owner: int) -> None:
+    def __init__(self, control: socket.socket, leftovers: Leftovers) -> None:
         self._control = control
         self._running: dict[int, Running] = {}  # by pid
-        self._leftovers = Leftovers(owner)
+        self._leftovers = leftovers
         self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, _noted)
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
