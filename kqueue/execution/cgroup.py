@@ -35,8 +35,10 @@ def home() -> str | None:
             return None
         path = path[len(root) :]
     found = os.path.normpath(f"{directory}/{path}")
-    is_ours = path in ("", "/") or any(_attribute(found, name) == b"1" for name in _DELEGATED)
-    return found if is_ours and os.access(f"{found}/cgroup.procs", os.W_OK) else None
+    if not os.access(f"{found}/cgroup.procs", os.W_OK):
+        return None
+    delegated = os.stat(found).st_uid == os.getuid() != 0 or any(_attribute(found, name) == b"1" for name in _DELEGATED)
+    return found if delegated or path in ("", "/") else None
 
 
 def _is_cgroup2(fields: list[str]) -> bool:
