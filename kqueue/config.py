@@ -53,6 +53,7 @@ class IsolatedConfig(NamedTuple):
     start: str
     memory_budget: str  # as written: "80%", or a size
     kill_grace_s: float
+    cgroups: bool  # one for each running job, where they may be made
     user: str | None  # None: the daemon's own
     memory_headroom_mib: int
 

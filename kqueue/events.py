@@ -139,6 +139,13 @@ class TemplateDied(NamedTuple):
     restart_in_s: float
 
 
+class LeftoversEnded(NamedTuple):
+    """Processes that jobs of `whose` had left behind were found and killed: "5123 (python)", …"""
+
+    whose: str
+    processes: list[str]
+
+
 class Warned(NamedTuple):
     """Something the operator should know; `message` says the next step."""
 

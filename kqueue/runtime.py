@@ -73,8 +73,8 @@ class KQueueRuntime:
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
         max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
-        offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
-        heartbeat_s: float = 5.0, grace_s: float = 20.0, memory_budget: Budget = NO_BUDGET,
+        cgroups: bool = True, offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False,
+        memory_limit_mib: int = 0, heartbeat_s: float = 5.0, grace_s: float = 20.0, memory_budget: Budget = NO_BUDGET,
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
@@ -106,7 +106,7 @@ class KQueueRuntime:
         self._services = RuntimeServices(self, offload_slots, offload_memory_mib)
         self.isolated = IsolatedExecutionStrategy(
             self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
-            kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib,
+            identity=identity, kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib, cgroups=cgroups,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
@@ -480,7 +480,9 @@ class KQueueRuntime:
         self.kernel.unpark(self._stopper)
 
     def _start(self) -> Steps:
-        """Broker and template at once, since both take their time; then the loops."""
+        """End what an earlier life of ours left. Broker and template at once, since both take their time; then the loops."""
+        if self._owner.identity:
+            yield from self.isolated.link.sweep("an earlier run of this daemon")
         self.isolated.link.configure(self.template())
         opening = self.kernel.spawn(self._open(), name="open")
         starting = self.kernel.current

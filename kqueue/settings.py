@@ -309,6 +309,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("isolated.start", "fork", _one_of(*STARTS)),
     Setting("isolated.memory_budget", "80%", Kind("a percentage or a size", _read_budget)),
     Setting("isolated.kill_grace", "2s", _duration()),
+    Setting("isolated.cgroups", True, Kind("true or false", _read_switch)),
     Setting("isolated.user", None, _text("the name of a user").or_null()),
     Setting("isolated.memory_headroom", 128, _MEMORY),
     Setting("pool.size", 2, _integer(1)),

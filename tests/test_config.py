@@ -57,7 +57,7 @@ def test_an_empty_file_is_the_defaults(load: Load, tmp_path: Path) -> None:
     assert config.jobs.path == (str(tmp_path),)
     assert config.jobs.modules == config.jobs.isolated_modules == ()
     assert config.inline == (10000, 0.1, 5)
-    assert config.isolated == (4, "fork", "80%", 2, None, 128)
+    assert config.isolated == (4, "fork", "80%", 2, True, None, 128)
     assert config.pool == (2, 1000, 256)
     assert config.limits == (0, 512, 0, 0, 0, 0, 0, 0, 0, MAX_BYTES)
     assert config.security == (None, None, True)

@@ -50,6 +50,7 @@ EVERY_FACT: list[Any] = [
     facts.DeadForgotten("mail", 17),
     facts.TemplateStarted(99, 5, 0.2),
     facts.TemplateDied(99, "killed by SIGKILL", 0.1),
+    facts.LeftoversEnded("an earlier run of this daemon", ["5123 (python)", NASTY]),
     facts.Warned("something is odd; do this"),
     facts.DaemonStopped(0, 10),
 ]
@@ -132,7 +133,7 @@ def test_the_periodic_line_has_memory_processed_failed_and_running(log: Log) -> 
     assert line.endswith("level=info msg=heartbeat memory_mib=14.3 processed=10 failed=2 running=3 state=running")
 
 
-@pytest.mark.parametrize(("level", "count"), [("debug", 22), ("info", 20), ("warning", 10), ("error", 2)])
+@pytest.mark.parametrize(("level", "count"), [("debug", 23), ("info", 21), ("warning", 11), ("error", 2)])
 def test_levels(log: Log, level: str, count: int) -> None:
     assert len(log.of(*EVERY_FACT, level=level)) == count
 

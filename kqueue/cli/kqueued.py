@@ -136,6 +136,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             max_isolated=config.isolated.max_concurrent,
             max_slice_s=config.inline.max_slice_s,
             kill_grace_s=config.isolated.kill_grace_s,
+            cgroups=config.isolated.cgroups,
             memory_headroom_mib=config.isolated.memory_headroom_mib,
             memory_budget=budget(config.isolated.memory_budget),
             offload_slots=config.pool.size,

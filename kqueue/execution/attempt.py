@@ -50,11 +50,12 @@ class Attempt:
     """A child while it runs. `request` is what the template was asked.
 
     `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
+    `kill`: it and all that it started.
     """
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
-        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float,
+        enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, kill: Callable[[Child], None],
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -64,6 +65,7 @@ class Attempt:
         self._enqueue = enqueue
         self._check = check
         self._kill_grace_s = kill_grace_s
+        self._kill = kill
         self._frames = wire.Frames()
         self._said: Result | Failure | None = None  # the first of either, which decides
         self._backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
@@ -117,7 +119,7 @@ class Attempt:
                 self._why, deadline = "lingering", clock.monotonic() + self._kill_grace_s
             elif deadline is not None and clock.monotonic() >= deadline:
                 if self._asked or self._said is not None:  # who has said what came of it need not say where it lingers
-                    child.kill(signal.SIGKILL)  # the template kills its group when it reaps it
+                    self._kill(child)
                     deadline = None
                 elif self._why:
                     deadline = self._ask_where()

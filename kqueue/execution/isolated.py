@@ -30,19 +30,20 @@ SETTLE_S: Final = 3.0  # beyond kill_grace, for a killed child to be reaped and 
 class IsolatedExecutionStrategy:
     """Runs jobs in children of one template.
 
-    `kill_grace_s`: between SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it
-    counts thread stacks at their full reserve. `enqueue`: how the supervisor enqueues what a child dispatches; `check`: what it
-    makes of a job that a child wants enqueued later, or why it refuses it.
+    `identity`: of the daemon, by which the processes of its earlier runs are known; "": there were none. `kill_grace_s`: between
+    SIGTERM and SIGKILL. `memory_headroom_mib`: what RLIMIT_DATA allows beyond `max_memory`, since it counts thread stacks at
+    their full reserve. `cgroups`: whether a job gets one, where they may be made. `enqueue`: how the supervisor enqueues what a
+    child dispatches; `check`: what it makes of a job that a child wants enqueued later, or why it refuses it.
     """
 
     name = "isolated"
 
     def __init__(
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
-        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
+        identity: str = "", kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, cgroups: bool = True,
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
-        self.link = TemplateLink(kernel, events)
+        self.link = TemplateLink(kernel, events, identity, cgroups)
         self.sampler = Sampler(kernel)
         self._kernel = kernel
         self._events = events
@@ -103,7 +104,7 @@ class IsolatedExecutionStrategy:
             return Outcome("cancelled", "shutdown")
         attempt = Attempt(
             self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
-            kill_grace_s=self._kill_grace_s,
+            kill_grace_s=self._kill_grace_s, kill=self.link.kill,
         )  # fmt: skip
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid

@@ -1,30 +1,33 @@
 """The supervisor's end of the template: keep one alive, ask it for children, hear how they end.
 
-A template that dies takes its children with it (their PDEATHSIG), so each of them is told to be lost, and a new one is started
-after a backoff. What runs in a child, and what its end means, is isolated.py's business.
+A template that dies takes its children with it (their PDEATHSIG); what those had started is ended here, by its mark, before they
+are told to be lost, and a new template is started after a backoff. What runs in a child, and what its end means, is isolated.py's
+business.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final, NamedTuple
 
 from ..dispatch import undescribe
 from ..errors import EnvelopeError
-from ..events import Events, JobOutput, TemplateDied, TemplateStarted, Warned
+from ..events import Events, JobOutput, LeftoversEnded, TemplateDied, TemplateStarted, Warned
 from ..kernel import READ, WRITE, Kernel, Park, Slots, Task, sleep, wait_io, wait_process
 from ..loading import ImportFailed
 from ..process import signal_name
 from ..registry import registry
 from . import wire
 from .base import SECRETS, NotStarted
+from .killing import OWNER, end_marked, owner_of, owner_text
 from .output import Lines
 
 Steps = Generator[Any, Any, Any]
@@ -32,6 +35,7 @@ _GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
 FORK_PATIENCE_S: Final = 30.0  # a template that has not answered by then is taken for hung
 BACKOFF_S: Final = (0.1, 30.0)  # first and longest wait before another template is started
 STOP_PATIENCE_S: Final = 2.0  # for the template to end its children and itself
+REPORT_PATIENCE_S: Final = 10.0  # a template that has not reported a dead child by then is taken for hung, too
 
 
 class ChildExit(NamedTuple):
@@ -86,6 +90,15 @@ class Child:
             os.close(self._its_stderr)
             os.close(self._its_stack)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process is a zombie, or was reaped."""
+        if self.pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def kill(self, number: int) -> None:
         """Signal the process itself, by pidfd: never a number that somebody else may have by now."""
         if self.pidfd >= 0:
@@ -115,9 +128,11 @@ class TemplateLink:
     It is started right away when there is something for it to run ("needed" in the configuration), else by the first request.
     """
 
-    def __init__(self, kernel: Kernel, events: Events) -> None:
+    def __init__(self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True) -> None:
         self._kernel = kernel
         self._events = events
+        self._owner = owner_of(identity)
+        self._cgroups = cgroups
         self._config: Mapping[str, Any] = {}
         self._socket: socket.socket | None = None
         self._keeper: Task | None = None
@@ -140,6 +155,12 @@ class TemplateLink:
     def roots(self) -> Sequence[str]:
         """Where the modules of jobs are found."""
         return [*self._config.get("path", ()), *sys.path]
+
+    def sweep(self, whose: str, living: Container[int] = ()) -> Steps:
+        """End whatever jobs of `whose` are still there, and tell what that was. `living`: templates, whose jobs are spared."""
+        ended = yield from end_marked(self._owner, living)
+        if ended:
+            self._events.emit(LeftoversEnded(whose, [f"{process.pid} ({process.name})" for process in ended.values()]))
 
     def start(self) -> Steps:
         """Start it if it is needed, and wait until it is ready. Raises ImportFailed when its very first imports fail."""
@@ -187,34 +208,40 @@ class TemplateLink:
     def exited(self, child: Child) -> Steps:
         """Wait until the template has said how `child` ended, or has died itself (then `child.lost`)."""
         while child.exit is None and not child.lost:
-            yield Park(child.news)
+            asked_at = self._kernel.clock.monotonic()
+            yield Park(child.news, REPORT_PATIENCE_S)
+            if self._kernel.clock.monotonic() >= asked_at + REPORT_PATIENCE_S and child.has_ended:
+                self._kill_template()  # its death is news for all its children
+
+    def kill(self, child: Child) -> None:
+        """SIGKILL `child`. Its death makes the template end all that it started, even a template that somebody has stopped."""
+        child.kill(signal.SIGKILL)
+        self._wake_template()
 
     def forget(self, child: Child) -> None:
         """Kill it if it lives, and close what we hold of it. Its reaping is the template's business."""
         if child.exit is None:
-            child.kill(signal.SIGKILL)
+            self.kill(child)
         self._children.pop(child.serial, None)
         child.close()
 
     def kill_all(self) -> None:
         """SIGKILL every child now."""
         for child in self._children.values():
-            child.kill(signal.SIGKILL)
+            self.kill(child)
 
     def stop(self) -> Steps:
         """End the template, and with it whatever it still runs."""
         if self._keeper is not None:
             self._kernel.cancel(self._keeper, GeneratorExit())
             self._keeper = None
-        if self._socket is not None:
-            self._died()
-        pid = self._last_pid
-        if pid:
-            killer = self._kernel.spawn(self._kill_later(pid), name="template killer")
-            yield wait_process(pid)
+        self._hang_up()
+        if self._last_pid:
+            self._wake_template()
+            killer = self._kernel.spawn(self._kill_later(), name="template killer")
+            yield from self._bury("a template that was stopped")
             self._kernel.cancel(killer, GeneratorExit())
-            _reap(pid)
-            self._last_pid = 0
+        self._lose_children()
 
     # -- keeping one alive ------------------------------------------------------------------------------------------
 
@@ -225,11 +252,10 @@ class TemplateLink:
             began = self._kernel.clock.monotonic()
             reason, refusal = yield from self._live()
             pid, was_ready = self._last_pid, bool(self.pid)
-            self._died()
+            self._hang_up()
             if pid:
-                yield wait_process(pid)
-                reason = _reap(pid) or reason
-                self._last_pid = 0
+                reason = (yield from self._bury("a template that died")) or reason
+            self._lose_children()
             if first and not was_ready and (refusal is not None or self._starting):
                 key = "jobs.isolated_modules" if self._config.get("isolated_modules") else "jobs.modules"
                 why = f"the template ended while it imported the job modules: {reason}"
@@ -268,6 +294,7 @@ class TemplateLink:
             null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             opened.pop_all()
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        environment[OWNER] = owner_text(self._owner)
         actions = [
             (os.POSIX_SPAWN_DUP2, null, 0),
             (os.POSIX_SPAWN_DUP2, its_output, 1),
@@ -289,7 +316,7 @@ class TemplateLink:
         ours.setblocking(False)
         self._socket = ours
         self._last_pid = pid
-        wire.send_message(ours, wire.CONFIG, self._config)
+        wire.send_message(ours, wire.CONFIG, {**self._config, "owner": self._owner, "cgroups": self._cgroups})
         return pid, output_fd
 
     def _listen(self, pid: int, began: float) -> Steps:
@@ -354,19 +381,29 @@ class TemplateLink:
                 os.killpg(pid, signal.SIGKILL)  # not reaped yet, as far as we have heard
             return -1
 
-    def _died(self) -> None:
+    def _bury(self, whose: str) -> Steps:
+        """Wait until the template is gone, end what it should have ended, and reap it; how it ended, "" for an ordinary exit."""
+        pid = self._last_pid
+        yield wait_process(pid)
+        how = _reap(pid)
+        self._last_pid = 0
+        if how:
+            yield from self.sweep(whose)
+        return how
+
+    def _hang_up(self) -> None:
+        """There is no template to be asked any more. One that lives sees end-of-file, ends its children, and itself."""
         self.pid = 0
         if self._sender is not None:
             self._kernel.wake(self._sender, 0)  # before its fd is closed, or it would wait for ever
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    def _lose_children(self) -> None:
         lost, self._children = self._children, {}
         for child in lost.values():
             child.lost = True
-            if child.pid:
-                with suppress(OSError):  # its own process died with the template; what it started did not
-                    os.killpg(child.pid, signal.SIGKILL)
             self._kernel.unpark(child.news)
 
     def _send(self, fields: Mapping[str, Any], fds: Sequence[int]) -> Steps:
@@ -405,7 +442,11 @@ class TemplateLink:
         if self._last_pid:
             os.kill(self._last_pid, signal.SIGKILL)  # our own child, not reaped yet: the number is still its
 
-    def _kill_later(self, pid: int) -> Steps:
+    def _wake_template(self) -> None:
+        if self._last_pid:
+            os.kill(self._last_pid, signal.SIGCONT)  # a job may have stopped it; to who is not stopped it is nothing
+
+    def _kill_later(self) -> Steps:
         yield sleep(STOP_PATIENCE_S)
         self._kill_template()
 

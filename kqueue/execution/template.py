@@ -2,9 +2,11 @@
 
 It holds no broker connection and starts no thread, so forking it is safe and cheap. It is a small machine:
 
-    CONFIG -> import -> JOB_KNOWN… READY -> { FORK -> fork -> STARTED | SIGCHLD -> EXITED } -> EOF -> kill all, exit
+    CONFIG -> import -> JOB_KNOWN… READY -> { FORK -> fork -> STARTED | SIGCHLD -> EXITED, end its leftovers }
+    EOF -> end all, exit
 
-When the supervisor goes, for whatever reason, its end of the socket closes; then nothing that was forked here survives.
+When the supervisor goes, for whatever reason, its end of the socket closes, and a SIGCONT comes, in case somebody has stopped us;
+then nothing that was forked here survives. When we go first, our children get a SIGKILL, and the supervisor ends what they left.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from ..dispatch import describe, signature_of
 from ..loading import ImportFailed, import_modules, import_script
 from ..registry import registry
 from ..security import SecurityConfig
-from . import wire
+from . import inherited, wire
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
+from .killing import TEMPLATE_SERIAL, Leftovers, Running, put_mark
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
 
@@ -34,6 +37,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor; the template follows its socket
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # until it can listen: an import may hang
+    os.closerange(wire.CONTROL_FD + 1, os.sysconf("SC_OPEN_MAX"))  # whatever our ancestors have left inheritable
     control = socket.socket(fileno=wire.CONTROL_FD)
     control.setblocking(True)
     os.set_inheritable(wire.CONTROL_FD, False)
@@ -41,6 +45,8 @@ def main() -> int:
     message = wire.receive_message(control)
     if message is None:
         return 0
+    owner, cgroups = message[1]["owner"], message[1]["cgroups"]
+    put_mark(owner, TEMPLATE_SERIAL)
     try:
         try:
             _import(message[1])
@@ -51,8 +57,8 @@ def main() -> int:
     except OSError:  # the supervisor gave up meanwhile
         return 0
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of jobs stay under us
-    prctl(PR_SET_PDEATHSIG, 0)  # from here on EOF tells, and our children are ended before us
-    return Template(control).serve()
+    prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # from here on EOF tells, if we can run; our children are ended before us
+    return Template(control, Leftovers(owner, cgroups)).serve()
 
 
 def _import(config: dict[str, Any]) -> None:
@@ -75,29 +81,24 @@ def _introduce(control: socket.socket, import_s: float) -> None:
             wire.send_message(control, wire.JOB_KNOWN, described)
         except wire.WireError:
             raise ImportFailed("jobs", f"the options of job {registration.name!r} are too large: shorten its backoff") from None
-    for thread in sys._current_frames():
-        if thread != _main_thread():
-            warning = "a job module started a thread at import; a fork has only one, so it is missing in every job"
-            wire.send_message(control, wire.WARNING, {"message": warning})
-            break
+    for message in inherited.warnings(allowed=(0, 1, 2, control.fileno())):
+        wire.send_message(control, wire.WARNING, {"message": message[:MAX_TEXT]})
     wire.send_message(control, wire.READY, {"import_s": round(import_s, 4)})
-
-
-def _main_thread() -> int:
-    import threading
-
-    return threading.main_thread().ident or 0
 
 
 MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must fit the socket
 
 
-class Template:
-    """Forks on request, reaps, reports."""
+END_PATIENCE_S: Final = 60.0  # for what was killed at our own end; a supervisor that lives has less, and kills us
 
-    def __init__(self, control: socket.socket) -> None:
+
+class Template:
+    """Forks on request, reaps, reports, and ends what a job leaves behind."""
+
+    def __init__(self, control: socket.socket, leftovers: Leftovers) -> None:
         self._control = control
-        self._children: dict[int, int] = {}  # pid -> serial number of its FORK
+        self._running: dict[int, Running] = {}  # by pid
+        self._leftovers = leftovers
         self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, _noted)
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
@@ -109,72 +110,96 @@ class Template:
         poll.register(self._wake_fd, select.POLLIN)
         try:
             while True:
-                ready = [fd for fd, _ in poll.poll()]
+                pause_s = self._leftovers.pause_s
+                ready = [fd for fd, _ in poll.poll(None if pause_s is None else pause_s * 1000)]
                 if self._wake_fd in ready:
                     os.read(self._wake_fd, 512)
-                    self._reap()
+                ended = self._reap() if self._wake_fd in ready else 0
+                if ended or pause_s is not None:
+                    self._end_leftovers()
                 if self._control.fileno() in ready:
                     message = wire.receive_message(self._control)
                     if message is None:
-                        return 0
+                        break
                     self._fork(*message)
         except OSError:  # the supervisor's end is gone while we send
-            return 0
+            pass
         finally:
-            self._end_all()
+            everything_ended = self._end_all()
+        return 0 if everything_ended else 1
 
     def _fork(self, kind: int, fields: dict[str, Any], fds: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        job = self._leftovers.start(fields["serial"], fields["id"])
         try:
             pid = os.fork()
         except OSError as error:
-            wire.send_message(self._control, wire.FORK_FAILED, {"serial": fields["serial"], "message": str(error)})
+            wire.send_message(self._control, wire.FORK_FAILED, {"serial": job.serial, "message": str(error)})
+            self._leftovers.over(job)
             pid = -1
         if pid == 0:
-            child_main(fields, fds, parent)
+            try:
+                self._leftovers.enter(job)
+                child_main(fields, fds, parent)
+            finally:  # whatever happens, a child is never a second template
+                os._exit(70)
         for fd in fds:
             os.close(fd)
         if pid < 0:
             return
-        self._children[pid] = fields["serial"]
+        self._running[pid] = job
         pidfd = os.pidfd_open(pid)  # cannot fail: it is ours, and not reaped before we say so
-        wire.send_message(self._control, wire.STARTED, {"serial": fields["serial"], "pid": pid}, [pidfd])
+        wire.send_message(self._control, wire.STARTED, {"serial": job.serial, "pid": pid}, [pidfd])
         os.close(pidfd)
 
-    def _reap(self) -> None:
-        """Report every child that ended. Its group is killed while it is still a zombie, and so its number still its own."""
+    def _reap(self) -> int:
+        """Report every child that ended; how many of them were jobs.
+
+        The group of one is killed while it is still a zombie, and so its number still its own; that ends most of what there is
+        in one call, which the group cannot outrun.
+        """
+        ended_jobs = 0
         while True:
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
-                return
+                return ended_jobs
             if ended is None:
-                return
+                return ended_jobs
             pid = ended.si_pid
-            if pid in self._children:
+            if pid in self._running:
                 _kill_group(pid)
             _, status, usage = os.wait4(pid, 0)
-            serial = self._children.pop(pid, None)
-            if serial is not None:
-                fields = {
-                    "serial": serial,
-                    "status": status,
-                    "cpu_user_s": usage.ru_utime,
-                    "cpu_system_s": usage.ru_stime,
-                    "max_memory_mib": usage.ru_maxrss / 1024,
-                }
-                wire.send_message(self._control, wire.EXITED, fields)
-
-    def _end_all(self) -> None:
-        for pid in self._children:
-            _kill_group(pid)
-        for pid in self._children:
-            try:
-                os.waitpid(pid, 0)
-            except ChildProcessError:
+            job = self._running.pop(pid, None)
+            if job is None:
+                self._leftovers.reaped(pid)
                 continue
+            ended_jobs += 1
+            self._leftovers.over(job)
+            fields = {
+                "serial": job.serial,
+                "status": status,
+                "cpu_user_s": usage.ru_utime,
+                "cpu_system_s": usage.ru_stime,
+                "max_memory_mib": usage.ru_maxrss / 1024,
+            }
+            wire.send_message(self._control, wire.EXITED, fields)
+
+    def _end_leftovers(self) -> None:
+        for process in self._leftovers.end(self._running):
+            message = (
+                f"process {process.pid} ({process.name}), left behind by a job, runs as another user and cannot be killed by "
+                f"this one: end it by hand, and see what the job executes"
+            )
+            wire.send_message(self._control, wire.WARNING, {"message": message})
+
+    def _end_all(self) -> bool:
+        """The supervisor is gone: nothing that was forked here survives. False when something did, for the sweep to find."""
+        for pid in self._running:
+            _kill_group(pid)
+        return self._leftovers.end_all(self._running.values(), END_PATIENCE_S)
 
 
 def _kill_group(pid: int) -> None:

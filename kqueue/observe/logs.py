@@ -195,6 +195,12 @@ def _template_died(fact: facts.TemplateDied) -> Line:
     return Line(ERROR, message, _rounded(fact, restart_in_s=2))
 
 
+def _leftovers_ended(fact: facts.LeftoversEnded) -> Line:
+    shown = ", ".join(fact.processes[:10]) + (", …" if len(fact.processes) > 10 else "")
+    message = f"killed {len(fact.processes)} processes that jobs of {fact.whose} had left behind"
+    return Line(WARNING, message, {"processes": shown})
+
+
 def _heartbeat(fact: facts.Heartbeat) -> Line:
     return Line(INFO, "heartbeat", _rounded(fact, memory_mib=1))
 
@@ -243,6 +249,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.DeadForgotten: (WARNING, _dead_forgotten),
     facts.TemplateStarted: (DEBUG, lambda fact: Line(DEBUG, "template started", _rounded(fact, start_s=3))),
     facts.TemplateDied: (ERROR, _template_died),
+    facts.LeftoversEnded: (WARNING, _leftovers_ended),
     facts.Warned: (WARNING, lambda fact: Line(WARNING, fact.message)),
 }
 """Kind of fact -> (the most serious level it can have, how to describe it). JobProgress is for `kqueue status`, not for a log."""
