@@ -32,11 +32,12 @@ class Registration(NamedTuple):
         """Call the handler: a generator or coroutine for a cooperative one, else its result. Raises ArgumentsDoNotFit."""
         if self.target is None:
             raise JobNotFound(f"job {self.name!r} is known from the manifest only; its code is not imported here")
-        bound = _call(self.target, self.name, args, kwargs)
+        bound = call_target(self.target, self.name, args, kwargs)
         return bound.handle() if isinstance(self.target, type) else bound
 
 
-def _call(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_target(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call the function or class that is a job. Raises ArgumentsDoNotFit, and whatever it raises itself."""
     try:
         return target(*args, **kwargs)
     except TypeError as error:

@@ -13,12 +13,13 @@ file says what becomes of a lease; how a job runs, how a queue stores it, and wh
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from . import events as facts
 from . import signing
@@ -28,9 +29,10 @@ from .codec import decode
 from .config import QueueSpec
 from .context import JobContext
 from .dispatch import prepare
-from .errors import BrokerUnavailable, EnvelopeError, JobCancelled, JobNotFound, NewerEnvelope, Refused
+from .errors import BrokerUnavailable, EnvelopeError, JobBlocked, JobCancelled, JobNotFound, NewerEnvelope, Refused
 from .events import Events
 from .execution.base import ExecutionStrategy, NotStarted, Work
+from .execution.guard import SliceGuard
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .ids import new_id
@@ -69,7 +71,8 @@ class KQueueRuntime:
         clock: Clock | None = None, template: Mapping[str, Any] | None = None, identity: str = "",
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
-        max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
+        max_isolated: int = 4, max_slice_s: float = 0.1, hard_slice_s: float = 5.0,
+        kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
         heartbeat_s: float = 5.0, grace_s: float = 20.0,
     ) -> None:  # fmt: skip
@@ -112,6 +115,7 @@ class KQueueRuntime:
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
+        self._guard = SliceGuard(self.kernel, hard_slice_s, self._give_up) if hard_slice_s else None
         # Where tasks wait: for slots or jobs, for the end, for the last job to end.
         self._feeder: deque[Task] = deque()
         self._stopper: deque[Task] = deque()
@@ -202,7 +206,9 @@ class KQueueRuntime:
             context = held.context
             deadline = context.deadline if context is not None else None
             late = deadline is not None and self.kernel.clock.monotonic() >= deadline
-            outcome = Outcome("timeout" if late else "cancelled", "supervisor", error=describe_error(error))
+            blocked = self._guard.blocked(held.task) if self._guard is not None else None
+            cause = "timeout" if late or blocked is not None else "cancelled"
+            outcome = Outcome(cause, "supervisor", error=describe_error(blocked or error))
             self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to end it ({error})"))
             self.stop("a job that would not stop", exit_code=EXIT_RESTART)
         elif isinstance(error, JobCancelled):  # before its first step
@@ -211,6 +217,20 @@ class KQueueRuntime:
             outcome = Outcome("lost", "supervisor", error=describe_error(error, whole=True))
             self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
         return Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
+
+    def _give_up(self, task: Task, error: JobBlocked) -> NoReturn:
+        """A job swallows its interruptions, so the loop never has its turn. What has ended is kept, the job's own end too."""
+        for held in self.held:
+            if held.task is task:
+                self.held.discard(held)
+                limits = {"hard_slice": error.hard_slice_s}
+                duration_s = self.kernel.clock.monotonic() - held.started
+                outcome = Outcome("timeout", "supervisor", error=describe_error(error), duration_s=duration_s, limits=limits)
+                self._settling.add(Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy)))
+                self.events.emit(facts.Warned(f"{held.job} {task.name} would not stop; restarting to end it ({error})"))
+                break
+        self._settling.keep(len(self.held))
+        os._exit(EXIT_RESTART)
 
     # -- reserving --------------------------------------------------------------------------------------------------
 
@@ -261,7 +281,7 @@ class KQueueRuntime:
         self.held.add(held)
         held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
         held.task.on_end = partial(self._ended, held)
-        if lease.lane == "inline" and self.kernel.page is not None:
+        if lease.lane == "inline":
             held.task.mark = lease.token.id.encode()
         self._intake.started(lease.queue, lease.lane)
 
@@ -340,11 +360,15 @@ class KQueueRuntime:
         if handle_signals:
             known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
             self._signals = Signals(known)
+            if self._guard is not None:
+                self._guard.start()
         try:
             return int(self.kernel.run(self._main(max_time_s)))
         finally:
             if self._signals is not None:
                 self._signals.close()
+                if self._guard is not None:
+                    self._guard.close()
             self.kernel.close()
 
     def stop(self, why: str = "stop()", exit_code: int = 0) -> None:
@@ -386,7 +410,10 @@ class KQueueRuntime:
         work = self._work(registration, options, envelope, prepared.envelope, 1)
         if registration.isolated:
             self.isolated.link.configure(self.template())
-        return self.kernel.spawn(self._choose(registration).execute(work), name=envelope.id)
+        strategy = self._choose(registration)
+        task = self.kernel.spawn(strategy.execute(work), name=envelope.id)
+        task.mark = envelope.id.encode() if strategy.name == "inline" else b""
+        return task
 
     @property
     def queues(self) -> list[str]:

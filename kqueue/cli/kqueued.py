@@ -134,6 +134,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             max_inline=config.inline.max_concurrent,
             max_isolated=config.isolated.max_concurrent,
             max_slice_s=config.inline.max_slice_s,
+            hard_slice_s=config.inline.hard_slice_s,
             kill_grace_s=config.isolated.kill_grace_s,
             memory_headroom_mib=config.isolated.memory_headroom_mib,
             offload_slots=config.pool.size,
