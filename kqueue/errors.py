@@ -134,6 +134,15 @@ class JobBlocked(JobTimedOut):
         self.hard_slice_s = hard_slice_s
 
 
+class JobOutgrew(BaseException):
+    """Raised inside an inline job that has grown the daemon by more than its `max_memory`. Let go of it, and let this pass."""
+
+    def __init__(self, message: str, grown_mib: float = 0.0, max_memory_mib: float = 0.0) -> None:
+        super().__init__(message)
+        self.grown_mib = grown_mib
+        self.max_memory_mib = max_memory_mib
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """' (did you mean "x"?)' for the known word closest to `word`, else ''."""
     from difflib import get_close_matches  # costs 1 MB, so only when something is wrong

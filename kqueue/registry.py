@@ -18,11 +18,14 @@ class Registration(NamedTuple):
     cooperative: bool  # its handler is a generator or coroutine function
     module: str
     signature: str = ""  # for people: "(to: str)"
+    chosen: str = ""  # "inline" or "isolated", where `isolated` is None: by the operator, or since it blocked; "": by its kind
 
     @property
     def isolated(self) -> bool:
-        """Whether it runs in a child: as declared, else by the kind of its handler."""
-        return not self.cooperative if self.options.isolated is None else self.options.isolated
+        """Whether it runs in a child: as declared, else as chosen, else by the kind of its handler."""
+        if self.options.isolated is not None:
+            return self.options.isolated
+        return self.chosen == "isolated" if self.chosen else not self.cooperative
 
     @property
     def lane(self) -> str:
@@ -75,6 +78,12 @@ class Registry:
         else:
             isolated = registration._replace(options=registration.options._replace(isolated=True))
             self._jobs[registration.name] = isolated
+
+    def choose(self, name: str, lane: str) -> None:
+        """Let the job `name` run in `lane` ("": by its kind), unless it declares where. Nothing where there is none."""
+        known = self._jobs.get(name)
+        if known is not None and known.options.isolated is None and known.chosen != lane:
+            self._jobs[name] = known._replace(chosen=lane)
 
     def get(self, name: str) -> Registration | None:
         return self._jobs.get(name)

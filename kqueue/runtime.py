@@ -45,11 +45,13 @@ from .loading import template_config
 from .options import JobOptions
 from .outbox import Outbox
 from .outcome import Outcome, describe_error
+from .promotion import Promotions
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
 from .settling import Ended, Held, Settling
 from .signing import unsigned
+from .slices import Slices
 from .upkeep import EXIT_RESTART, Upkeep
 from .verdict import defer, exhausted, judge, move, postpone
 
@@ -74,12 +76,11 @@ class KQueueRuntime:
         max_isolated: int = 4, max_slice_s: float = 0.1, hard_slice_s: float = 5.0,
         kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
         offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
-        heartbeat_s: float = 5.0, grace_s: float = 20.0,
+        heartbeat_s: float = 5.0, grace_s: float = 20.0, pins: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
         self._upkeep = Upkeep(self, lease_s, heartbeat_s, memory_limit_mib)
-        self.kernel.on_slow = self._upkeep.report_slow
         self.kernel.on_crash = self._upkeep.crashed
         self.broker = open_broker(broker, self._upkeep.broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
@@ -110,6 +111,8 @@ class KQueueRuntime:
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
         self._settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
+        self.promotions = Promotions(self, pins or {}, can_isolate=max_isolated > 0)
+        self.slices = Slices(self.kernel, self.events, self.promotions, max_slice_s)
         self._burst = False
         self._nudged = False
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
@@ -142,11 +145,14 @@ class KQueueRuntime:
         if (spent := exhausted(lease)) is not None:
             return Ended(held, *spent)
         strategy = self._choose(registration)
+        if strategy.name != lease.lane and registration.options.isolated is None:
+            yield from self.promotions.refresh()  # or two daemons of two minds would send it to and fro
+            strategy = self._choose(self._registration(envelope.job))
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
 
         attempt = lease.counters.runs + 1
-        work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt)
+        work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt, strategy.name)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
         try:
@@ -175,11 +181,13 @@ class KQueueRuntime:
     def _choose(self, registration: Registration) -> ExecutionStrategy:
         return self._strategies[registration.lane]
 
-    def _work(self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int) -> Work:
+    def _work(
+        self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int, lane: str
+    ) -> Work:
         deadline = self.kernel.clock.monotonic() + options.timeout if options.timeout else None
         context = JobContext(
             id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=attempt, deadline=deadline,
-            inline=registration.lane == "inline", services=self._services,
+            inline=lane == "inline", services=self._services, max_memory_mib=options.max_memory,
         )  # fmt: skip
         return Work(envelope, data, registration, options, attempt, context)
 
@@ -350,6 +358,7 @@ class KQueueRuntime:
         try:
             self.kernel.run(self._start_unless_stopped())
         except BaseException:
+            self.slices.close()
             self.kernel.close()
             raise
 
@@ -369,6 +378,7 @@ class KQueueRuntime:
                 self._signals.close()
                 if self._guard is not None:
                     self._guard.close()
+            self.slices.close()
             self.kernel.close()
 
     def stop(self, why: str = "stop()", exit_code: int = 0) -> None:
@@ -403,14 +413,14 @@ class KQueueRuntime:
         """
         if not isinstance(job, BoundJob):
             raise TypeError(f"execute_job() takes a bound job, such as {type(job).__name__}.job(...), which any strategy can run")
-        registration = job.registration or self._registration(job.name)
+        registration = registry.get(job.name) or job.registration or self._registration(job.name)
         prepared = prepare(job, registration, check=self.check, arguments_too=False)
         envelope = decode(prepared.envelope)
         options = admit(self.security, envelope, registration).options
-        work = self._work(registration, options, envelope, prepared.envelope, 1)
+        strategy = self._choose(registration)
+        work = self._work(registration, options, envelope, prepared.envelope, 1, strategy.name)
         if registration.isolated:
             self.isolated.link.configure(self.template())
-        strategy = self._choose(registration)
         task = self.kernel.spawn(strategy.execute(work), name=envelope.id)
         task.mark = envelope.id.encode() if strategy.name == "inline" else b""
         return task
@@ -423,6 +433,14 @@ class KQueueRuntime:
     def check(self, options: JobOptions, name: str) -> JobOptions:
         """The options a dispatch may have, by the limits of `security`. Raises UsageError, or clamps."""
         return check_dispatch(self.security, options, name)
+
+    def publish(self) -> Steps:
+        """Tell clients what can be dispatched here, and within which limits."""
+        yield from self._upkeep.publish()
+
+    def background(self, steps: Steps) -> None:
+        """Run `steps` beside the jobs, as long as the runtime runs."""
+        self._loop(steps)
 
     def _main(self, max_time_s: float) -> Steps:
         if self._signals is not None:
@@ -459,6 +477,8 @@ class KQueueRuntime:
 
     def _start(self) -> Steps:
         """Broker and template at once, since both take their time; then the loops."""
+        self.slices.start()
+        self.promotions.start()
         self.isolated.link.configure(self.template())
         opening = self.kernel.spawn(self._open(), name="open")
         starting = self.kernel.current
@@ -470,8 +490,10 @@ class KQueueRuntime:
         finally:
             self.kernel.cancel(opening, GeneratorExit())
         self._upkeep.recovered(opened.recovered)
-        yield from self._upkeep.publish()
-        self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
+        self.promotions.check_pins()
+        yield from self.promotions.load()
+        yield from self.publish()
+        self.isolated.link.on_manifest = lambda: self.background(self.publish())  # of the templates that replace this one
         if self.keys is not None and self.keys.warning:
             self._upkeep.warn(self.keys.warning)
         yield from self._upkeep.sweep()

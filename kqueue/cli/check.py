@@ -11,6 +11,7 @@ from ..events import Events
 from ..execution.link import TemplateLink
 from ..kernel import Kernel
 from ..loading import ImportFailed, import_modules, template_config
+from ..promotion import wrong_pin
 from ..registry import registry
 from ..security import SecurityConfig, check_dispatch
 from ..signing import Keys
@@ -33,6 +34,10 @@ def check(config: Config) -> int:
             check_dispatch(security, registration.options, registration.name)
         except UsageError as error:
             raise config.error("limits", str(error)) from None
+    for name, lane in config.jobs.pin.items():
+        if (why := wrong_pin(name)) is not None:
+            raise config.error(f"jobs.pin.{name}", f"jobs.pin: {why}")
+        registry.choose(name, lane)
     _print(config, keys)
     return 0
 

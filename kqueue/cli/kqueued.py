@@ -143,6 +143,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             memory_limit_mib=config.runtime.memory_limit_mib,
             heartbeat_s=config.runtime.memory_check_s,
             grace_s=config.shutdown.grace_s,
+            pins=jobs.pin,
         )
         logs.subscribe(runtime.events)
         status = Status(runtime)

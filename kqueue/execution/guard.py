@@ -50,10 +50,10 @@ class SliceGuard:
         self._spared = False
         self._thrown = 0
         self._blocked: dict[Task, JobBlocked] = {}
-        self._old: Any = None
+        self._old: list[Any] = []
 
     def start(self) -> None:
-        self._old = signal.signal(signal.SIGALRM, self._look)
+        self._old = [signal.signal(signal.SIGALRM, self._look), signal.signal(signal.SIGCONT, self._resumed)]
         self._kernel.watch = self._arm
         self._kernel.unwatched = True
 
@@ -61,7 +61,8 @@ class SliceGuard:
         """Put back what was there before."""
         self._kernel.unwatched = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._old)
+        for number, old in zip((signal.SIGALRM, signal.SIGCONT), self._old, strict=True):
+            signal.signal(number, old)
 
     def blocked(self, task: Task) -> JobBlocked | None:
         """What was last thrown into `task`; None: nothing was, or it has ended long ago."""
@@ -71,6 +72,9 @@ class SliceGuard:
         """A job's step begins."""
         self._kernel.unwatched = False
         self._set(self._hard_slice_s)
+
+    def _resumed(self, number: int, frame: FrameType | None) -> None:
+        self._kernel.resumed_at = self._kernel.clock.monotonic()
 
     def _set(self, seconds: float) -> None:
         self._due = self._kernel.clock.monotonic() + seconds

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..codec import MAX_BYTES, pack, to_json
 from ..context import enter
-from ..errors import ArgumentsDoNotFit, JobBlocked, JobCancelled, JobTimedOut
+from ..errors import ArgumentsDoNotFit, JobBlocked, JobCancelled, JobOutgrew, JobTimedOut
 from ..kernel import Kernel
 from ..outcome import Outcome, describe_error
 from ..retries import ask_backoff, asked_by, needs_backoff
@@ -80,6 +80,9 @@ class InlineExecutionStrategy:
         described = describe_error(error)
         if isinstance(error, JobBlocked):
             return Outcome("timeout", "supervisor", error=described, limits={"hard_slice": error.hard_slice_s})
+        if isinstance(error, JobOutgrew):
+            limits = {"max_memory": error.max_memory_mib}
+            return Outcome("memory", "supervisor", error=described, max_memory_mib=error.grown_mib, limits=limits)
         if isinstance(error, JobTimedOut):
             return Outcome("timeout", "supervisor", error=described)
         if isinstance(error, JobCancelled) and self._was_cancelled():

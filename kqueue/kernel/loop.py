@@ -18,6 +18,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
+from math import inf
 from mmap import mmap
 from struct import Struct
 from typing import Any, Final
@@ -87,7 +88,8 @@ class Task:
 class Kernel:
     """Drives tasks until `run`'s own task has ended.
 
-    `max_slice_s` (seconds): a step longer than that is reported to `on_slow(task, seconds)`; 0 turns it off.
+    `max_slice_s` (seconds): a step longer than that is reported to `on_slow(task, seconds)`; 0 turns it off, and
+    less than 0 reports every step.
     `on_crash(task)` hears of a task that raised and that nobody joined; the default prints the traceback.
     """
 
@@ -103,6 +105,9 @@ class Kernel:
         self.turns = 0
         self.page: mmap | None = None  # says which task runs, for whoever looks when this process has died; None: nobody will
         self.slice_began = 0.0  # by the clock: the step of a marked task that runs now, or ran last
+        self.resumed_at = -inf  # by the clock: when the process last went on after it had been stopped (SIGCONT)
+        self.look_at = inf  # by the clock: `on_look(now)` is called at the end of the first turn after that
+        self.on_look: Callable[[float], None] = lambda now: None
         self.unwatched = False  # `watch` is to be called before the next step of a marked task
         self.watch: Callable[[], None] = lambda: None
         self._ready: deque[Task] = deque()
@@ -206,7 +211,10 @@ class Kernel:
         for _ in range(len(self._ready)):
             self._step(self._ready.popleft())
         self.turns += 1
-        self._turn_s.append(clock.monotonic() - began)
+        now = clock.monotonic()
+        self._turn_s.append(now - began)
+        if now >= self.look_at:
+            self.on_look(now)
 
     def close(self) -> None:
         """Release the selector. Tasks that have not ended are kept referenced, never closed."""

@@ -7,7 +7,7 @@ is of this daemon, since its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import log2
 from typing import Any, Final
 
@@ -144,9 +144,10 @@ class JobClasses:
             known = self._classes[fact.job] = JobClass()
         known.add(fact.outcome)
 
-    def describe(self, how: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """By name, with what `how` knows of each besides."""
-        return {name: {**how(name), **known.describe()} for name, known in sorted(self._classes.items())}
+    def describe(self, how: Callable[[str], Mapping[str, Any]], also: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """By name, with what `how` knows of each besides. `also`: classes to describe though no job of theirs has ended."""
+        names = sorted({*self._classes, *also})
+        return {name: {**how(name), **(self._classes.get(name) or JobClass()).describe()} for name in names}
 
 
 def _round_mib(size: float) -> float:

@@ -4,7 +4,10 @@
      "forgotten", "leases_lost",
      "running": [{"id", "job", "strategy", "pid", "elapsed_s", "memory_mib", "progress"}],
      "queues": {NAME: {"ready", "delayed", "leased", "dead"}},
-     "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"}}
+     "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"},
+     "jobs": {NAME: {"lane", "why", "blocked": {"seconds", "where", "at", "by"} | null, "ended", "causes": {CAUSE: N},
+                     "duration_s": {"p50", "p99", "max"}, "cpu_s": the same | null, "memory_mib": the same | null,
+                     "advice": [TEXT]}}}
 
 It looks, and never touches. Whoever asks, however often, costs the broker one count a second; while the broker is away, the
 counts are the last ones known.
@@ -22,8 +25,10 @@ from ..brokers.base import QueueStats
 from ..context import JobContext
 from ..kernel import Park, Task
 from ..process import resident_mib
+from ..registry import registry
 from ..runtime import KQueueRuntime
 from ..settling import Held
+from .classes import JobClasses
 
 Steps = Generator[Any, Any, Any]
 
@@ -47,6 +52,7 @@ class Status:
         self._count_again_at = 0.0  # by the kernel's clock
         self._counting: Task | None = None
         self._marks = ((self._began, 0), (self._began, 0))  # (when, turns of the loop) at the last two heartbeats
+        self._classes = JobClasses(runtime.events)
         runtime.events.subscribe(facts.JobEnded, self._count_job)
         runtime.events.subscribe(facts.DeadForgotten, self._count_forgotten)
         runtime.events.subscribe(facts.LeaseLost, self._count_lost)
@@ -73,6 +79,7 @@ class Status:
             "running": running,
             "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
             "loop": self._loop(),
+            "jobs": self._classes.describe(self._where, also=runtime.promotions.names),
         }
 
     def _now(self) -> float:
@@ -136,6 +143,13 @@ class Status:
             return
         self._counts = {**dict.fromkeys(self._counts, QueueStats()), **counts}
         self._count_again_at = self._now() + max(COUNTS_AGE_S, COUNTS_RARITY * (self._now() - began))
+
+    def _where(self, name: str) -> dict[str, Any]:
+        """Where jobs of a class run, and why."""
+        registration, promotions = registry.get(name), self._runtime.promotions
+        if registration is None:
+            return {"lane": None, "why": None, "blocked": None}
+        return {"lane": registration.lane, "why": promotions.why(registration), "blocked": promotions.details(name)}
 
     def _loop(self) -> dict[str, float]:
         since, turns = self._marks[0]
