@@ -223,4 +223,5 @@ def test_a_slice_counts_as_blocking_by_what_the_job_did(books: Books) -> None:
         books.job(steps(waited, stopped))
         books.kernel.turn()
         books.clock.now += 1
-    assert books.promotions.heard == [("the_job", pytest.approx(0.15))] * 2, "neither waiting for a CPU nor a SIGSTOP is its doing"
+    heard = books.promotions.heard
+    assert heard == [("the_job", pytest.approx(0.15))] * 2, "neither waiting for a CPU nor a SIGSTOP is its doing"

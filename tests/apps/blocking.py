@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -9,9 +10,9 @@ import subprocess
 import time
 from typing import Any
 
-from kqueue import KQueueJob, job, sleep
+from kqueue import KQueueJob, enqueue, job, progress, sleep
 
-from .inline import mark
+from .inline import mark, note
 
 
 @job(max_attempts=1)
@@ -72,6 +73,30 @@ class Blocks(KQueueJob):
 
     def handle(self) -> Any:
         yield
+
+
+@job(keep_result=60)
+def stalls(seconds: float = 0.15) -> Any:
+    """Blocks for a while, and uses what an inline job may use; the process it ran in."""
+    time.sleep(seconds)
+    yield sleep(0.01)
+    yield progress(0.5, "half way")
+    yield enqueue(note.job("from stalls"))
+    return os.getpid()
+
+
+@job(keep_result=60)
+async def astalls() -> int:
+    time.sleep(0.15)
+    await sleep(0.01)
+    return os.getpid()
+
+
+@job(keep_result=60, isolated=False)
+def stalls_by_declaration() -> Any:
+    time.sleep(0.15)
+    yield
+    return os.getpid()
 
 
 @job(keep_result=60)
