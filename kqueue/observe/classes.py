@@ -38,7 +38,7 @@ class Histogram:
         self.largest = 0.0
 
     def add(self, number: float) -> None:
-        bucket = int(log2(number) * STEPS + _FLOOR) if number > 1e-9 else 0
+        bucket = int(log2(number) * STEPS + _FLOOR) if number > 1e-12 else 0
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
         self.count += 1
         if number > self.largest:
