@@ -103,7 +103,6 @@ class Promotions:
         except ImportFailed as error:
             why = str(error)
         if name not in link.known:
-            self._can_isolate = False
             self._runtime.events.emit(facts.Warned(f"{name} has blocked the loop twice, and cannot be run isolated: {why}"))
             return
         self._promote_here(name, found)

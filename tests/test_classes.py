@@ -98,13 +98,12 @@ def test_only_what_is_registered_has_a_place_and_there_is_an_end_of_them(monkeyp
 
     for number in range(1000):
         end(f"of a payload {number}")
-    assert known.describe(lambda name: {}) == {}
+    assert known.names == []
     monkeypatch.setattr(classes, "registry", type("All", (), {"get": staticmethod(lambda name: name)}))
     for number in range(MAX_CLASSES + 10):
         end(f"class {number}")
-    assert len(known.describe(lambda name: {})) == MAX_CLASSES
-    found = known.describe(lambda name: {"lane": name}, also=["promoted"])
-    assert (found["promoted"]["lane"], found["promoted"]["ended"]) == ("promoted", 0)
+    assert len(known.names) == MAX_CLASSES
+    assert (known.describe("class 3")["ended"], known.describe("none of these")["ended"]) == (1, 0)
 
 
 def test_a_daemon_tells_of_its_classes(tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ is of this daemon, since its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from math import log2
 from typing import Any, Final
 
@@ -144,10 +144,13 @@ class JobClasses:
             known = self._classes[fact.job] = JobClass()
         known.add(fact.outcome)
 
-    def describe(self, how: Callable[[str], Mapping[str, Any]], also: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-        """By name, with what `how` knows of each besides. `also`: classes to describe though no job of theirs has ended."""
-        names = sorted({*self._classes, *also})
-        return {name: {**how(name), **(self._classes.get(name) or JobClass()).describe()} for name in names}
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._classes)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """One class, as JSON values; some 50 µs. One of which no job has ended is described as that."""
+        return (self._classes.get(name) or JobClass()).describe()
 
 
 def _round_mib(size: float) -> float:

@@ -36,6 +36,7 @@ COUNTS_AGE_S: Final = 1.0  # counts of the queues are not asked for again before
 COUNTS_RARITY: Final = 20  # nor before so many times what they took: SQLite needs 0.15 s for a million jobs
 COUNTS_PATIENCE_S: Final = 1.0  # with a broker that does not answer
 SLICE: Final = 500  # running jobs described in one turn of the loop
+SLICE_CLASSES: Final = 20  # job classes
 
 
 class Status:
@@ -64,6 +65,7 @@ class Status:
         runtime = self._runtime
         queues = yield from self._queues()
         running = yield from self._running()
+        jobs = yield from self._jobs()
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -79,7 +81,7 @@ class Status:
             "running": running,
             "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
             "loop": self._loop(),
-            "jobs": self._classes.describe(self._where, also=runtime.promotions.names),
+            "jobs": jobs,
         }
 
     def _now(self) -> float:
@@ -143,6 +145,14 @@ class Status:
             return
         self._counts = {**dict.fromkeys(self._counts, QueueStats()), **counts}
         self._count_again_at = self._now() + max(COUNTS_AGE_S, COUNTS_RARITY * (self._now() - began))
+
+    def _jobs(self) -> Steps:
+        found = {}
+        for position, name in enumerate(sorted({*self._classes.names, *self._runtime.promotions.names}), 1):
+            found[name] = {**self._where(name), **self._classes.describe(name)}
+            if position % SLICE_CLASSES == 0:
+                yield
+        return found
 
     def _where(self, name: str) -> dict[str, Any]:
         """Where jobs of a class run, and why."""
