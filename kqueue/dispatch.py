@@ -97,6 +97,7 @@ def describe(registration: Registration) -> dict[str, Any]:
         "cooperative": registration.cooperative,
         "module": registration.module,
         "signature": registration.signature,
+        "chosen": registration.chosen,
     }
 
 
@@ -119,4 +120,8 @@ def _signature(target: Callable[..., Any] | None) -> Any:
 def undescribe(fields: Mapping[str, Any]) -> Registration:
     """The inverse of `describe`, without the code, and without options that a later version may have added."""
     options = JobOptions(**{name: value for name, value in fields["options"].items() if name in JobOptions._fields})
-    return Registration(fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"])
+    chosen = fields.get("chosen")
+    return Registration(
+        fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"],
+        chosen if chosen in ("inline", "isolated") else "",
+    )  # fmt: skip

@@ -18,11 +18,14 @@ class Registration(NamedTuple):
     cooperative: bool  # its handler is a generator or coroutine function
     module: str
     signature: str = ""  # for people: "(to: str)"
+    chosen: str = ""  # "inline" or "isolated", where `isolated` is None: by the operator, or since it blocked; "": by its kind
 
     @property
     def isolated(self) -> bool:
-        """Whether it runs in a child: as declared, else by the kind of its handler."""
-        return not self.cooperative if self.options.isolated is None else self.options.isolated
+        """Whether it runs in a child: as declared, else as chosen, else by the kind of its handler."""
+        if self.options.isolated is not None:
+            return self.options.isolated
+        return self.chosen == "isolated" if self.chosen else not self.cooperative
 
     @property
     def lane(self) -> str:
@@ -32,11 +35,12 @@ class Registration(NamedTuple):
         """Call the handler: a generator or coroutine for a cooperative one, else its result. Raises ArgumentsDoNotFit."""
         if self.target is None:
             raise JobNotFound(f"job {self.name!r} is known from the manifest only; its code is not imported here")
-        bound = _call(self.target, self.name, args, kwargs)
+        bound = call_target(self.target, self.name, args, kwargs)
         return bound.handle() if isinstance(self.target, type) else bound
 
 
-def _call(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_target(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call the function or class that is a job. Raises ArgumentsDoNotFit, and whatever it raises itself."""
     try:
         return target(*args, **kwargs)
     except TypeError as error:
@@ -74,6 +78,12 @@ class Registry:
         else:
             isolated = registration._replace(options=registration.options._replace(isolated=True))
             self._jobs[registration.name] = isolated
+
+    def choose(self, name: str, lane: str) -> None:
+        """Let the job `name` run in `lane` ("": by its kind), unless it declares where. Nothing where there is none."""
+        known = self._jobs.get(name)
+        if known is not None and known.options.isolated is None and known.chosen != lane:
+            self._jobs[name] = known._replace(chosen=lane)
 
     def get(self, name: str) -> Registration | None:
         return self._jobs.get(name)

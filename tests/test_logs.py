@@ -44,6 +44,7 @@ EVERY_FACT: list[Any] = [
     facts.JobOutput("-", "template", "stderr", "a warning"),
     facts.LeaseLost("01J0", "send_email"),
     facts.SlowSlice("01J0", "send_email", 0.3456, "/srv/app/jobs.py:7 in handle"),
+    facts.JobPromoted("send_email", 0.3456, "/srv/app/jobs.py:7 in handle"),
     facts.BrokerLost("redis://h:6379/0", "connection refused", 0.5),
     facts.BrokerBack("redis://h:6379/0"),
     facts.JobsRecovered("mail", 4),

@@ -144,6 +144,7 @@ class TemplateLink:
         self._refusal: tuple[str, str] | None = None  # (key, message) of the ImportFailed that ended it all
         self._starting = False  # somebody waits for the first one, and has to hear why there is none
         self._last_pid = 0
+        self.known: set[str] = set()  # names of the jobs that templates have imported
         self.pid = 0  # of the template that is ready; 0: there is none
         self.on_manifest: Callable[[], None] = lambda: None
 
@@ -336,6 +337,7 @@ class TemplateLink:
                 kind, fields, fds = message
                 if kind == wire.JOB_KNOWN:
                     registry.learn(undescribe(fields))
+                    self.known.add(fields["name"])
                     jobs += 1
                 elif kind == wire.READY:
                     self.pid = pid

@@ -65,6 +65,12 @@ def publish(documents: Mapping[str, bytes]) -> Command:
     return ("HSET", DOCUMENTS_KEY, *(part for document in documents.items() for part in document))
 
 
+def read_documents(keys: Sequence[bytes], values: Sequence[bytes | None]) -> dict[str, bytes]:
+    """What HMGET said of `keys`. One that is gone meanwhile is left out."""
+    found = zip(keys, values, strict=True)
+    return {key.decode("utf-8", "replace"): value for key, value in found if value is not None}
+
+
 class Adding:
     """One enqueue: what to ask for it, call by call, and what came of it. The I/O is its owner's.
 
