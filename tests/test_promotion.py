@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,11 @@ def test_daemons_agree_and_do_not_play_ball(make: Make) -> None:
 
 def test_a_daemon_that_has_not_heard_of_it_does_not_send_a_job_back(make: Make) -> None:
     late, first = make("late").start(), make("a").start()
-    while lane(first, "stalls")[1] != "blocked":  # whichever of the two gets them
-        pids(first, blocking.stalls, 2)
-        if lane(late, "stalls")[1] == "blocked":
-            late, first = first, late
-            break
-    assert lane(late, "stalls")[1] != "blocked", "with a lease of 15 s it takes that long to hear of it by itself"
+    late.signal(signal.SIGSTOP)  # for less than its lease, so that it gets none of the jobs and hears nothing
+    pids(first, blocking.stalls, 2)
+    until(first, "stalls", ("isolated", "blocked"))
+    late.signal(signal.SIGCONT)
+    assert lane(late, "stalls")[1] != "blocked"
     first.stop()
     id = late.kqueue("dispatch", "stalls", "--wait").stdout
     assert str(late.pid) not in id
