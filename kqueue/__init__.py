@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .context import JobContext, current
     from .errors import (
         Discard,
+        JobBlocked,
         JobCancelled,
         JobFailed,
         JobTimedOut,
@@ -42,8 +43,8 @@ _WHERE = {
     ".client": ("Client", "connect", "get", "send"),
     ".context": ("JobContext", "current"),
     ".errors": (
-        "Discard", "JobCancelled", "JobFailed", "JobTimedOut", "KQueueError", "OffloadError", "QueueFull", "ResultNotKept",
-        "Retry",
+        "Discard", "JobBlocked", "JobCancelled", "JobFailed", "JobTimedOut", "KQueueError", "OffloadError", "QueueFull",
+        "ResultNotKept", "Retry",
     ),
     ".execution.base": ("ExecutionStrategy",),
     ".execution.inline": ("InlineExecutionStrategy",),
@@ -59,8 +60,8 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "BoundJob", "Client", "Discard", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobCancelled",
-    "JobContext", "JobFailed", "JobHandle", "JobOptions", "JobState", "JobTimedOut", "KQueueError", "KQueueJob",
+    "BoundJob", "Client", "Discard", "ExecutionStrategy", "InlineExecutionStrategy", "IsolatedExecutionStrategy", "JobBlocked",
+    "JobCancelled", "JobContext", "JobFailed", "JobHandle", "JobOptions", "JobState", "JobTimedOut", "KQueueError", "KQueueJob",
     "KQueueJobInterface", "KQueueRuntime", "OffloadError", "Park", "QueueFull", "ResultNotKept", "Retry", "SecurityConfig",
     "Trap", "connect", "current", "dispatch_many", "enqueue", "get", "job", "join",
     "offload", "progress", "send", "sleep", "wait_io", "wait_process",

@@ -62,7 +62,7 @@ class Command(NamedTuple):
     def registration(self) -> Registration:
         """It as a job. Raises UsageError for options that make no sense."""
         options = JobOptions(**{**self.options, "isolated": True, "start": "exec"})
-        return Registration(self.name, options, None, False, MODULE, str(self.parameters), self.parameters)
+        return Registration(self.name, options, None, False, MODULE, str(self.parameters), parameters=self.parameters)
 
     def argv(self, given: Mapping[str, Any]) -> list[bytes]:
         """The arguments of the process, with those `given`. Raises UsageError for a value that no argument can hold."""

@@ -40,6 +40,7 @@ class JobsConfig(NamedTuple):
     path: tuple[str, ...]
     modules: tuple[str, ...]
     isolated_modules: tuple[str, ...]
+    pin: Mapping[str, str]  # the name of a job -> "inline" | "isolated"
     unknown: str  # "retry" | "bury"
     commands: tuple[Command, ...]
 

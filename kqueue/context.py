@@ -8,7 +8,7 @@ it: the runtime for an inline job, frames to the supervisor for a child. The tra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .errors import UsageError
@@ -46,17 +46,20 @@ class JobContext:
     """The running job, as it sees itself."""
 
     __slots__ = (
-        "attempt", "deadline", "follow_ups", "fraction", "id", "inline", "name", "note", "pid", "queue", "services",
+        "attempt", "deadline", "follow_ups", "fraction", "id", "inline", "max_memory_mib", "name", "note", "pid", "queue",
+        "services",
     )  # fmt: skip
 
     def __init__(
-        self, *, id: str, name: str, queue: str, attempt: int, deadline: float | None, inline: bool, services: Services
-    ) -> None:
+        self, *, id: str, name: str, queue: str, attempt: int, deadline: float | None, inline: bool, services: Services,
+        max_memory_mib: float = 0,
+    ) -> None:  # fmt: skip
         self.id = id
         self.name = name
         self.queue = queue
         self.attempt = attempt  # 1 for the first run
         self.deadline = deadline  # time.monotonic() at which its timeout ends it; None: it has none
+        self.max_memory_mib = max_memory_mib  # 0: no limit
         self.inline = inline  # it runs inside the supervisor, so it must not block
         self.services = services
         self.fraction: float | None = None  # what it last reported by progress(); None: nothing yet
@@ -124,3 +127,8 @@ def current_or_none() -> JobContext | None:
 def enter(context: JobContext | None) -> None:
     """Make `context` the current one for this task (or this process, in a child)."""
     _current.set(context)
+
+
+def job_in(context: Context) -> JobContext | None:
+    """The job that runs in `context`, which is a task's; None: none has begun there."""
+    return context.get(_current)

@@ -107,6 +107,7 @@ def describe(registration: Registration) -> dict[str, Any]:
         "cooperative": registration.cooperative,
         "module": registration.module,
         "signature": registration.signature,
+        "chosen": registration.chosen,
         "parameters": None if registration.parameters is None else registration.parameters._asdict(),
     }
 
@@ -130,6 +131,10 @@ def _signature(target: Callable[..., Any] | None) -> Any:
 def undescribe(fields: Mapping[str, Any]) -> Registration:
     """The inverse of `describe`, without the code, and without options that a later version may have added."""
     options = JobOptions(**{name: value for name, value in fields["options"].items() if name in JobOptions._fields})
-    known = fields.get("parameters")  # an earlier version has none
-    parameters = None if known is None else Parameters(tuple(known["names"]), bool(known["more"]))
-    return Registration(fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"], parameters)
+    chosen = fields.get("chosen")
+    known = fields.get("parameters")  # an earlier version has neither
+    return Registration(
+        fields["name"], options, None, fields["cooperative"], fields["module"], fields["signature"],
+        chosen if chosen in ("inline", "isolated") else "",
+        None if known is None else Parameters(tuple(known["names"]), bool(known["more"])),
+    )  # fmt: skip

@@ -126,6 +126,23 @@ class JobTimedOut(BaseException):
     """Raised inside a running job that has used up its `timeout`. Clean up and let it pass."""
 
 
+class JobBlocked(JobTimedOut):
+    """Raised inside an inline job, wherever it stands, that has kept the loop for `hard_slice_s` seconds. Let it pass at once."""
+
+    def __init__(self, message: str, hard_slice_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.hard_slice_s = hard_slice_s
+
+
+class JobOutgrew(BaseException):
+    """Raised inside an inline job that has grown the daemon by more than its `max_memory`. Let go of it, and let this pass."""
+
+    def __init__(self, message: str, grown_mib: float = 0.0, max_memory_mib: float = 0.0) -> None:
+        super().__init__(message)
+        self.grown_mib = grown_mib
+        self.max_memory_mib = max_memory_mib
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """' (did you mean "x"?)' for the known word closest to `word`, else ''."""
     from difflib import get_close_matches  # costs 1 MB, so only when something is wrong

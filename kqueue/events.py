@@ -103,6 +103,14 @@ class SlowSlice(NamedTuple):
     where: str
 
 
+class JobPromoted(NamedTuple):
+    """A job class blocked the loop too often, for `seconds` the last time, and runs isolated now. `where`: see SlowSlice."""
+
+    job: str
+    seconds: float
+    where: str
+
+
 class BrokerLost(NamedTuple):
     broker: str
     reason: str

@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     duration_s: float = 0.0
     cpu_user_s: float = 0.0
     cpu_system_s: float = 0.0
-    max_memory_mib: float = 0.0  # peak resident memory of the child; 0: not measured (inline)
+    max_memory_mib: float = 0.0  # peak resident memory of the child; inline: what it had grown by; 0: not measured
     limits: Mapping[str, float] = {}  # those that applied
     stack: str = ""  # where it stood when it had to be killed, or crashed: each thread's, the innermost line first
     output: str = ""  # the last 8 KiB of stdout and stderr

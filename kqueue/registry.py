@@ -42,14 +42,15 @@ class Registration(NamedTuple):
     cooperative: bool  # its handler is a generator or coroutine function
     module: str
     signature: str = ""  # for people: "(to: str)"
+    chosen: str = ""  # "inline" or "isolated", where `isolated` is None: by the operator, or since it blocked; "": by its kind
     parameters: Parameters | None = None  # of a command; None: it is Python, and its code says them
 
     @property
     def isolated(self) -> bool:
-        """Whether it runs in a child: as declared, as it must where it says how it starts, else by the kind of its handler."""
+        """Whether it runs in a child: as declared, else as chosen, else by the kind of its handler."""
         if self.options.isolated is not None:
             return self.options.isolated
-        return not self.cooperative or self.options.start is not None
+        return self.chosen == "isolated" if self.chosen else not self.cooperative
 
     @property
     def lane(self) -> str:
@@ -59,11 +60,12 @@ class Registration(NamedTuple):
         """Call the handler: a generator or coroutine for a cooperative one, else its result. Raises ArgumentsDoNotFit."""
         if self.target is None:
             raise JobNotFound(f"job {self.name!r} is known from the manifest only; its code is not imported here")
-        bound = _call(self.target, self.name, args, kwargs)
+        bound = call_target(self.target, self.name, args, kwargs)
         return bound.handle() if isinstance(self.target, type) else bound
 
 
-def _call(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_target(target: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call the function or class that is a job. Raises ArgumentsDoNotFit, and whatever it raises itself."""
     try:
         return target(*args, **kwargs)
     except TypeError as error:
@@ -113,6 +115,12 @@ class Registry:
                 self._jobs[registration.name] = registration._replace(options=registration.options._replace(isolated=True))
                 self._learned.add(registration.name)
 
+    def choose(self, name: str, lane: str) -> None:
+        """Let the job `name` run in `lane` ("": by its kind), unless it declares where. Nothing where there is none."""
+        known = self._jobs.get(name)
+        if known is not None and known.options.isolated is None and known.chosen != lane:
+            self._jobs[name] = known._replace(chosen=lane)
+
     def get(self, name: str) -> Registration | None:
         return self._jobs.get(name)
 
@@ -160,6 +168,8 @@ def register(target: Callable[..., Any], name: str, handler: Any, values: Mappin
         options = checked_options(values)
         if options.isolated is False and options.start is not None:
             raise UsageError(f"isolated=False and start={options.start!r} contradict each other; leave one out")
+        if options.start is not None:
+            options = options._replace(isolated=True)
         registration = Registration(name, options, target, _is_cooperative(handler, name), target.__module__)
     except UsageError as error:
         raise UsageError(f"job {name!r}: {error}") from None

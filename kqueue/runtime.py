@@ -13,12 +13,13 @@ file says what becomes of a lease; how a job runs, how a queue stores it, and wh
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from . import events as facts
 from . import signing
@@ -30,9 +31,10 @@ from .commands import Command
 from .config import QueueSpec
 from .context import JobContext
 from .dispatch import prepare
-from .errors import BrokerUnavailable, EnvelopeError, JobCancelled, JobNotFound, NewerEnvelope, Refused
+from .errors import BrokerUnavailable, EnvelopeError, JobBlocked, JobCancelled, JobNotFound, NewerEnvelope, Refused
 from .events import Events
 from .execution.base import ExecutionStrategy, NotStarted, Work
+from .execution.guard import SliceGuard
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .execution.pool import DEFAULTS, PoolSettings
@@ -47,11 +49,13 @@ from .loading import register_commands, template_config
 from .options import JobOptions
 from .outbox import Outbox
 from .outcome import Outcome, describe_error
+from .promotion import Promotions
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
 from .settling import NO_HURRY_S, Ended, Held, Settling
 from .signing import unsigned
+from .slices import Slices
 from .upkeep import EXIT_RESTART, Upkeep
 from .verdict import ALONE_AFTER, defer, exhausted, judge, move, postpone, put_back
 
@@ -74,15 +78,15 @@ class KQueueRuntime:
         clock: Clock | None = None, template: Mapping[str, Any] | None = None, identity: str = "",
         slice_page: SlicePage | None = None, outbox: str = "",
         lease_s: float = LEASE_S, retention: Retention = NO_RETENTION, max_inline: int = 10_000,
-        max_isolated: int = 4, max_slice_s: float = 0.1, kill_grace_s: float = 2.0, memory_headroom_mib: int = 128,
-        default_start: str = "fork", pool: PoolSettings = DEFAULTS, commands: Sequence[Command] = (), cgroups: bool = True,
-        offload_slots: int = 2, offload_memory_mib: int = 256, bury_unknown: bool = False, memory_limit_mib: int = 0,
-        heartbeat_s: float = 5.0, grace_s: float = 20.0, memory_budget: Budget = NO_BUDGET,
+        max_isolated: int = 4, max_slice_s: float = 0.1, hard_slice_s: float = 5.0, kill_grace_s: float = 2.0,
+        memory_headroom_mib: int = 128, cgroups: bool = True, default_start: str = "fork", pool: PoolSettings = DEFAULTS,
+        commands: Sequence[Command] = (), offload_slots: int = 2, offload_memory_mib: int = 256,
+        bury_unknown: bool = False, memory_limit_mib: int = 0, heartbeat_s: float = 5.0, grace_s: float = 20.0,
+        memory_budget: Budget = NO_BUDGET, pins: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
         self._upkeep = Upkeep(self, lease_s, heartbeat_s, memory_limit_mib)
-        self.kernel.on_slow = self._upkeep.report_slow
         self.kernel.on_crash = self._upkeep.crashed
         self.broker = open_broker(broker, self._upkeep.broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
@@ -117,12 +121,15 @@ class KQueueRuntime:
         self.add_strategy(self.isolated)
         self._settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
         self._settling.is_unhurried = lambda: self.isolated.pool.has_a_line
+        self.promotions = Promotions(self, pins or {}, can_isolate=max_isolated > 0)
+        self.slices = Slices(self.kernel, self.events, self.promotions, max_slice_s)
         self._burst = False
         self._nudged = False
         self._nudging = False  # a nudge is on its way
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
+        self._guard = SliceGuard(self.kernel, hard_slice_s, self._give_up) if hard_slice_s else None
         # Where tasks wait: for slots or jobs, for the end, for the last job to end.
         self._feeder: deque[Task] = deque()
         self._stopper: deque[Task] = deque()
@@ -149,6 +156,9 @@ class KQueueRuntime:
         if (spent := exhausted(lease)) is not None:
             return Ended(held, *spent)
         strategy = self._choose(registration)
+        if strategy.name != lease.lane and registration.options.isolated is None:
+            yield from self.promotions.refresh()  # or two daemons of two minds would send it to and fro
+            strategy = self._choose(self._registration(envelope.job))
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
         if lease.lane == "isolated":
@@ -160,7 +170,7 @@ class KQueueRuntime:
                 return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
 
         attempt = lease.counters.runs + 1
-        work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt)
+        work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt, strategy.name)
         if lease.counters.recoveries >= ALONE_AFTER:
             work = work._replace(alone=True)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
@@ -210,11 +220,13 @@ class KQueueRuntime:
         least = min(declared, default=1)
         return min(least, self.security.max_memory_mib or least)
 
-    def _work(self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int) -> Work:
+    def _work(
+        self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int, lane: str
+    ) -> Work:
         deadline = self.kernel.clock.monotonic() + options.timeout if options.timeout else None
         context = JobContext(
             id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=attempt, deadline=deadline,
-            inline=registration.lane == "inline", services=self._services,
+            inline=lane == "inline", services=self._services, max_memory_mib=options.max_memory,
         )  # fmt: skip
         return Work(envelope, data, registration, options, attempt, context)
 
@@ -243,7 +255,9 @@ class KQueueRuntime:
             context = held.context
             deadline = context.deadline if context is not None else None
             late = deadline is not None and self.kernel.clock.monotonic() >= deadline
-            outcome = Outcome("timeout" if late else "cancelled", "supervisor", error=describe_error(error))
+            blocked = self._guard.blocked(held.task) if self._guard is not None else None
+            cause = "timeout" if late or blocked is not None else "cancelled"
+            outcome = Outcome(cause, "supervisor", error=describe_error(blocked or error))
             self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to end it ({error})"))
             self.stop("a job that would not stop", exit_code=EXIT_RESTART)
         elif isinstance(error, JobCancelled):  # before its first step
@@ -252,6 +266,20 @@ class KQueueRuntime:
             outcome = Outcome("lost", "supervisor", error=describe_error(error, whole=True))
             self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
         return Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
+
+    def _give_up(self, task: Task, error: JobBlocked) -> NoReturn:
+        """A job swallows its interruptions, so the loop never has its turn. What has ended is kept, the job's own end too."""
+        for held in self.held:
+            if held.task is task:
+                self.held.discard(held)
+                limits = {"hard_slice": error.hard_slice_s}
+                duration_s = self.kernel.clock.monotonic() - held.started
+                outcome = Outcome("timeout", "supervisor", error=describe_error(error), duration_s=duration_s, limits=limits)
+                self._settling.add(Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy)))
+                self.events.emit(facts.Warned(f"{held.job} {task.name} would not stop; restarting to end it ({error})"))
+                break
+        self._settling.keep(len(self.held))
+        os._exit(EXIT_RESTART)
 
     # -- reserving --------------------------------------------------------------------------------------------------
 
@@ -318,7 +346,7 @@ class KQueueRuntime:
         self.held.add(held)
         held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
         held.task.on_end = partial(self._ended, held)
-        if lease.lane == "inline" and self.kernel.page is not None:
+        if lease.lane == "inline":
             held.task.mark = lease.token.id.encode()
         self._intake.started(lease.queue, lease.lane)
 
@@ -413,6 +441,7 @@ class KQueueRuntime:
         try:
             self.kernel.run(self._start_unless_stopped())
         except BaseException:
+            self.slices.close()
             self.kernel.close()
             raise
 
@@ -423,11 +452,16 @@ class KQueueRuntime:
         if handle_signals:
             known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
             self._signals = Signals(known)
+            if self._guard is not None:
+                self._guard.start()
         try:
             return int(self.kernel.run(self._main(max_time_s)))
         finally:
             if self._signals is not None:
                 self._signals.close()
+                if self._guard is not None:
+                    self._guard.close()
+            self.slices.close()
             self.kernel.close()
 
     def stop(self, why: str = "stop()", exit_code: int = 0) -> None:
@@ -462,14 +496,17 @@ class KQueueRuntime:
         """
         if not isinstance(job, BoundJob):
             raise TypeError(f"execute_job() takes a bound job, such as {type(job).__name__}.job(...), which any strategy can run")
-        registration = job.registration or self._registration(job.name)
+        registration = registry.get(job.name) or job.registration or self._registration(job.name)
         prepared = prepare(job, registration, check=self.check, arguments_too=False)
         envelope = decode(prepared.envelope)
         options = admit(self.security, envelope, registration).options
-        work = self._work(registration, options, envelope, prepared.envelope, 1)
+        strategy = self._choose(registration)
+        work = self._work(registration, options, envelope, prepared.envelope, 1, strategy.name)
         if registration.isolated:
             self.isolated.link.configure(self.template())
-        return self.kernel.spawn(self._choose(registration).execute(work), name=envelope.id)
+        task = self.kernel.spawn(strategy.execute(work), name=envelope.id)
+        task.mark = envelope.id.encode() if strategy.name == "inline" else b""
+        return task
 
     @property
     def queues(self) -> list[str]:
@@ -479,6 +516,14 @@ class KQueueRuntime:
     def check(self, options: JobOptions, name: str) -> JobOptions:
         """The options a dispatch may have, by the limits of `security`. Raises UsageError, or clamps."""
         return check_dispatch(self.security, options, name)
+
+    def publish(self) -> Steps:
+        """Tell clients what can be dispatched here, and within which limits."""
+        yield from self._upkeep.publish()
+
+    def background(self, steps: Steps) -> None:
+        """Run `steps` beside the jobs, as long as the runtime runs."""
+        self._loop(steps)
 
     def _main(self, max_time_s: float) -> Steps:
         if self._signals is not None:
@@ -515,6 +560,8 @@ class KQueueRuntime:
 
     def _start(self) -> Steps:
         """End what an earlier life of ours left. Broker and template at once, since both take their time; then the loops."""
+        self.slices.start()
+        self.promotions.start()
         if self._owner.identity:
             yield from self.isolated.link.sweep("an earlier run of this daemon")
         self.isolated.link.configure(self.template())
@@ -528,8 +575,10 @@ class KQueueRuntime:
         finally:
             self.kernel.cancel(opening, GeneratorExit())
         self._upkeep.recovered(opened.recovered)
-        yield from self._upkeep.publish()
-        self.isolated.link.on_manifest = lambda: self._loop(self._upkeep.publish())  # of the templates that replace this one
+        self.promotions.check_pins()
+        yield from self.promotions.load()
+        yield from self.publish()
+        self.isolated.link.on_manifest = lambda: self.background(self.publish())  # of the templates that replace this one
         if self.keys is not None and self.keys.warning:
             self._upkeep.warn(self.keys.warning)
         yield from self._upkeep.sweep()

@@ -36,7 +36,7 @@ class RuntimeServices:
 
     def prepare(self, job: BoundJob) -> NewJob:
         security = self._runtime.security
-        registration = job.registration or registry.get(job.name)
+        registration = registry.get(job.name) or job.registration  # the registry knows more: which lane was chosen
         return prepare(
             job, registration, check=self._runtime.check, arguments_too=False, max_bytes=security.max_envelope_bytes,
             keys=self._runtime.keys,

@@ -179,6 +179,13 @@ def _read_budget(value: Any, directory: str) -> str:
     return str(value)
 
 
+def _read_pins(value: Any, directory: str) -> dict[str, str]:
+    _wanted(isinstance(value, dict) and all(isinstance(name, str) for name in value))
+    for name, lane in value.items():
+        _wanted(lane in ("inline", "isolated"), f"{name} cannot be {lane!r:.40}")
+    return dict(value)
+
+
 def _is_module(value: str) -> bool:
     return all(part.isidentifier() for part in value.split("."))
 
@@ -314,6 +321,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("jobs.path", ["."], _PATH.listed()),
     Setting("jobs.modules", [], _MODULE.listed()),
     Setting("jobs.isolated_modules", [], _MODULE.listed()),
+    Setting("jobs.pin", {}, Kind("a mapping of jobs to inline or isolated", _read_pins)),
     Setting("jobs.unknown", "retry", _one_of("retry", "bury")),
     Setting("jobs.commands", {}, COMMANDS),
     Setting("inline.max_concurrent", 10000, _integer(1)),

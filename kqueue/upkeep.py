@@ -44,11 +44,15 @@ class Upkeep:
         return [self._keep_alive(), self._beat()]
 
     def _keep_alive(self) -> Steps:
-        """Renew our epoch every third of a lease, then recover what dead epochs hold."""
+        """Renew our epoch every third of a lease, then recover what dead epochs hold; hear of promotions once in a lease."""
+        rounds = 0
         while True:
             yield sleep(self._lease_s / 3)
             yield from self.renew()
             yield from self.sweep()
+            rounds += 1
+            if rounds % 3 == 0 and (yield from self._runtime.promotions.load()):
+                yield from self.publish()
 
     @property
     def in_doubt(self) -> bool:
@@ -140,12 +144,6 @@ class Upkeep:
         self._runtime.events.emit(facts.Warned(message))
 
     # -- what the kernel and the broker report ----------------------------------------------------------------------
-
-    def report_slow(self, task: Task, seconds: float) -> None:
-        """A task kept the loop too long."""
-        for held in self._runtime.held:  # it is rare, and was slow already
-            if held.task is task and held.context is not None:
-                self._runtime.events.emit(facts.SlowSlice(task.name, held.job, seconds, task.where()))
 
     def crashed(self, task: Task) -> None:
         """A task of KQueue's own failed. Crash-only: stop, and let the service manager start a sound one."""

@@ -112,7 +112,8 @@ class Home:
             import redis
 
             with redis.Redis.from_url(self.url) as server:
-                server.hset(f"kq:{{default}}:job:{id}", "envelope", garbage)
+                key = f"kq:{{default}}:job:{id}"
+                server.set(key, server.get(key).partition(b"\n")[0] + b"\n" + garbage)
 
     def close(self) -> None:
         if self._client is not None:

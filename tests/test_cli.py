@@ -106,7 +106,7 @@ def test_show_has_all_of_a_dead_job_with_its_certificates_the_newest_last(home: 
     home.run_all()
     (dead,) = home.kqueue("jobs", "--state", "dead", "--json").json
     shown = home.kqueue("show", dead["id"], "--json").json
-    assert list(shown) == [*dead, "crashes", "recoveries", "args", "kwargs", "enqueued_at", "result", "certificates"]
+    assert list(shown) == [*dead, "crashes", "recoveries", "args", "kwargs", "enqueued_at", "result", "certificates", "class"]
     assert {name: shown[name] for name in dead} == dead
     assert (shown["attempts"], shown["crashes"], shown["recoveries"], shown["result"]) == (2, 0, 0, None)
     assert [certificate["attempt"] for certificate in shown["certificates"]] == [1, 2]
@@ -225,7 +225,7 @@ def test_status_without_a_daemon_has_the_same_fields_and_the_queues(home: Home) 
     ended = home.kqueue("status", "--json")
     assert list(ended.json) == [
         "pid", "version", "uptime_s", "state", "memory_mib", "processed", "failed", "retried", "killed", "forgotten", "running",
-        "queues", "loop", "memory_budget",
+        "queues", "loop", "memory_budget", "jobs",
     ]  # fmt: skip
     assert (ended.json["state"], ended.json["pid"], ended.json["running"]) == ("stopped", None, [])
     assert ended.json["queues"] == {

@@ -44,6 +44,7 @@ EVERY_FACT: list[Any] = [
     facts.JobOutput("-", "template", "stderr", "a warning"),
     facts.LeaseLost("01J0", "send_email"),
     facts.SlowSlice("01J0", "send_email", 0.3456, "/srv/app/jobs.py:7 in handle"),
+    facts.JobPromoted("send_email", 0.3456, "/srv/app/jobs.py:7 in handle"),
     facts.BrokerLost("redis://h:6379/0", "connection refused", 0.5),
     facts.BrokerBack("redis://h:6379/0"),
     facts.JobsRecovered("mail", 4),
@@ -134,7 +135,7 @@ def test_the_periodic_line_has_memory_processed_failed_and_running(log: Log) -> 
     assert line.endswith("level=info msg=heartbeat memory_mib=14.3 processed=10 failed=2 running=3 state=running")
 
 
-@pytest.mark.parametrize(("level", "count"), [("debug", 24), ("info", 22), ("warning", 11), ("error", 2)])
+@pytest.mark.parametrize(("level", "count"), [("debug", 25), ("info", 23), ("warning", 12), ("error", 2)])
 def test_levels(log: Log, level: str, count: int) -> None:
     assert len(log.of(*EVERY_FACT, level=level)) == count
 

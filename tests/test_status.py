@@ -104,7 +104,7 @@ def test_the_document_has_exactly_the_fields_of_the_interface() -> None:
 
     found = rig.run(script)
     counters = ["processed", "failed", "retried", "killed", "forgotten", "leases_lost"]
-    known = ["pid", "version", "uptime_s", "state", "memory_mib", *counters, "running", "queues", "loop", "memory_budget"]
+    known = ["pid", "version", "uptime_s", "state", "memory_mib", *counters, "running", "queues", "loop", "memory_budget", "jobs"]
     assert list(found) == known
     assert (found["pid"], found["state"]) == (os.getpid(), "running")
     assert found["memory_mib"] > 5

@@ -1,4 +1,4 @@
-"""What a broker must do for the daemon: nine verbs, each a generator of traps, and the tuples they speak in.
+"""What a broker must do for the daemon: eleven verbs, each a generator of traps, and the tuples they speak in.
 
     open     settle what an earlier life of ours could not; become an epoch of an owner; recover what our own dead epochs hold
     enqueue  add jobs, idempotent by id
@@ -8,6 +8,8 @@
     sweep    move what is due, recover what dead epochs hold, forward follow-ups, expire results and old dead letters
     wait     park until something may have become ready
     stats    how many jobs stand where
+    publish  keep small documents where clients and other daemons can read them
+    documents  read them
     close    give up the epoch
 
 Rule 1. A token (epoch, id, reservation number) settles once, until its job is reserved again; a stale one changes nothing.
@@ -215,6 +217,9 @@ class Broker(Protocol):
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         """Keep small documents by key (`manifest:QUEUE`, `limits:QUEUE`) where clients can read them, in place of older ones."""
 
+    def documents(self, prefix: str) -> Verb[dict[str, bytes]]:
+        """What daemons published under keys that begin with `prefix`, by key."""
+
     def close(self, *, give_up: bool = True) -> Verb[None]:
         """Give up the epoch, so that what it still holds is recoverable at once, and the connection. Never raises.
 
@@ -324,6 +329,9 @@ class Store(Protocol):
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         """What daemons published under keys that begin with `prefix`, by key."""
+
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        """As Broker.publish: what an operator decides for all daemons."""
 
     def health(self) -> Sequence[Finding]:
         """What should be known of the store's own settings; empty when all is well, or nothing can be known."""

@@ -98,6 +98,10 @@ class MemoryBroker:
         self.store.publish(documents)
 
     @at_once
+    def documents(self, prefix: str) -> dict[str, bytes]:
+        return self.store.documents(prefix)
+
+    @at_once
     def close(self, *, give_up: bool = True) -> None:
         if give_up:
             self.store.close(self._owner.epoch)

@@ -209,6 +209,14 @@ class RedisBroker:
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         yield from self._ask([commands.publish(documents)])
 
+    def documents(self, prefix: str) -> Verb[dict[str, bytes]]:
+        (keys,) = yield from self._ask([("HKEYS", commands.DOCUMENTS_KEY)])
+        wanted = [key for key in keys if key.startswith(prefix.encode())]
+        if not wanted:
+            return {}
+        (values,) = yield from self._ask([("HMGET", commands.DOCUMENTS_KEY, *wanted)])
+        return commands.read_documents(wanted, values)
+
     def close(self, *, give_up: bool = True) -> Verb[None]:
         """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""
         try:

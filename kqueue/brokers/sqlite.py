@@ -145,6 +145,10 @@ class SQLiteBroker:
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
         yield self._ask(commands.publish, documents)
 
+    def documents(self, prefix: str) -> Verb[dict[str, bytes]]:
+        found: dict[str, bytes] = yield self._ask(commands.documents, prefix)
+        return found
+
     def close(self, *, give_up: bool = True) -> Verb[None]:
         if self._bell is not None:
             self._bell.close()

@@ -15,6 +15,7 @@ from ..execution.link import TemplateLink
 from ..hostmemory import budget
 from ..kernel import Kernel
 from ..loading import ImportFailed, import_modules, register_commands, template_config
+from ..promotion import wrong_pin
 from ..registry import registry
 from ..security import SecurityConfig, check_dispatch
 from ..signing import Keys
@@ -38,6 +39,10 @@ def check(config: Config) -> int:
             check_dispatch(security, registration.options, registration.name)
         except UsageError as error:
             raise config.error("limits", str(error)) from None
+    for name, lane in config.jobs.pin.items():
+        if (why := wrong_pin(name)) is not None:
+            raise config.error(f"jobs.pin.{name}", f"jobs.pin: {why}")
+        registry.choose(name, lane)
     _print(config, keys)
     for command in jobs.commands:
         if find_program(command, os.environ.get("PATH")) is None:

@@ -178,6 +178,19 @@ def _queues(store: Store, config: Config | None) -> Notes:
         yield Note("ok", "queues", "no dead letters")
 
 
+def _promotions(target: Target) -> Notes:
+    from ..promotion import PREFIX, read_promotion
+
+    documents = {} if target.is_unused() else target.client.store.documents(PREFIX)
+    pins = {} if target.config is None else target.config.jobs.pin
+    for key, document in sorted(documents.items()):
+        found, name = read_promotion(document), key.removeprefix(PREFIX)
+        if found is not None and name not in pins:
+            what = f"{name} runs isolated since it blocked the loop of {found.get('by')} for {found.get('seconds')} s"
+            do = f"make it yield, or declare it isolated=True; then kqueue demote {shlex.quote(name)}"
+            yield Note("warn", "jobs", what, do)
+
+
 def _signing(target: Target) -> Notes:
     from ..signing import ENVIRONMENT, load
 
@@ -193,4 +206,6 @@ def _signing(target: Target) -> Notes:
         yield Note("warn", "signing", keys.warning)
 
 
-CHECKS: Final[tuple[Check, ...]] = (_versions, _configuration, _memory, _state_dir, _daemon, _broker, _signing)
+CHECKS: Final[tuple[Check, ...]] = (
+    _versions, _configuration, _memory, _state_dir, _daemon, _broker, _promotions, _signing,
+)  # fmt: skip

@@ -5,17 +5,19 @@ What stands there may be anything: an envelope that cannot be read shows as just
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from ..codec import Envelope, decode, from_json
-from ..errors import EnvelopeError, JobNotFound
+from ..errors import EnvelopeError, JobNotFound, KQueueError
 from ..signing import signed_by, unsigned
 from ..states import JobState
 from .certificate import death, reason, told
+from .status import advice, lane
 from .target import Target, json_option, pass_target
-from .text import ago, json_text, moment, printable, table
+from .text import ago, duration, json_text, moment, printable, table
 
 if TYPE_CHECKING:
     from ..brokers.base import Row
@@ -63,8 +65,18 @@ def show(target: Target, id: str) -> None:
     if row is None:
         where = target.client.store.address
         raise JobNotFound(f"no job {id!r:.80} is in {where}: it is done, or never was; `kqueue jobs` lists those that are")
-    fields = _all_fields(row)
+    fields = {**_all_fields(row), "class": _class(target, row)}
     click.echo(json_text(fields) if target.json else _page(row, fields))
+
+
+def _class(target: Target, row: Row) -> Mapping[str, Any] | None:
+    """What the daemon here knows of jobs of this name; None: there is none, or it knows nothing."""
+    try:
+        found = target.ask("status")
+    except KQueueError:  # what stands in the broker is shown all the same
+        return None
+    known: Mapping[str, Any] | None = ((found or {}).get("jobs") or {}).get(_name(row))
+    return known
 
 
 def _fields(row: Row) -> dict[str, Any]:
@@ -116,6 +128,15 @@ def _json(data: bytes) -> Any:
 # -- for people -------------------------------------------------------------------------------------------------------------
 
 
+def _class_lines(row: Row, known: Mapping[str, Any]) -> list[str]:
+    ends = ", ".join(f"{number} {cause}" for cause, number in known["causes"].items()) or "none has ended"
+    taken, memory = known["duration_s"], known["memory_mib"]
+    sizes = f"; p99 {duration(taken['p99'])}" if any(taken.values()) else ""
+    sizes += f", {memory['p99']:.0f} MiB" if memory is not None else ""
+    lines = [f"class      runs {lane(known)}; of this daemon's: {ends}{sizes}"]
+    return [*lines, *(f"           {printable(text)}" for text in advice(_name(row) or "", known))]
+
+
 _HEADINGS: Final = ("ID", "JOB", "STATE", "QUEUE", "LANE", "PRIORITY", "ATTEMPTS", "AVAILABLE")
 _DEAD_HEADINGS: Final = ("ID", "JOB", "QUEUE", "ATTEMPTS", "DIED", "CAUSE", "ERROR")
 
@@ -149,6 +170,8 @@ def _page(row: Row, fields: dict[str, Any]) -> str:
         lines.append(f"envelope   {printable(envelope)}")
         if row.envelope is not None:
             lines.append(f"           {printable(row.envelope[:200].decode('utf-8', 'replace'))}")
+    if fields["class"] is not None:
+        lines += _class_lines(row, fields["class"])
     key = None if row.envelope is None else signed_by(row.envelope)
     if key is not None:
         lines.append(f"signed     with the key {key}; the daemon checks that, not this command")

@@ -137,6 +137,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             max_inline=config.inline.max_concurrent,
             max_isolated=config.isolated.max_concurrent,
             max_slice_s=config.inline.max_slice_s,
+            hard_slice_s=config.inline.hard_slice_s,
             kill_grace_s=config.isolated.kill_grace_s,
             cgroups=config.isolated.cgroups,
             memory_headroom_mib=config.isolated.memory_headroom_mib,
@@ -150,6 +151,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             memory_limit_mib=config.runtime.memory_limit_mib,
             heartbeat_s=config.runtime.memory_check_s,
             grace_s=config.shutdown.grace_s,
+            pins=jobs.pin,
         )
         logs.subscribe(runtime.events)
         status = Status(runtime)

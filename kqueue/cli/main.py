@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..errors import ConfigError, KQueueError
 from .dead import forget, retry
+from .demote import demote
 from .dispatch import dispatch
 from .doctor import doctor
 from .init import init
@@ -79,7 +80,7 @@ def main(context: click.Context, path: str | None, json: bool) -> None:
         click.echo(context.get_help())
 
 
-for command in (init, dispatch, status, jobs, show, retry, forget, doctor):
+for command in (init, dispatch, status, jobs, show, retry, forget, demote, doctor):
     main.add_command(command)
 
 

@@ -5,6 +5,7 @@ What all its processes take together is looked up here, for people: by psutil, w
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,11 +13,12 @@ import click
 
 from .. import __version__
 from .target import Target, json_option, pass_target
-from .text import duration, json_text, table
+from .text import duration, json_text, printable, table
 
 if TYPE_CHECKING:
     import psutil
 
+MOST: Final = 20  # job classes in the table
 HEALTHY: Final = ("running", "quiet")
 
 
@@ -47,6 +49,7 @@ def _stopped(target: Target) -> dict[str, Any]:
         "memory_mib": 0.0, "processed": 0, "failed": 0, "retried": 0, "killed": 0, "forgotten": 0, "running": [],
         "queues": dict(sorted(queues.items())), "loop": {"lag_ms_p50": 0.0, "lag_ms_p99": 0.0, "turns_per_s": 0.0},
         "memory_budget": None,
+        "jobs": {},
     }  # fmt: skip
 
 
@@ -55,6 +58,8 @@ _NOTHING: Final = {"ready": 0, "delayed": 0, "leased": 0, "dead": 0}
 
 def _page(found: Mapping[str, Any]) -> str:
     blocks = [_daemon(found), _queues(found["queues"])]
+    if found.get("jobs"):
+        blocks.append(_jobs(found["jobs"]))
     if found["running"]:
         blocks.append(_running(found["running"]))
     return "\n\n".join(blocks)
@@ -119,6 +124,43 @@ def _queues(queues: Mapping[str, Mapping[str, int]]) -> str:
     headings = ("QUEUE", "READY", "DELAYED", "LEASED", "DEAD")
     rows = [(name, *(counts[heading.lower()] for heading in headings[1:])) for name, counts in queues.items()]
     return table(headings, rows, right=headings[1:])
+
+
+def _jobs(jobs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The classes of which most jobs have ended, and what is to be said of any."""
+    most = sorted(jobs.items(), key=lambda item: (-item[1]["ended"], item[0]))[:MOST]
+    headings = ("JOB", "RUNS", "ENDED", "NOT OK", "P50", "P99", "CPU P99", "MIB P99")
+    rows = [(name, lane(each), each["ended"], each["ended"] - each["causes"].get("ok", 0), *_sizes(each)) for name, each in most]
+    lines = [table(headings, rows, right=headings[2:])]
+    if len(jobs) > MOST:
+        lines.append(f"and {len(jobs) - MOST} more: kqueue status --json")
+    said = [f"{name}: {text}" for name, each in sorted(jobs.items()) for text in advice(name, each)]
+    return "\n".join([*lines, *map(printable, said[:MOST])])
+
+
+def lane(job: Mapping[str, Any]) -> str:
+    """Where jobs of a class run, and why when that is not by their code."""
+    why = {"pinned": ", pinned", "blocked": ", it blocked"}.get(job["why"], "")
+    return f"{job['lane'] or 'unknown'}{why}"
+
+
+def advice(name: str, job: Mapping[str, Any]) -> list[str]:
+    """What there is to do about a class."""
+    blocked = job["blocked"]
+    if blocked is None or job["why"] != "blocked":
+        return list(job["advice"])
+    what = f"blocked the loop for {duration(blocked.get('seconds', 0))}: make it yield, then kqueue demote {shlex.quote(name)}"
+    return [what, *job["advice"]]
+
+
+def _sizes(job: Mapping[str, Any]) -> tuple[str | None, ...]:
+    taken, cpu, memory = job["duration_s"], job["cpu_s"], job["memory_mib"]
+    if not any(taken.values()):
+        return (None,) * 4
+    return (
+        duration(taken["p50"]), duration(taken["p99"]), None if cpu is None else duration(cpu["p99"]),
+        None if memory is None else f"{memory['p99']:.0f}",
+    )  # fmt: skip
 
 
 def _running(running: list[Mapping[str, Any]]) -> str:

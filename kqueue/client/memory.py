@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row
 from ..brokers.commands.memory import MemoryStore
@@ -44,6 +44,9 @@ class MemoryClient:
 
     def documents(self, prefix: str) -> dict[str, bytes]:
         return self._store.documents(prefix)
+
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        self._store.publish(documents)
 
     def health(self) -> Sequence[Finding]:
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row, last_of_dead, listed, place
@@ -99,8 +99,10 @@ class RedisClient:
         if not wanted:
             return {}
         (values,) = self._wire.ask([("HMGET", commands.DOCUMENTS_KEY, *wanted)])
-        found = zip(wanted, values, strict=True)
-        return {key.decode("utf-8", "replace"): value for key, value in found if value is not None}
+        return commands.read_documents(wanted, values)
+
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        self._wire.ask([commands.publish(documents)])
 
     def health(self) -> Sequence[Finding]:
         """What each server would lose, and when. BrokerUnavailable, BrokerRefused."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row
@@ -66,6 +66,9 @@ class SQLiteClient:
         if not os.path.exists(self._file.path):
             return {}  # nobody has published anything; the first dispatch asks, before it creates the file
         return self._read(lambda tx: commands.documents(tx, prefix))
+
+    def publish(self, documents: Mapping[str, bytes]) -> None:
+        self._write(lambda tx: commands.publish(tx, documents), create=False)
 
     def health(self) -> Sequence[Finding]:
         return sqlite_health(self._file.path)

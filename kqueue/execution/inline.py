@@ -1,7 +1,7 @@
 """Inline: the job's generator runs on the loop, inside the supervisor. Light, and only as safe as the job is polite.
 
-A time-out is thrown at the trap where the job waits. A job that never yields cannot be stopped from here; `max_slice` reports it.
-Blocking calls, children and brokers must never appear in this file.
+A time-out is thrown at the trap where the job waits. A job that does not yield is reported after `max_slice`, and interrupted
+after `hard_slice` (guard.py). Blocking calls, children and brokers must never appear in this file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..codec import MAX_BYTES, pack, to_json
 from ..context import enter
-from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut
+from ..errors import ArgumentsDoNotFit, JobBlocked, JobCancelled, JobOutgrew, JobTimedOut
 from ..kernel import Kernel
 from ..outcome import Outcome, describe_error
 from ..retries import ask_backoff, asked_by, needs_backoff
@@ -56,7 +56,7 @@ class InlineExecutionStrategy:
             if timer is not None:
                 timer.cancel()
         limits = {"timeout": timeout_s} if timeout_s else {}
-        return outcome._replace(duration_s=kernel.clock.monotonic() - began, limits=limits)
+        return outcome._replace(duration_s=kernel.clock.monotonic() - began, limits={**limits, **outcome.limits})
 
     def _run(self, work: Work) -> Generator[Any, Any, Outcome]:
         try:
@@ -78,6 +78,11 @@ class InlineExecutionStrategy:
 
     def _failed(self, error: BaseException) -> Outcome:
         described = describe_error(error)
+        if isinstance(error, JobBlocked):
+            return Outcome("timeout", "supervisor", error=described, limits={"hard_slice": error.hard_slice_s})
+        if isinstance(error, JobOutgrew):
+            limits = {"max_memory": error.max_memory_mib}
+            return Outcome("memory", "supervisor", error=described, max_memory_mib=error.grown_mib, limits=limits)
         if isinstance(error, JobTimedOut):
             return Outcome("timeout", "supervisor", error=described)
         if isinstance(error, JobCancelled) and self._was_cancelled():

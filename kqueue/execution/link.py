@@ -160,6 +160,7 @@ class TemplateLink:
         self._refusal: tuple[str, str] | None = None  # (key, message) of the ImportFailed that ended it all
         self._starting = False  # somebody waits for the first one, and has to hear why there is none
         self._last_pid = 0
+        self.known: set[str] = set()  # names of the jobs that its template has imported
         self.pid = 0  # of the template that is ready; 0: there is none
         self.is_retired = False
         self.siblings: Callable[[], Container[int]] = tuple  # other templates of this daemon, whose jobs are spared
@@ -171,16 +172,16 @@ class TemplateLink:
         """What the template is to import; see loading.template_config. Read at its next start."""
         self._config = config
 
+    @property
+    def roots(self) -> Sequence[str]:
+        """Where the modules of jobs are found."""
+        return [*self._config.get("path", ()), *sys.path]
+
     def sweep(self, whose: str, living: Container[int] = ()) -> Steps:
         """End whatever jobs of `whose` are still there, and tell what that was. `living`: templates, whose jobs are spared."""
         ended = yield from end_marked(self._owner, living)
         if ended:
             self._events.emit(LeftoversEnded(whose, [f"{process.pid} ({process.name})" for process in ended.values()]))
-
-    @property
-    def roots(self) -> Sequence[str]:
-        """Where the modules of jobs are found."""
-        return [*self._config.get("path", ()), *sys.path]
 
     def start(self) -> Steps:
         """Start it if it is needed, and wait until it is ready. Raises ImportFailed when its very first imports fail."""
@@ -394,6 +395,7 @@ class TemplateLink:
                     self._described.append(undescribe(fields))
                 elif kind == wire.READY:
                     self._learn()
+                    self.known = {registration.name for registration in self._described}
                     self.pid = pid
                     self._events.emit(TemplateStarted(pid, len(self._described), self._kernel.clock.monotonic() - began))
                     self.on_manifest()

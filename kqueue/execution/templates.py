@@ -70,6 +70,15 @@ class Templates:
         return self.current.is_kept or bool(self._config.get("needed"))
 
     @property
+    def known(self) -> set[str]:
+        """Names of the jobs that a child could find."""
+        return self.current.known
+
+    def ready(self) -> Steps:
+        """See TemplateLink.ready."""
+        yield from self.current.ready()
+
+    @property
     def roots(self) -> Sequence[str]:
         """Where the modules of jobs are found."""
         return self.current.roots

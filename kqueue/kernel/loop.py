@@ -18,6 +18,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
+from math import inf
 from mmap import mmap
 from struct import Struct
 from typing import Any, Final
@@ -52,7 +53,7 @@ class Task:
         self.context = context  # every step runs in it, so context variables never leak into another task
         self.value: Any = None  # what the next step sends; once ended, what it returned
         self.error: BaseException | None = None  # what the next step throws; once ended, what it raised
-        self.mark = b""  # what `Kernel.page` says while it runs; at most as long as a MARK. Empty: nothing
+        self.mark = b""  # foreign code runs in it: what `Kernel.page` says meanwhile, at most as long as a MARK. Empty: none does
         self.parked = False  # False: in the ready queue, being stepped, or ended
         self.ended = False
         self.wait_number = 0  # rises with every wake, so that timers of earlier waits are stale
@@ -87,7 +88,8 @@ class Task:
 class Kernel:
     """Drives tasks until `run`'s own task has ended.
 
-    `max_slice_s` (seconds): a step longer than that is reported to `on_slow(task, seconds)`; 0 turns it off.
+    `max_slice_s` (seconds): a step longer than that is reported to `on_slow(task, seconds)`; 0 turns it off, and
+    less than 0 reports every step.
     `on_crash(task)` hears of a task that raised and that nobody joined; the default prints the traceback.
     """
 
@@ -102,6 +104,12 @@ class Kernel:
         self.on_crash: Callable[[Task], None] = _print_crash
         self.turns = 0
         self.page: mmap | None = None  # says which task runs, for whoever looks when this process has died; None: nobody will
+        self.slice_began = 0.0  # by the clock: the step of a marked task that runs now, or ran last
+        self.resumed_at = -inf  # by the clock: when the process last went on after it had been stopped (SIGCONT)
+        self.look_at = inf  # by the clock: `on_look(now)` is called at the end of the first turn after that
+        self.on_look: Callable[[float], None] = lambda now: None
+        self.unwatched = False  # `watch` is to be called before the next step of a marked task
+        self.watch: Callable[[], None] = lambda: None
         self._ready: deque[Task] = deque()
         self._turn_s: deque[float] = deque(maxlen=LAG_SAMPLES)
 
@@ -158,16 +166,20 @@ class Kernel:
         """
         if task.ended:
             return
-        if task.grace_s is None:
-            task.grace_s = grace_s
-            why = Abandoned(f"{task.name} ignored its cancellation for {grace_s:g} s")
-            self.timers.add(self.clock.monotonic() + grace_s, Timer(task, ANY_WAIT, None, why))
+        self.condemn(task, grace_s)
         if task.parked:
             self.wake(task, error=error)
         elif task is self.current:
             raise error
         else:
             task.value, task.error = None, error
+
+    def condemn(self, task: Task, grace_s: float) -> None:
+        """Abandon `task` if it has not ended in `grace_s` seconds. For `cancel`, and for who throws into it by other means."""
+        if task.grace_s is None:
+            task.grace_s = grace_s
+            why = Abandoned(f"{task.name} ignored its cancellation for {grace_s:g} s")
+            self.timers.add(self.clock.monotonic() + grace_s, Timer(task, ANY_WAIT, None, why))
 
     def lag_s(self) -> list[float]:
         """How long the last turns kept everybody else waiting, in seconds, sorted."""
@@ -199,7 +211,10 @@ class Kernel:
         for _ in range(len(self._ready)):
             self._step(self._ready.popleft())
         self.turns += 1
-        self._turn_s.append(clock.monotonic() - began)
+        now = clock.monotonic()
+        self._turn_s.append(now - began)
+        if now >= self.look_at:
+            self.on_look(now)
 
     def close(self) -> None:
         """Release the selector. Tasks that have not ended are kept referenced, never closed."""
@@ -233,12 +248,17 @@ class Kernel:
         """Run `task` until it parks, gives way or ends."""
         if task.ended:
             return
-        self.current = task
         began = self.clock.monotonic() if self.max_slice_s else 0.0
         ended, value, error = True, None, None
-        page = self.page if task.mark else None
-        if page is not None:
-            MARK.pack_into(page, 0, task.mark)
+        page = None
+        if task.mark:
+            page = self.page
+            if page is not None:
+                MARK.pack_into(page, 0, task.mark)
+            self.slice_began = began
+            if self.unwatched:
+                self.watch()
+        self.current = task
         try:
             self._advance(task)
             ended = False

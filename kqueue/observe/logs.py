@@ -178,6 +178,14 @@ def _slow_slice(fact: facts.SlowSlice) -> Line:
     return Line(WARNING, message, _job(fact, seconds=round(fact.seconds, 3), where=fact.where or None))
 
 
+def _job_promoted(fact: facts.JobPromoted) -> Line:
+    message = (
+        f"{fact.job} has blocked the loop twice, for {fact.seconds:.2g} s just now, and runs isolated from now on. "
+        f"Make it yield, or declare it isolated=True, then: kqueue demote {fact.job}. jobs.pin keeps it inline"
+    )
+    return Line(WARNING, message, {"job": fact.job, "seconds": round(fact.seconds, 3), "where": fact.where or None})
+
+
 def _broker_lost(fact: facts.BrokerLost) -> Line:
     return Line(WARNING, "broker lost", _rounded(fact, retry_in_s=2))
 
@@ -243,6 +251,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.LeaseLost: (WARNING, _lease_lost),
     facts.OutboxSettled: (INFO, _outbox_settled),
     facts.SlowSlice: (WARNING, _slow_slice),
+    facts.JobPromoted: (WARNING, _job_promoted),
     facts.BrokerLost: (WARNING, _broker_lost),
     facts.BrokerBack: (INFO, lambda fact: Line(INFO, "broker back", fact._asdict())),
     facts.JobsRecovered: (WARNING, _jobs_recovered),

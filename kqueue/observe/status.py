@@ -5,7 +5,10 @@
      "running": [{"id", "job", "strategy", "pid", "elapsed_s", "memory_mib", "progress"}],
      "queues": {NAME: {"ready", "delayed", "leased", "dead"}},
      "loop": {"lag_ms_p50", "lag_ms_p99", "turns_per_s"},
-     "memory_budget": {"total_mib", "used_mib", "waiting": {"id", "queue", "max_memory"} or null} or null}
+     "memory_budget": {"total_mib", "used_mib", "waiting": {"id", "queue", "max_memory"} or null} or null,
+     "jobs": {NAME: {"lane", "why", "blocked": {"seconds", "where", "at", "by"} | null, "ended", "causes": {CAUSE: N},
+                     "duration_s": {"p50", "p99", "max"}, "cpu_s": the same | null, "memory_mib": the same | null,
+                     "advice": [TEXT]}}}
 
 It looks, and never touches. Whoever asks, however often, costs the broker one count a second; while the broker is away, the
 counts are the last ones known.
@@ -23,8 +26,10 @@ from ..brokers.base import QueueStats
 from ..context import JobContext
 from ..kernel import Park, Task
 from ..process import resident_mib
+from ..registry import registry
 from ..runtime import KQueueRuntime
 from ..settling import Held
+from .classes import JobClasses
 
 Steps = Generator[Any, Any, Any]
 
@@ -32,6 +37,7 @@ COUNTS_AGE_S: Final = 1.0  # counts of the queues are not asked for again before
 COUNTS_RARITY: Final = 20  # nor before so many times what they took: SQLite needs 0.15 s for a million jobs
 COUNTS_PATIENCE_S: Final = 1.0  # with a broker that does not answer
 SLICE: Final = 500  # running jobs described in one turn of the loop
+SLICE_CLASSES: Final = 20  # job classes
 
 
 class Status:
@@ -48,6 +54,7 @@ class Status:
         self._count_again_at = 0.0  # by the kernel's clock
         self._counting: Task | None = None
         self._marks = ((self._began, 0), (self._began, 0))  # (when, turns of the loop) at the last two heartbeats
+        self._classes = JobClasses(runtime.events)
         runtime.events.subscribe(facts.JobEnded, self._count_job)
         runtime.events.subscribe(facts.DeadForgotten, self._count_forgotten)
         runtime.events.subscribe(facts.LeaseLost, self._count_lost)
@@ -59,6 +66,7 @@ class Status:
         runtime = self._runtime
         queues = yield from self._queues()
         running = yield from self._running()
+        jobs = yield from self._jobs()
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -75,6 +83,7 @@ class Status:
             "queues": {name: counts._asdict() for name, counts in sorted(queues.items())},
             "loop": self._loop(),
             "memory_budget": runtime.memory.status(),
+            "jobs": jobs,
         }
 
     def _now(self) -> float:
@@ -138,6 +147,21 @@ class Status:
             return
         self._counts = {**dict.fromkeys(self._counts, QueueStats()), **counts}
         self._count_again_at = self._now() + max(COUNTS_AGE_S, COUNTS_RARITY * (self._now() - began))
+
+    def _jobs(self) -> Steps:
+        found = {}
+        for position, name in enumerate(sorted({*self._classes.names, *self._runtime.promotions.names}), 1):
+            found[name] = {**self._where(name), **self._classes.describe(name)}
+            if position % SLICE_CLASSES == 0:
+                yield
+        return found
+
+    def _where(self, name: str) -> dict[str, Any]:
+        """Where jobs of a class run, and why."""
+        registration, promotions = registry.get(name), self._runtime.promotions
+        if registration is None:
+            return {"lane": None, "why": None, "blocked": None}
+        return {"lane": registration.lane, "why": promotions.why(registration), "blocked": promotions.details(name)}
 
     def _loop(self) -> dict[str, float]:
         since, turns = self._marks[0]

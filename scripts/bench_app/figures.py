@@ -69,6 +69,8 @@ FIGURES: Sequence[Figure] = (
     # crowded.py
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),
-    Figure("crowded_old", "the same of jobs that stood there since long: times", "x"),
+    Figure("crowded_old", "the same of jobs that stood there since long: times", "x", 1.2),
+    Figure("crowded_added", "that is, in microseconds more", "µs"),
+    Figure("crowded_floor", "of these for commands on the jobs' own data", "µs"),
 )
 BY_KEY = {figure.key: figure for figure in FIGURES}

@@ -197,7 +197,11 @@ class RedisRig(Rig):
         self.kernel.run(look())  # type: ignore[arg-type]
 
     def corrupt(self, id: str, garbage: bytes) -> None:
-        self.server.command("HSET", f"kq:{{q}}:job:{id}", "envelope", garbage)
+        self._corrupt(self.server, id, garbage)
+
+    def _corrupt(self, server: Any, id: str, garbage: bytes) -> None:
+        head = server.command("GET", f"kq:{{q}}:job:{id}").partition(b"\n")[0]
+        server.command("SET", f"kq:{{q}}:job:{id}", head + b"\n" + garbage)
 
     def close(self) -> None:
         super().close()
@@ -218,7 +222,7 @@ class ClusterRig(RedisRig):
         self.clients = []
 
     def corrupt(self, id: str, garbage: bytes) -> None:
-        self.cluster.home("kq:{q}:").command("HSET", f"kq:{{q}}:job:{id}", "envelope", garbage)
+        self._corrupt(self.cluster.home("kq:{q}:"), id, garbage)
 
 
 RIGS = [MemoryRig, SQLiteRig, RedisRig, ClusterRig]

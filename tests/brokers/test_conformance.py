@@ -771,6 +771,16 @@ def test_documents_reach_clients(rig: Any) -> None:
     assert len(client.documents("")) == 3
 
 
+def test_daemons_read_what_daemons_and_operators_published(rig: Any) -> None:
+    one, other, client = rig.broker(), rig.broker(queues=("elsewhere",)), rig.make_client()
+    assert rig.do(other.documents("promoted:")) == {}
+    rig.do(one.publish({"promoted:a": b"1", "promoted:é": b"\xff", "limits:q": b"{}"}))
+    assert rig.do(other.documents("promoted:")) == {"promoted:a": b"1", "promoted:é": b"\xff"}
+    client.publish({"promoted:a": b"null"})
+    assert rig.do(other.documents("promoted:")) == client.documents("promoted:") == {"promoted:a": b"null", "promoted:é": b"\xff"}
+    assert rig.do(one.documents("nothing:")) == {}
+
+
 def test_brokers_of_other_queues_leave_documents_alone(rig: Any) -> None:
     for queue in ("a", "b:c", "b"):
         rig.do(rig.broker(queues=(queue,)).publish({f"manifest:{queue}": queue.encode()}))

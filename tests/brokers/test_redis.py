@@ -12,6 +12,7 @@ import pytest
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis_asking import judge
+from kqueue.brokers.commands.redis_lua import LANES
 from kqueue.brokers.commands.redis_mend import GRACE_S, STRUCTURES
 from kqueue.brokers.commands.redis_url import parse_url
 from kqueue.client.redis import RedisClient
@@ -22,6 +23,7 @@ from ..servers import Proxy
 from .conftest import RedisRig, new_job, only
 
 JOB = "kq:{q}:job:"
+PAST = "kq:{q}:past:"
 READY = "kq:{q}:ready:inline"
 
 rig = only(RedisRig)
@@ -121,6 +123,17 @@ def test_a_job_that_ran_before_its_enqueue_was_repeated_is_not_added_again(rig: 
     assert stats(rig, other) == (0, 0, 0, 0)
 
 
+def test_an_enqueue_that_was_long_under_way_changes_nothing(rig: RedisRig) -> None:
+    """It was asked again, and answered; its job has run and is gone. What a broken connection still brings is nobody's wish."""
+    broker, sender = rig.broker(), commands.Sender()
+    late = commands.enqueue(sender, 60, [new_job("a")])
+    assert rig.do(broker._ask([late])) == [b"1"]
+    settle(rig, broker, reserve(rig, broker), "ack")
+    rig.do(broker._ask([commands.enqueue(sender, 60, [new_job("b")])]))
+    assert rig.do(broker._ask([late])) == [b""]
+    assert [lease.token.id for lease in reserve(rig, broker)] == ["b"]
+
+
 def test_a_client_s_enqueue_whose_reply_is_lost_adds_nothing_twice(rig: RedisRig, proxy: Proxy) -> None:
     client = rig.make_client()
     client.enqueue([new_job("first")])
@@ -218,30 +231,19 @@ GARBAGE: dict[str, list[tuple[Any, ...]]] = {
     "a member without a job": [("ZADD", READY, 1, "bad")],
     "a member that is no text": [("ZADD", READY, 1, b"bad\xff\x00")],
     "a delayed member without a job": [("ZADD", "kq:{q}:delayed", 1, "bad")],
-    "a job that is a string": [("ZADD", READY, 1, "bad"), ("SET", f"{JOB}bad", "x")],
+    "a job that is a hash": [("ZADD", READY, 1, "bad"), ("HSET", f"{JOB}bad", "envelope", "x")],
     "a delayed job that is a list": [("ZADD", "kq:{q}:delayed", 1, "bad"), ("RPUSH", f"{JOB}bad", "x")],
+    "only an envelope": [("ZADD", READY, "-inf", "bad"), ("SET", f"{JOB}bad", "x")],
+    "a head of nonsense": [("ZADD", READY, 1, "bad"), ("SET", f"{JOB}bad", "-fast 1e999 nan\nx")],
+    "a head that tells too much": [("ZADD", READY, 1, "bad"), ("SET", f"{JOB}bad", "+inline 0 1 2\nx")],
     "counters that are no numbers": [
         ("ZADD", READY, 1, "bad"),
-        (
-            "HSET",
-            f"{JOB}bad",
-            "envelope",
-            "x",
-            "attempts",
-            "many",
-            "n",
-            "nan",
-            "crashes",
-            "-1",
-            "available_at",
-            "",
-            "priority",
-            "1e999",
-        ),
+        ("SET", f"{JOB}bad", "+inline 1e999 \nx"),
+        ("HSET", f"{PAST}bad", "attempts", "many", "n", "nan", "crashes", "-1", "available_at", ""),
     ],
-    "only an envelope": [("ZADD", READY, "-inf", "bad"), ("HSET", f"{JOB}bad", "envelope", "x")],
+    "a past that is a list": [("ZADD", READY, 1, "bad"), ("SET", f"{JOB}bad", "+inline 0 1\nx"), ("RPUSH", f"{PAST}bad", "x")],
     "certificates that are none": [("ZADD", READY, 1, "bad"), ("SET", "kq:{q}:certs:bad", "x")],
-    "a place beyond all": [("ZADD", READY, "-inf", "bad"), ("HSET", f"{JOB}bad", "envelope", "x", "n", "1e300", "lane", "fast")],
+    "a place beyond all": [("ZADD", READY, "-inf", "bad"), ("HSET", f"{PAST}bad", "n", "1e300", "lane", "fast")],
 }
 
 
@@ -255,7 +257,7 @@ def test_garbage_is_leased_beside_its_neighbours_and_can_be_settled(rig: RedisRi
     bad, *good = leases
     assert ids(good) == ["good", "gut"]
     assert bad.token.id.startswith("bad")
-    assert bad.envelope in (None, b"x")
+    assert bad.envelope is None or bad.envelope.endswith(b"x")
     assert bad.counters == Counters()
     assert settle(rig, broker, [bad], verb, certificate=b"{}", counters=Counters(attempts=1)) == [SETTLED]
     assert settle(rig, broker, good, "ack") == [SETTLED, SETTLED]
@@ -271,9 +273,9 @@ def test_garbage_is_leased_beside_its_neighbours_and_can_be_settled(rig: RedisRi
         assert settle(rig, broker, [bad], "ack") == [STALE]
 
 
-@pytest.mark.parametrize("damage", [("DEL", f"{JOB}bad"), ("SET", f"{JOB}bad", "x")])
+@pytest.mark.parametrize(("damage", "left"), [(("DEL", f"{JOB}bad"), None), (("SET", f"{JOB}bad", "x"), b"x")])
 def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_garbage(
-    rig: RedisRig, damage: tuple[Any, ...]
+    rig: RedisRig, damage: tuple[Any, ...], left: bytes | None
 ) -> None:
     dead, alive = rig.broker(lease_s=0.2), rig.broker(lease_s=30)
     rig.do(dead.enqueue([new_job("bad", at=1.0), new_job("good", at=2.0)]))
@@ -283,7 +285,85 @@ def test_a_job_whose_key_is_lost_or_overwritten_while_it_runs_is_recovered_as_ga
     assert rig.do(alive.sweep()).recovered == {"q": 2}
     leases = {lease.token.id: lease for lease in reserve(rig, alive)}
     assert leases["good"].envelope is not None
-    assert (leases["bad"].envelope, leases["bad"].counters) == (None, Counters(recoveries=1))
+    assert (leases["bad"].envelope, leases["bad"].counters) == (left, Counters(recoveries=1))
+
+
+# What becomes of a leased job before it is acknowledged after all.
+PASTS: dict[str, Any] = {
+    "nothing": lambda rig, broker, leases: (broker, leases),
+    "a release": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "release", counters=Counters(1), certificate=b"{}"), (broker, reserve(rig, broker)),
+    )[1],
+    "a move to the other lane": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "release", lane="isolated"), (broker, reserve(rig, broker, 0, 1)),
+    )[1],
+    "a recovery": lambda rig, broker, leases: (rig.broker(identity="host"), (broker, leases))[1],
+    "a recovery, taken back": lambda rig, broker, leases: (
+        rig.broker(identity="host"), settle(rig, broker, leases, "hold"), (broker, leases),
+    )[2],
+    "a recovery, and another reservation": lambda rig, broker, leases: (
+        other := rig.broker(identity="host"), (other, reserve(rig, other)),
+    )[1],
+    "a cancellation, and a retry": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "release"), client := rig.make_client(), client.cancel("a", b"{}"), client.retry(["a"], "q"),
+        (broker, reserve(rig, broker)),
+    )[4],
+    "a death, and a retry": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "bury", certificate=b"{}"), rig.make_client().retry(["a"], "q"),
+        (broker, reserve(rig, broker)),
+    )[2],
+    "a result that expires": lambda rig, broker, leases: (
+        settle(rig, broker, leases, "ack", keep_s=0.01, result=b"1"), rig.elapse(0.05), rig.do(broker.sweep()), (broker, []),
+    )[3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("among", [1, 3])
+@pytest.mark.parametrize("past", PASTS)
+def test_a_job_that_is_done_leaves_nothing_behind(rig: RedisRig, past: str, among: int) -> None:
+    broker = rig.broker(identity="host")
+    rig.do(broker.enqueue([new_job("a")]))
+    holder, leases = PASTS[past](rig, broker, reserve(rig, broker))
+    rig.do(holder.enqueue([new_job(f"neighbour {n}", lane="isolated") for n in range(among)]))
+    leases += reserve(rig, holder, 0, 10)
+    assert settle(rig, holder, leases, "ack") == [SETTLED] * len(leases)
+    left: Any = rig.server.command("KEYS", "kq:{q}:*")
+    assert [key for key in left if key.split(b":")[2] in (b"job", b"past", b"certs", b"leased", b"ready", b"delayed")] == []
+
+
+def test_nothing_is_left_of_a_job_that_was_cancelled_before_it_ever_ran(rig: RedisRig) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.enqueue([new_job("a")]))
+    assert client.cancel("a", b"{}", "q")
+    assert rig.server.command("GETRANGE", f"{JOB}a", 0, 0) == b"+", "as redis_lua says of one that has certificates"
+    assert client.retry(["a"], "q") == [True]
+    assert settle(rig, broker, reserve(rig, broker), "ack") == [SETTLED]
+    assert rig.server.command("KEYS", "kq:{q}:*:a") == []
+
+
+def test_in_a_batch_of_acknowledgments_the_stale_ones_alone_change_nothing(rig: RedisRig) -> None:
+    broker = rig.broker()
+    rig.do(broker.enqueue([new_job(id) for id in "abcd"]))
+    a, b, c, d = reserve(rig, broker)
+    stale = b._replace(token=b.token._replace(number=2))
+    assert settle(rig, broker, [a, stale, a, c], "ack") == [SETTLED, STALE, STALE, SETTLED]
+    assert [rig.server.command("EXISTS", JOB + id) for id in "abcd"] == [0, 1, 0, 1]
+    assert settle(rig, broker, [d, b, d], "ack") == [SETTLED, SETTLED, STALE]
+    assert stats(rig, broker) == (0, 0, 0, 0)
+
+
+def test_what_is_too_much_for_one_reply_stays_where_it_was(rig: RedisRig) -> None:
+    broker = rig.broker()
+    jobs = [new_job(f"{lane} {n:02}", lane=lane)._replace(envelope=b"x" * (1 << 20)) for lane in LANES for n in range(12)]
+    for start in range(0, 24, 6):
+        rig.do(broker.enqueue(jobs[start : start + 6]))
+    call = commands.reserve(broker._owner, 15.0, 10**6, "q", [10, 13])
+    how, _, inline, _, _, isolated, _, _ = rig.do(broker._ask([call]))[0]
+    assert (how, isolated) == (b"enough", []), "and nobody waits for a bell, though a lane has fewer than are wanted"
+    assert inline == [f"inline {n:02}".encode() for n in range(8)]
+    assert stats(rig, broker) == (16, 0, 8, 0)
+    (repeated,) = rig.do(broker._ask([call]))
+    assert (repeated[0], repeated[2]) == (b"repeated", inline)
 
 
 def every_verb(rig: RedisRig, broker: Any) -> list[str]:

@@ -217,8 +217,8 @@ def test_the_last_certificates_are_kept_when_a_job_is_lost_again_and_again(rig: 
     "damage",
     [
         ("SET", "kq:{q}:certs:a", "x"),
-        ("HSET", "kq:{q}:job:a", "attempts", "many", "crashes", "-3", "recoveries", "1e300"),
-        ("HSET", "kq:{q}:job:a", "attempts", "1.5"),
+        ("HSET", "kq:{q}:past:a", "attempts", "many", "crashes", "-3", "recoveries", "1e300"),
+        ("SET", "kq:{q}:job:a", "+"),
     ],
 )
 def test_a_damaged_job_is_recovered_with_a_certificate_too(rig: RedisRig, damage: tuple[str, ...]) -> None:

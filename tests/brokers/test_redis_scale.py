@@ -19,8 +19,7 @@ BATCH, ROUNDS = 20, 15
 FILL = """
 for n = tonumber(ARGV[2]), ARGV[2] + ARGV[3] - 1 do
   local id, at = string.format('1%025d', n), ARGV[4] + n
-  redis.call('HSET', KEYS[1] .. 'job:' .. id,
-    'envelope', string.rep('x', 150), 'lane', 'inline', 'priority', 0, 'available_at', at)
+  redis.call('SET', KEYS[1] .. 'job:' .. id, '-inline 0 ' .. at .. '\\n' .. string.rep('x', 150))
   redis.call('ZADD', KEYS[1] .. ARGV[1], at, id)
 end
 """

@@ -31,7 +31,7 @@ from ..base import (
     lost,
 )
 from .redis_asking import Call, Command
-from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, ROW_FIELDS
+from .redis_lua import HAND_OVER_WITHIN_S, LANES, MAX_BATCH_BYTES, PAST_FIELDS
 from .redis_mend import Arg
 
 QUEUES_KEY: Final = "kq:queues"  # a set: the names of all queues there ever were
@@ -63,6 +63,12 @@ def bell(queue: str) -> str:
 
 def publish(documents: Mapping[str, bytes]) -> Command:
     return ("HSET", DOCUMENTS_KEY, *(part for document in documents.items() for part in document))
+
+
+def read_documents(keys: Sequence[bytes], values: Sequence[bytes | None]) -> dict[str, bytes]:
+    """What HMGET said of `keys`. One that is gone meanwhile is left out."""
+    found = zip(keys, values, strict=True)
+    return {key.decode("utf-8", "replace"): value for key, value in found if value is not None}
 
 
 class Adding:
@@ -149,16 +155,16 @@ def reserve(owner: Owner, lease_s: float, request: int, queue: str, wants: Itera
 
 def settle(owner: Owner, lease_s: float, request: int, epoch: str, batch: Sequence[Settlement]) -> tuple[Call, list[int]]:
     """End leases of one epoch in one queue; and the positions in `batch` in the order in which the answers come."""
-    plain: list[Arg] = []
+    plain: dict[bytes, int] = {}
     others: list[Arg] = []
     order: list[int] = []
     later: list[int] = []
     queue = batch[0].queue
     for position, item in enumerate(batch):
         id = _bytes(item.token.id)
-        if item.verb == "ack" and item.keep_s <= 0 and not item.follow_ups:
+        if item.verb == "ack" and item.keep_s <= 0 and not item.follow_ups and id not in plain:
             order.append(position)
-            plain += (id, item.token.number)
+            plain[id] = item.token.number
         else:
             later.append(position)
             others += (
@@ -168,7 +174,7 @@ def settle(owner: Owner, lease_s: float, request: int, epoch: str, batch: Sequen
             for job in item.follow_ups:
                 others += ("" if job.queue == queue else job.queue, *_job(job))
     head: list[Arg] = [1, prefix(queue), epoch, owner.epoch, request, len(order), owner.identity, lease_s]
-    return Call("settle", [*head, *plain, *others]), order + later
+    return Call("settle", [*head, *plain, *plain.values(), *others]), order + later
 
 
 def settle_parts(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[int]]]]:
@@ -283,7 +289,7 @@ def newest_dead(queue: str, limit: int) -> Command:
 
 
 def show(queue: str, id: str) -> Call:
-    return Call("show", [1, prefix(queue), _bytes(id), *ROW_FIELDS])
+    return Call("show", [1, prefix(queue), _bytes(id), *PAST_FIELDS])
 
 
 def close(owner: Owner, queue: str) -> Call:
@@ -294,19 +300,37 @@ def close(owner: Owner, queue: str) -> Call:
 
 YES: Final = ord("1")  # a digit of the answers
 _NONE: Final = Counters()
+_FIRST: Final[tuple[int, Sequence[bytes | None]]] = (1, ())  # its number, and what it went through
 
 
 def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[Lease]:
-    """The leases in a reply of `reserve`; `lanes` in the order of LANES."""
+    """The leases in a reply of `reserve`; `lanes` are three lists for each of LANES."""
     leases = []
-    for lane, flat in zip(LANES, lanes, strict=True):
-        rest = iter(flat)
-        for id, number, fields in zip(rest, rest, rest, strict=True):
-            envelope, a, c, r, d, m, at, *_ = fields or (None,) * 9
-            counters = _NONE if not (a or c or r or d) else Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
-            token = Token(epoch, id.decode("utf-8", "surrogateescape"), int(number))
-            leases.append(Lease(token, queue, lane, envelope, counters, _seconds(at)))
+    for lane, ids, jobs, others in zip(LANES, lanes[::3], lanes[1::3], lanes[2::3], strict=True):
+        rest = iter(others)
+        again = {at: (int(number), past) for at, number, past in zip(rest, rest, rest, strict=True)}
+        for at, (id, job) in enumerate(zip(ids, jobs, strict=True), 1):
+            _, _, available_at, envelope = _read_job(job)
+            number, past = again.get(at, _FIRST)
+            counters = _NONE
+            if past:
+                a, c, r, d, m, later, *_ = past
+                available_at = later or available_at
+                if a or c or r or d:
+                    counters = Counters(_count(a), _count(c), _count(r), _count(d), _count(m))
+            token = Token(epoch, id.decode("utf-8", "surrogateescape"), number)
+            leases.append(Lease(token, queue, lane, envelope, counters, _seconds(available_at)))
     return leases
+
+
+def _read_job(job: bytes | None) -> tuple[bytes, bytes, bytes, bytes | None]:
+    """Lane, priority, available_at and envelope in what stands in job:<id>. What KQueue did not write there is all envelope."""
+    head, _, envelope = (job or b"").partition(b"\n")
+    try:
+        lane, priority, at = head.split(b" ")
+    except ValueError:
+        return b"", b"", b"", job
+    return lane[1:], priority, at, envelope or None
 
 
 def read_digits(digits: bytes) -> list[bool]:
@@ -355,11 +379,14 @@ def read_stats(reply: Sequence[int]) -> QueueStats:
     return QueueStats(*reply)
 
 
-def read_row(queue: str, id: str, state: bytes, fields: Sequence[bytes | None], certificates: Sequence[bytes]) -> Row:
-    """A job as clients see it, whatever stands in its hash. `fields` in the order of ROW_FIELDS, or none of them at all."""
-    envelope, lane, priority, at, *counts, result = fields or (None,) * len(ROW_FIELDS)
+def read_row(
+    queue: str, id: str, state: bytes, job: bytes | None, past: Sequence[bytes | None], certificates: Sequence[bytes]
+) -> Row:
+    """A job as clients see it, whatever stands in its keys. `past` in the order of PAST_FIELDS, or none of them at all."""
+    lane, priority, at, envelope = _read_job(job)
+    lane_now, at_now, *counts, result = past or (None,) * len(PAST_FIELDS)
     return Row(
-        id, queue, state.decode(), LANES[lane == b"isolated"], int(_seconds(priority)), _seconds(at),
+        id, queue, state.decode(), LANES[(lane_now or lane) == b"isolated"], int(_seconds(priority)), _seconds(at_now or at),
         Counters(*map(_count, counts)), envelope, result or None, tuple(certificates),
     )  # fmt: skip
 

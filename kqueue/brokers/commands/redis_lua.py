@@ -2,13 +2,16 @@
 
 Everything of a queue lives under one hash tag, `kq:{QUEUE}:`, so that a script touches one slot of a cluster:
 
-    job:<id>        hash    envelope, lane, priority, available_at, attempts, crashes, recoveries, deferrals, memory, result,
-                            n (number of the last reservation that has ended), epoch (Rule 4); absent: 0, or none
+    job:<id>        string  as it was enqueued: "-", lane, " ", priority, " ", available_at, a line feed, envelope. "+" instead of
+                            "-": it has, or had, one of the next two keys
+    past:<id>       hash    what has become of it: lane and available_at when they are others now, attempts, crashes, recoveries,
+                            deferrals, memory, result, n (number of the last reservation that has ended), epoch (Rule 4);
+                            absent: 0, or none
+    certs:<id>      list    the last certificates, newest last
     ready:<lane>    zset    id -> place; ids of one place go by id
     delayed         zset    id -> available_at
     dead, done      zset    id -> time of death; expiry of the result
-    leased:<epoch>  hash    id -> number of the reservation
-    certs:<id>      list    the last certificates, newest last
+    leased:<epoch>  hash    id -> number of the reservation, and "+" when that stands in job:<id>
     epochs, owners  zset    epoch -> expiry (0: given up); hash: epoch -> identity
     outbox          hash    name -> a job that follows one of this queue and goes into another (Rule 6)
     handed:<name>   string  there for a while after that job was handed over to this queue
@@ -18,8 +21,8 @@ Everything of a queue lives under one hash tag, `kq:{QUEUE}:`, so that a script 
     last:<epoch>, settled:<epoch>, client:<sender>   the last request of each sender, and what it was answered
 
 What state a job is in follows from where its id stands; nothing else says so. One that stands nowhere is leased. So a reservation
-writes nothing into the job's hash, and an acknowledgment only deletes: a run costs one HSET (enqueue) and one HMGET (reserve) of
-its own, and the rest is shared by the batch.
+writes nothing into the job's keys, and an acknowledgment only deletes. Nobody reads what is not there: a job that runs once and
+ends is one key, set, read and deleted together with the others of its batch. Decision 0013 has the reasons, and what it costs.
 
 Rule 1. A script checks first and writes last. What it reads by redis.call raises while nothing has changed yet, so a structure of
         a wrong type can be moved out of the way (to `corrupt:NAME:*`, see redis_mend) and the script be run again.
@@ -45,24 +48,27 @@ from ..base import MAX_BATCH, MAX_CERTIFICATES, PRIORITY_STEP_S
 
 LANES: Final = ("inline", "isolated")
 MAX_BATCH_BYTES: Final = 8 << 20  # of envelopes in one command or reply
+READ_AT_ONCE: Final = 20  # envelopes, of which none is known to be needed yet
 MEMORY_S: Final = 86400  # that answers to daemons are kept (Rule 5), so how long an outage may last
 HAND_OVER_WITHIN_S: Final = 300  # of reading the outbox; more than two nodes of a cluster may differ in time
-ROW_FIELDS: Final = (
-    "envelope", "lane", "priority", "available_at", "attempts", "crashes", "recoveries", "deferrals", "memory", "result",
-)  # fmt: skip
+PAST_FIELDS: Final = ("lane", "available_at", "attempts", "crashes", "recoveries", "deferrals", "memory", "result")
 
 _CONSTANTS = f"""
 local MAX_BATCH, MAX_BYTES, MAX_CERTIFICATES = {MAX_BATCH}, {MAX_BATCH_BYTES}, {MAX_CERTIFICATES}
 local PRIORITY_STEP, MEMORY, HAND_OVER_WITHIN = {PRIORITY_STEP_S:.0f}, {MEMORY_S}, {HAND_OVER_WITHIN_S}
+local READ_AT_ONCE, UNTOUCHED = {READ_AT_ONCE}, {ord('-')}
 """
 
-BASE: Final = (
+START: Final = (
     _CONSTANTS
     + """
 local prefix = KEYS[1]
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
+"""
+)
 
+FUNCTIONS: Final = """
 local function number(text, default)
   local value = tonumber(text)
   if value and value > -1e15 and value < 1e15 then return value end
@@ -74,20 +80,51 @@ local function job_key(id) return prefix .. 'job:' .. id end
 local function lane_of(text) return text == 'isolated' and 'isolated' or 'inline' end
 local function moment(at) return string.format('%.6f', at) end
 
-local function delete_jobs(ids)
+local function past_key(id) return prefix .. 'past:' .. id end
+local function certs_key(id) return prefix .. 'certs:' .. id end
+
+local function delete_jobs(ids, untouched)
   local keys = {}
   for _, id in ipairs(ids) do
     keys[#keys + 1] = job_key(id)
-    keys[#keys + 1] = prefix .. 'certs:' .. id
+    if not (untouched and untouched[id]) then
+      keys[#keys + 1] = past_key(id)
+      keys[#keys + 1] = certs_key(id)
+    end
   end
   redis.call('DEL', unpack(keys))
 end
 """
-)
+
+BASE: Final = START + FUNCTIONS
 
 BELL: Final = """
 local function ring()
   if redis.call('DEL', prefix .. 'idle') == 1 then redis.pcall('PUBLISH', prefix .. 'bell', '') end
+end
+"""
+
+# A job's own keys: what they say, and how they are changed. One that is "-" is not asked what it went through.
+JOB: Final = """
+local function look(id, ...)
+  local head = redis.pcall('GETRANGE', job_key(id), 0, 63)
+  local mark, lane, priority, at = string.match(type(head) == 'string' and head or '', '^([-+])(%a+) (%S+) (%S+)\\n')
+  local past = mark ~= '-' and redis.pcall('HMGET', past_key(id), 'lane', 'available_at', ...) or {}
+  return lane_of(past[1] or lane), number(priority, 0), number(past[2] or at, now), past
+end
+
+local function touch(id)
+  local mark = redis.pcall('GETRANGE', job_key(id), 0, 0)
+  if mark == '-' then redis.call('SETRANGE', job_key(id), 0, '+') end
+  if mark == '' then redis.call('SET', job_key(id), '+inline 0 ' .. moment(now) .. '\\n') end
+end
+
+local function change(id, ...)
+  touch(id)
+  local key = past_key(id)
+  if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
+  redis.call('HDEL', key, 'epoch')
+  redis.call('HSET', key, ...)
 end
 """
 
@@ -121,10 +158,14 @@ local function write_places()
   return any
 end
 
+local function job_value(lane, priority, at, envelope)
+  return '-' .. lane .. ' ' .. priority .. ' ' .. moment(at) .. '\\n' .. envelope
+end
+
 local function add(id, lane, priority, at, envelope)
   if redis.call('EXISTS', job_key(id)) == 1 then return end
   lane = lane_of(lane)
-  redis.call('HSET', job_key(id), 'envelope', envelope, 'lane', lane, 'priority', priority, 'available_at', moment(at))
+  redis.call('SET', job_key(id), job_value(lane, priority, at, envelope))
   place(id, lane, priority, at)
 end
 """
@@ -147,7 +188,8 @@ end
 
 CERTIFY: Final = """
 local function certify(id, certificate)
-  local key = prefix .. 'certs:' .. id
+  touch(id)
+  local key = certs_key(id)
   if type(redis.pcall('RPUSH', key, certificate)) == 'table' then
     redis.call('DEL', key)
     redis.call('RPUSH', key, certificate)
@@ -189,8 +231,8 @@ local function move_due()
   check_sets()
   local ids = {}
   for i = 1, #due, 2 do
-    local job = redis.pcall('HMGET', job_key(due[i]), 'lane', 'priority')
-    place(due[i], lane_of(job[1]), number(job[2], 0), number(due[i + 1], 0))
+    local lane, priority = look(due[i])
+    place(due[i], lane, priority, number(due[i + 1], 0))
     ids[#ids + 1] = due[i]
   end
   redis.call('ZREM', prefix .. 'delayed', unpack(ids))
@@ -244,18 +286,18 @@ local function recover(epoch, limit, lost, culprit, crashed)
   local held, jobs = redis.call('HRANDFIELD', leased, limit, 'WITHVALUES'), {}
   if #held > 0 then check_sets() end
   for i = 1, #held, 2 do
-    jobs[i] = redis.pcall('HMGET', job_key(held[i]), 'lane', 'priority', 'available_at', 'attempts', 'crashes', 'recoveries')
+    jobs[i] = {look(held[i], 'attempts', 'crashes', 'recoveries')}
   end
   for i = 1, #held, 2 do
-    local id, job, key = held[i], jobs[i], job_key(held[i])
-    local attempts, crashes, recoveries = count(job[4]), count(job[5]), count(job[6])
+    local id, n = held[i], string.match(held[i + 1], '^%d*')
+    local lane, priority, at, past = unpack(jobs[i])
+    local attempts, crashes, recoveries = count(past[3]), count(past[4]), count(past[5])
     redis.call('HDEL', leased, id)
-    if job.err then redis.call('DEL', key) end
     local certificate, counter, value = lost, 'recoveries', recoveries + 1
     if id == culprit then certificate, counter, value = crashed, 'crashes', crashes + 1 end
-    redis.call('HSET', key, counter, value, 'epoch', epoch, 'n', held[i + 1])
+    change(id, counter, value, 'epoch', epoch, 'n', n)
     certify(id, (string.gsub(certificate, '"attempt":0', '"attempt":' .. attempts + crashes + recoveries + 1, 1)))
-    place(id, lane_of(job[1]), number(job[2], 0), number(job[3], now))
+    place(id, lane, priority, at)
   end
   write_places()
   if redis.call('EXISTS', leased) == 0 then

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, PLACE, RECOVER
+from .redis_lua import BASE, BELL, CERTIFY, DEAD, DUE, EPOCHS, FOLLOW, FUNCTIONS, JOB, PLACE, RECOVER, START
 
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
@@ -17,6 +17,7 @@ _ENQUEUE = """
 local memory = prefix .. 'client:' .. ARGV[1]
 local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
 if request == ARGV[2] then return answers end
+if request and tonumber(request) > tonumber(ARGV[2]) then return '' end -- it was long under way, and nobody waits for an answer
 
 local max_depth = tonumber(ARGV[4])
 if max_depth > 0 then
@@ -38,124 +39,201 @@ for i, key in ipairs(keys) do
   end
   seen[key] = true
 end
-local any = write_places()
+local any, values = write_places(), {}
 for i, key in ipairs(keys) do
   if moments[i] then
     local at = 6 * i
-    redis.call('HSET', key, 'envelope', ARGV[at + 5], 'lane', lane_of(ARGV[at + 1]), 'priority', ARGV[at + 2],
-      'available_at', moment(moments[i]))
+    values[#values + 1] = key
+    values[#values + 1] = job_value(lane_of(ARGV[at + 1]), ARGV[at + 2], moments[i], ARGV[at + 5])
   end
 end
+if any then redis.call('MSET', unpack(values)) end
 answers = table.concat(digits)
 redis.call('SET', memory, ARGV[2] .. ' ' .. answers, 'EX', ARGV[3])
 if any then ring() end
 return answers
 """
 
+# To reserve and to acknowledge, no function is defined that is not needed: each is garbage, and what a script spends most of its
+# time on is to collect the garbage of Lua.
+_SELDOM = (
+    "local function seldom()"
+    + FUNCTIONS
+    + JOB
+    + PLACE
+    + DUE
+    + EPOCHS
+    + """
+return look, move_due, revive
+end
+"""
+)
+
 # ARGV: epoch, identity, lease in seconds, request, how many of each lane
-# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; a list a lane, three a job: id, n, fields
+# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; then three lists a lane: ids; what stands in
+#       job:<id> of each; and, three for each job that is not reserved for the first time: its position, n, and what it went
+#       through: attempts, crashes, recoveries, deferrals, memory, available_at
 _RESERVE = """
-local epoch, request = ARGV[1], ARGV[4]
-local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
-local lanes, names = {{}, {}}, {'inline', 'isolated'}
+local epoch, request, names = ARGV[1], ARGV[4], {'inline', 'isolated'}
+local leased, memory, job_prefix = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch, prefix .. 'job:'
+local ids, jobs, others = {{}, {}}, {{}, {}}, {{}, {}}
 
-local function read(id)
-  local job = redis.pcall('HMGET', job_key(id),
-    'envelope', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
-  return job.err and {} or job
+-- nil, or how old what is next is
+local function next_age()
+  local head = redis.call('ZRANGE', prefix .. 'delayed', 0, 0, 'WITHSCORES')
+  return head[2] and now - head[2]
 end
 
-local function add(lane, id, n, job)
-  lane[#lane + 1] = id
-  lane[#lane + 1] = n
-  lane[#lane + 1] = job
+local age = next_age()
+local function answer(how)
+  local due = age and string.format('%.6f', math.min(math.max(0, -age), 1e9)) or false
+  return {how, due, ids[1], jobs[1], others[1], ids[2], jobs[2], others[2]}
 end
 
-local due = next_due()
-local function answer(how) return {how, due and moment(due), lanes[1], lanes[2]} end
+local function past_of(id)
+  local past = redis.pcall('HMGET', prefix .. 'past:' .. id,
+    'attempts', 'crashes', 'recoveries', 'deferrals', 'memory', 'available_at', 'n', 'epoch')
+  return past.err and {} or past
+end
+
+local function add_other(index, at, n, past)
+  local list = others[index]
+  list[#list + 1], list[#list + 2], list[#list + 3] = at, n, past
+end
 
 redis.call('HLEN', leased)
-local living = alive(epoch)
+local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch))
+local living = expiry and expiry > now and expiry < 1e15
 if not living then redis.call('HLEN', prefix .. 'owners') end
 local last = redis.call('GET', memory)
-local readable, taken_before = pcall(cmsgpack.unpack, last or '')
-last = readable and type(taken_before) == 'table' and taken_before or {}
-if last[1] == request then
-  for i, n in ipairs(redis.call('HMGET', leased, unpack(last, 2))) do
-    local id = last[i + 1]
-    if n then add(redis.pcall('HGET', job_key(id), 'lane') == 'isolated' and lanes[2] or lanes[1], id, n, read(id)) end
+if last and string.sub(last, 1, #request + 1) == request .. ' ' then
+  local look = seldom()
+  local readable, taken = pcall(cmsgpack.unpack, string.sub(last, #request + 2))
+  taken = readable and type(taken) == 'table' and taken or {}
+  for i, n in ipairs(#taken > 0 and redis.call('HMGET', leased, unpack(taken)) or {}) do
+    if n then
+      local id = taken[i]
+      local index = look(id) == 'isolated' and 2 or 1
+      local at = #ids[index] + 1
+      ids[index][at], jobs[index][at] = id, redis.call('MGET', job_prefix .. id)[1]
+      add_other(index, at, string.match(n, '^%d*'), past_of(id))
+    end
   end
   return answer('repeated')
 end
 
-if due == 0 then
+if age and age >= 0 then
+  local _, move_due = seldom()
   move_due()
-  due = next_due()
+  age = next_age()
 end
-local how, size, ids = 'enough', 0, {}
+local short, cut, size, held, recovered = false, false, 0, {}, {}
 for index, name in ipairs(names) do
   local want = tonumber(ARGV[4 + index])
-  ids[index] = want > 0 and redis.call('ZRANGE', prefix .. 'ready:' .. name, 0, want - 1) or {}
-  if #ids[index] < want then how = 'short' end
-end
-local held, recovered, taken = {}, {}, {request}
-for index = 1, 2 do
-  for i, id in ipairs(ids[index]) do
-    if size > MAX_BYTES then
-      how = 'enough'
-      ids[index][i] = nil
-    else
-      local job = read(id)
-      local n = count(job[8]) + 1
-      if job[9] then recovered[#recovered + 1] = job_key(id) end
-      size = size + #(job[1] or '')
-      add(lanes[index], id, n, job)
-      held[#held + 1] = id
-      held[#held + 1] = n
-      taken[#taken + 1] = id
+  local list = want > 0 and redis.call('ZRANGE', prefix .. 'ready:' .. name, 0, want - 1) or {}
+  short = short or #list < want
+  local last_one = 0
+  while last_one < #list and size <= MAX_BYTES do
+    local before, keys = last_one, {}
+    for i = 1, math.min(READ_AT_ONCE, #list - before) do keys[i] = job_prefix .. list[before + i] end
+    local found = redis.call('MGET', unpack(keys))
+    if before == 0 then jobs[index] = found end
+    for i, job in ipairs(found) do
+      if size > MAX_BYTES then break end
+      local at = before + i
+      jobs[index][at] = job
+      size = size + #(job or '')
+      last_one = at
+      held[#held + 1] = list[at]
+      if job and string.byte(job) == UNTOUCHED then
+        held[#held + 1] = '1'
+      else
+        local past = past_of(list[at])
+        local n = tonumber(past[7] or 0)
+        n = string.format('%.0f', n and n > 0 and n < 1e15 and math.floor(n) + 1 or 1)
+        held[#held + 1] = n .. '+'
+        if past[8] then recovered[#recovered + 1] = prefix .. 'past:' .. list[at] end
+        add_other(index, at, n, past)
+      end
     end
   end
+  for i = #list, last_one + 1, -1 do
+    list[i], jobs[index][i], cut = nil, nil, true
+  end
+  ids[index] = list
 end
 
 if #held > 0 then
   for index, name in ipairs(names) do
-    if #ids[index] > 0 then redis.call('ZREM', prefix .. 'ready:' .. name, unpack(ids[index])) end
+    if #ids[index] > 0 then redis.call('ZREMRANGEBYRANK', prefix .. 'ready:' .. name, 0, #ids[index] - 1) end
   end
   redis.call('HSET', leased, unpack(held))
-  if not living then revive(epoch, ARGV[2], ARGV[3]) end
+  if not living then
+    local _, _, revive = seldom()
+    revive(epoch, ARGV[2], ARGV[3])
+  end
   for _, key in ipairs(recovered) do redis.call('HDEL', key, 'epoch') end
-  redis.call('SET', memory, cmsgpack.pack(taken))
+  local taken = ids[1]
+  if #ids[2] > 0 then
+    taken = {}
+    for i = 1, #held, 2 do taken[#taken + 1] = held[i] end
+  end
+  redis.call('SET', memory, request .. ' ' .. cmsgpack.pack(taken))
 end
-if how == 'short' then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
-return answer(how)
+short = short and not cut
+if short then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
+return answer(short and 'short' or 'enough')
 """
 
-# ARGV: the tokens' epoch, sender, request, number of plain acks, identity, lease in seconds; two for each plain ack: id, n;
-#       fourteen for each other settlement: id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay, "" or lane,
-#       "" or certificate, "" or result, keep_s, number of follow-ups; after it seven for each of those: "" or another queue,
-#       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
+# ARGV: the tokens' epoch, sender, request, number of plain acks, identity, lease in seconds; the ids of the plain acks, none
+#       twice; their ns; fourteen for each other settlement: id, n, verb, attempts, crashes, recoveries, deferrals, memory, delay,
+#       "" or lane, "" or certificate, "" or result, keep_s, number of follow-ups; after it seven for each of those: "" or another
+#       queue, id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
 # ->    a digit for each in that order (1: settled)
-_SETTLE = """
-local epoch, others = ARGV[1], 7 + 2 * ARGV[4]
+_SETTLE_PLAIN = """
+local epoch, plain = ARGV[1], tonumber(ARGV[4])
+local others = 7 + 2 * plain
 local leased, memory = prefix .. 'leased:' .. epoch, prefix .. 'settled:' .. ARGV[2]
-local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
-if request == ARGV[3] then return answers end
+local last = redis.call('GET', memory)
+if last and string.sub(last, 1, #ARGV[3] + 1) == ARGV[3] .. ' ' then return string.sub(last, #ARGV[3] + 2) end
 
-local at, ids = {}, {}
-for i = 7, others - 1, 2 do at[#at + 1] = i end
+local all = others > #ARGV and redis.call('HMGET', leased, unpack(ARGV, 7, 6 + plain))
+for i = 1, all and plain or 0 do
+  if all[i] ~= ARGV[6 + plain + i] then
+    all = false
+    break
+  end
+end
+if all then
+  redis.call('HDEL', leased, unpack(ARGV, 7, 6 + plain))
+  local keys, job_prefix = {}, prefix .. 'job:'
+  for i = 1, plain do keys[i] = job_prefix .. ARGV[6 + i] end
+  redis.call('DEL', unpack(keys))
+  local answers = string.rep('1', plain)
+  redis.call('SET', memory, ARGV[3] .. ' ' .. answers, 'EX', MEMORY)
+  return answers
+end
+"""
+
+_SETTLE = """
+local at, ids, ns = {}, {}, {}
+for i = 1, plain do
+  at[i], ids[i], ns[i] = 0, ARGV[6 + i], ARGV[6 + plain + i]
+end
 local next_one = others
 while next_one <= #ARGV do
-  at[#at + 1] = next_one
+  at[#at + 1], ids[#ids + 1], ns[#ns + 1] = next_one, ARGV[next_one], ARGV[next_one + 1]
   next_one = next_one + 14 + 7 * ARGV[next_one + 13]
 end
-for i, position in ipairs(at) do ids[i] = ARGV[position] end
-local settled, digits, ended, strays, back, seen = {}, {}, {}, {}, {}, {}
+local settled, digits, ended, strays, back, seen, untouched = {}, {}, {}, {}, {}, {}, {}
 for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
-  local id, n = ids[i], ARGV[at[i] + 1]
-  local holds = at[i] >= others and ARGV[at[i] + 2] == 'hold'
+  local id, n = ids[i], ns[i]
+  local holds = at[i] > 0 and ARGV[at[i] + 2] == 'hold'
   local good = held == n
+  untouched[id] = good
+  if not good then good = held == n .. '+' end
   if not good then
-    local job = redis.pcall('HMGET', job_key(id), 'epoch', 'n')
+    local job = redis.pcall('HMGET', past_key(id), 'epoch', 'n')
     good = job[1] == epoch and job[2] == n
     if good then
       strays[#strays + 1] = id
@@ -169,7 +247,7 @@ for i, held in ipairs(redis.call('HMGET', leased, unpack(ids))) do
     seen[id] = true
   end
 end
-answers = table.concat(digits)
+local answers = table.concat(digits)
 if #ended + #strays == 0 then return answers end
 if others <= #ARGV or #strays > 0 then
   check_sets()
@@ -186,18 +264,12 @@ if #strays > 0 then
 end
 for id, n in pairs(back) do
   if not seen[id] then
-    redis.call('HDEL', job_key(id), 'epoch')
-    redis.call('HSET', leased, id, n)
+    redis.call('HDEL', past_key(id), 'epoch')
+    redis.call('HSET', leased, id, n .. '+')
   end
 end
 if next(back) and not alive(epoch) then revive(epoch, ARGV[5], ARGV[6]) end
 local gone = {}
-local function keep(id, ...)
-  local key = job_key(id)
-  if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
-  redis.call('HDEL', key, 'epoch')
-  redis.call('HSET', key, ...)
-end
 for i, id in ipairs(ids) do
   local verb = at[i] < others and 'plain' or ARGV[at[i] + 2]
   if not settled[i] or verb == 'hold' then
@@ -209,23 +281,23 @@ for i, id in ipairs(ids) do
       unpack(ARGV, at[i] + 1, at[i] + 12)
     if certificate ~= '' then certify(id, certificate) end
     if verb == 'ack' then
-      keep(id, 'n', n, 'result', result)
+      change(id, 'n', n, 'result', result)
       redis.call('ZADD', prefix .. 'done', moment(now + seconds), id)
     else
-      local job = redis.pcall('HMGET', job_key(id), 'lane', 'priority', 'available_at')
-      lane = lane_of(lane ~= '' and lane or job[1])
-      local due = delay + 0 > 0 and now + delay or number(job[3], now)
-      keep(id, 'n', n, 'lane', lane, 'available_at', moment(due),
+      local lane_before, priority, due = look(id)
+      lane = lane ~= '' and lane_of(lane) or lane_before
+      if delay + 0 > 0 then due = now + delay end
+      change(id, 'n', n, 'lane', lane, 'available_at', moment(due),
         'attempts', attempts, 'crashes', crashes, 'recoveries', recoveries, 'deferrals', deferrals, 'memory', out_of_memory)
       if verb == 'release' then
-        place(id, lane, number(job[2], 0), due)
+        place(id, lane, priority, due)
       else
         redis.call('ZADD', prefix .. 'dead', moment(now), id)
       end
     end
   end
 end
-if #gone > 0 then delete_jobs(gone) end
+if #gone > 0 then delete_jobs(gone, untouched) end
 for i = ARGV[4] + 1, #at do
   if settled[i] and ARGV[at[i] + 2] == 'ack' then follow(at[i] + 13) end
 end
@@ -357,22 +429,23 @@ local id, found = ARGV[1], 0
 check_sets()
 for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed'}) do found = found + redis.call('ZREM', prefix .. set, id) end
 if found == 0 then return 0 end
-redis.pcall('HDEL', job_key(id), 'epoch')
+redis.pcall('HDEL', past_key(id), 'epoch')
 certify(id, ARGV[2])
 redis.call('ZADD', prefix .. 'dead', moment(now), id)
 return 1
 """
 
-# ARGV: id, names of fields  ->  nil, or: state, fields, certificates
+# ARGV: id, names of fields  ->  nil, or: state, what stands in job:<id>, those fields of past:<id>, certificates
 _SHOW = """
 local id, state = ARGV[1], false
 for _, set in ipairs({'ready:inline', 'ready:isolated', 'delayed', 'dead', 'done'}) do
   if not state and redis.call('ZSCORE', prefix .. set, id) then state = string.match(set, '^%a+') end
 end
 if not state and redis.call('EXISTS', job_key(id)) == 0 then return false end
-local row = redis.pcall('HMGET', job_key(id), unpack(ARGV, 2))
-local certificates = redis.pcall('LRANGE', prefix .. 'certs:' .. id, 0, -1)
-return {state or 'leased', row.err and {} or row, certificates.err and {} or certificates}
+local job = redis.call('MGET', job_key(id))[1]
+local past = redis.pcall('HMGET', past_key(id), unpack(ARGV, 2))
+local certificates = redis.pcall('LRANGE', certs_key(id), 0, -1)
+return {state or 'leased', job, past.err and {} or past, certificates.err and {} or certificates}
 """
 
 # ARGV: name of this request, seconds to remember it, ids  ->  a digit for each (1: it was dead, and is ready now)
@@ -382,12 +455,10 @@ local ids, digits = dead_ones()
 if not ids then return digits end
 redis.call('ZREM', prefix .. 'dead', unpack(ids))
 for _, id in ipairs(ids) do
-  local key = job_key(id)
-  local job = redis.pcall('HMGET', key, 'lane', 'priority')
-  if job.err then redis.call('DEL', key) end
-  redis.call('HDEL', key, 'epoch', 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory')
-  redis.call('HSET', key, 'available_at', moment(now))
-  place(id, lane_of(job[1]), number(job[2], 0), now)
+  local lane, priority = look(id)
+  change(id, 'available_at', moment(now))
+  redis.call('HDEL', past_key(id), 'attempts', 'crashes', 'recoveries', 'deferrals', 'memory')
+  place(id, lane, priority, now)
 end
 write_places()
 remember(digits)
@@ -408,11 +479,11 @@ return digits
 
 SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": BASE + BELL + PLACE + _ENQUEUE,
-    "reserve": BASE + PLACE + DUE + EPOCHS + _RESERVE,
-    "settle": BASE + BELL + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
-    "open": BASE + BELL + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
+    "reserve": START + _SELDOM + _RESERVE,
+    "settle": START + _SETTLE_PLAIN + FUNCTIONS + BELL + JOB + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
+    "open": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
     "renew": BASE + EPOCHS + _RENEW,
-    "sweep": BASE + BELL + PLACE + CERTIFY + DUE + EPOCHS + RECOVER + _SWEEP,
+    "sweep": BASE + BELL + JOB + PLACE + CERTIFY + DUE + EPOCHS + RECOVER + _SWEEP,
     "outbox": BASE + _OUTBOX,
     "hand_over": BASE + BELL + PLACE + _HAND_OVER,
     "stats": BASE + _STATS,
@@ -421,8 +492,8 @@ SCRIPTS: Final[Mapping[str, str]] = {
 CLIENT_SCRIPTS: Final[Mapping[str, str]] = {
     "enqueue": SCRIPTS["enqueue"],
     "stats": SCRIPTS["stats"],
-    "cancel": BASE + PLACE + CERTIFY + _CANCEL,
+    "cancel": BASE + JOB + PLACE + CERTIFY + _CANCEL,
     "show": BASE + _SHOW,
-    "retry": BASE + BELL + PLACE + DEAD + _RETRY,
+    "retry": BASE + BELL + JOB + PLACE + DEAD + _RETRY,
     "forget": BASE + DEAD + _FORGET,
 }
