@@ -20,11 +20,11 @@ from kqueue import job
 
 VERSION = {version}
 
-@job(name="version", keep_result=60{options})
+@job(name="reload_version", keep_result=60{options})
 def version():
     return [VERSION, os.getpid(), os.getppid()]
 
-@job(name="waits", keep_result=60, timeout=60)
+@job(name="reload_waits", keep_result=60, timeout=60)
 def waits(path):
     print("waiting", VERSION, flush=True)
     while not os.path.exists(path):
@@ -48,7 +48,7 @@ class Reloaded(Daemon):
         return self.dispatch(BoundJob(name, args, {}, DispatchOptions()))[0]
 
     def version(self) -> tuple[int, int, int]:
-        return tuple(self.send("version").result(PATIENCE_S))  # type: ignore[return-value]
+        return tuple(self.send("reload_version").result(PATIENCE_S))  # type: ignore[return-value]
 
     def reload(self, count: int = 1) -> None:
         """SIGHUP, and wait until it has replaced the template for the `count`-th time."""
@@ -77,7 +77,7 @@ def wait_for(what: Any) -> None:
 def test_what_runs_ends_on_the_old_code_and_what_begins_has_the_new(daemon: Reloaded, tmp_path: Path) -> None:
     number, _, old_template = daemon.version()
     assert number == 1
-    old = daemon.send("waits", str(tmp_path / "go"))
+    old = daemon.send("reload_waits", str(tmp_path / "go"))
     daemon.wait_log("waiting 1")
     daemon.write(2)
     daemon.reload()
@@ -102,7 +102,7 @@ def test_several_in_a_row_end_with_the_last_code_and_one_template(daemon: Reload
 def test_reloading_under_load_loses_and_repeats_nothing(daemon: Reloaded) -> None:
     handles = []
     for version in range(2, 6):
-        handles += [daemon.send("version") for _ in range(20)]
+        handles += [daemon.send("reload_version") for _ in range(20)]
         daemon.write(version)
         daemon.reload(version - 1)
     results = [handle.result(PATIENCE_S)[0] for handle in handles]
@@ -167,7 +167,7 @@ def test_the_old_template_may_die_meanwhile(daemon: Reloaded, tmp_path: Path) ->
     import os
 
     _, _, old_template = daemon.version()
-    old = daemon.send("waits", str(tmp_path / "go"))
+    old = daemon.send("reload_waits", str(tmp_path / "go"))
     daemon.wait_log("waiting 1")
     daemon.write(2)
     daemon.reload()

@@ -10,7 +10,7 @@ from kqueue import job
 DATA = bytearray(b"x") * (150 << 20)
 
 
-@job(isolated=True, max_memory=40, keep_result=60)
+@job(name="weighty_reads", isolated=True, max_memory=40, keep_result=60)
 def reads() -> int:
     """All of it, for longer than it takes to be looked at."""
     return sum(_reads_for_a_while() for _ in range(3))
