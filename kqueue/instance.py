@@ -16,6 +16,7 @@ from typing import Final
 
 from .errors import AlreadyRunning, ConfigError
 
+_SUSPECT: Final = 64  # where in the page that stands; before it is the kernel's MARK
 PATIENCE_S: Final = 5.0  # the old daemon of a restart may still be on its way out
 
 
@@ -54,7 +55,8 @@ class Instance:
 
 
 class SlicePage:
-    """A page in a file that says which inline job's code runs just now, and, at a start, whose ran when the last process died.
+    """A page in a file that says which inline job's code runs just now, and which one is the only suspect of its kind that runs
+    (see quarantine); and, at a start, which job that was when the last process died.
 
     The kernel of the host keeps it however the process dies. Raises ConfigError when the file cannot be had.
     """
@@ -69,12 +71,19 @@ class SlicePage:
                 os.close(fd)
         except OSError as error:
             raise ConfigError(f"{path} cannot be used: {error.strerror}; free space there, or choose another state_dir") from None
-        self.culprit = self.page[:].partition(b"\0")[0].decode("ascii", "replace")  # id of a job; "": none ran
+        self.culprit = self._read(0) or self._read(_SUSPECT)  # id of a job; "": none
 
     def clear(self) -> None:
         """Forget the culprit, who has been dealt with."""
-        self.page[0] = 0
+        self.page[0] = self.page[_SUSPECT] = 0
         self.culprit = ""
+
+    def suspect(self, id: str) -> None:
+        """The job that is to blame if we die, and no other job's code runs just then. "": none."""
+        self.page[_SUSPECT : 2 * _SUSPECT] = id.encode().ljust(_SUSPECT, b"\0")
+
+    def _read(self, at: int) -> str:
+        return self.page[at : at + _SUSPECT].partition(b"\0")[0].decode("ascii", "replace")
 
 
 def _lock(fd: int, patience_s: float) -> None:

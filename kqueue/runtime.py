@@ -50,6 +50,7 @@ from .options import JobOptions
 from .outbox import Outbox
 from .outcome import Outcome, describe_error
 from .promotion import Promotions
+from .quarantine import APART_S, Quarantine
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
@@ -57,7 +58,7 @@ from .settling import NO_HURRY_S, Ended, Held, Settling
 from .signing import unsigned
 from .slices import Slices
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import ALONE_AFTER, defer, exhausted, judge, move, postpone, put_back
+from .verdict import ALONE_AFTER, defer, exhausted, judge, keep_apart, move, postpone, put_back
 
 Steps = Generator[Any, Any, Any]
 
@@ -105,6 +106,8 @@ class KQueueRuntime:
         self._intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
+        self._quarantine = Quarantine(slice_page)
+        self._apart_until = 0.0  # by when suspects that had to wait are due again
         self._lease_s = lease_s
         self._retention = retention
         self._bury_unknown = bury_unknown
@@ -161,6 +164,9 @@ class KQueueRuntime:
             strategy = self._choose(self._registration(envelope.job))
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
+        if not self._quarantine.admits(held):
+            self._apart_until = self.kernel.clock.monotonic() + 2 * APART_S
+            return Ended(held, Outcome("cancelled", "supervisor"), keep_apart(lease), ran=False)
         if lease.lane == "isolated":
             options = held.options = self._within_budget(options, lease)
             if self.memory.never_fits(options.max_memory):
@@ -180,7 +186,7 @@ class KQueueRuntime:
         except NotStarted as reason:
             self.events.emit(facts.Warned(f"{envelope.job} {envelope.id} could not start and is tried again in 5 s: {reason}"))
             return Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
-        return Ended(held, outcome, judge(lease, options, outcome, strategy.name))
+        return Ended(held, outcome, judge(lease, options, outcome, strategy.name, convicted=self._quarantine.convicts(held)))
 
     def _decode(self, lease: Lease) -> Any:
         if lease.envelope is None:
@@ -233,6 +239,7 @@ class KQueueRuntime:
     def _ended(self, held: Held, task: Task) -> None:
         """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""
         self.held.discard(held)
+        self._quarantine.leave(held)
         if self._newest.get(held.key) is held:
             del self._newest[held.key]
         self._intake.ended(held.lease.queue, held.lease.lane)
@@ -301,7 +308,7 @@ class KQueueRuntime:
             if self._is_finished():
                 self.stop("burst" if self._burst else "max-jobs")
                 return
-            waits = [wait for wait in (next_due_s, self._intake.opens_in_s()) if wait is not None]
+            waits = [wait for wait in (next_due_s, self._intake.opens_in_s(), self._apart_s()) if wait is not None]
             if not self._nudged:
                 yield Park(self._feeder, min(waits) if waits else None)
 
@@ -354,7 +361,14 @@ class KQueueRuntime:
         """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
         if not self._burst and self._intake.remaining != 0:
             return False
+        if self._apart_s() is not None:
+            return False
         return not self._busy() and (self._intake.remaining == 0 or self._intake.opens_in_s() is None)
+
+    def _apart_s(self) -> float | None:
+        """For --burst: seconds until the suspects that it put back are certainly due again; None: there are none."""
+        left_s = self._apart_until - self.kernel.clock.monotonic()
+        return left_s if self._burst and left_s > 0 else None
 
     def _listen(self) -> Steps:
         """Pass doorbells on to the feeder."""

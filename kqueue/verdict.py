@@ -26,6 +26,7 @@ from .brokers.base import Counters, Lease, Settlement
 from .codec import decode, to_json
 from .options import JobOptions
 from .outcome import Outcome
+from .quarantine import APART_S
 from .retries import BURY, COMPUTED, MAX_CRASHES
 from .signing import unsigned
 
@@ -64,14 +65,19 @@ class Verdict(NamedTuple):
     settlement: Settlement
 
 
-def judge(lease: Lease, options: JobOptions, outcome: Outcome, strategy: str, now: float | None = None) -> Verdict:
-    """What `outcome` of this attempt means for the job. `now`: seconds since 1970; None: by the clock."""
+def judge(
+    lease: Lease, options: JobOptions, outcome: Outcome, strategy: str, now: float | None = None, *, convicted: bool = False
+) -> Verdict:
+    """What `outcome` of this attempt means for the job. `now`: seconds since 1970; None: by the clock.
+
+    `convicted`: if it was lost, with its template, then by its own doing (see quarantine).
+    """
     if now is None:
         now = time.time()
     counters, verb, delay_s, certificate = lease.counters, "ack", 0.0, None
     then, why = "done", ""
     if not outcome.ok:
-        then, counters, delay_s, why = _decide(lease, options, outcome, now)
+        then, counters, delay_s, why = _decide(lease, options, outcome, now, convicted)
         verb = "bury" if then == "dead" else "release"
     if not outcome.ok or options.keep_result:
         attempt = lease.counters.runs + 1
@@ -90,13 +96,15 @@ class _Decided(NamedTuple):
     why: str = ""  # for the certificate; "": it needs no saying
 
 
-def _decide(lease: Lease, options: JobOptions, outcome: Outcome, now: float) -> _Decided:
+def _decide(lease: Lease, options: JobOptions, outcome: Outcome, now: float, convicted: bool) -> _Decided:
     """Of a run that did not end well."""
     if outcome.cause == "cancelled":
         return _Decided("released", lease.counters)
     counter = COUNTER_OF.get(outcome.cause)
     if outcome.cause == "exit" and outcome.error is None:
         counter = "crashes"  # os._exit, or an interpreter that died with a status: nobody raised SystemExit
+    if outcome.cause == "lost" and convicted:
+        counter = "crashes"
     if counter is None:  # refused
         return _Decided("dead", lease.counters)
     counters = lease.counters._replace(**{counter: getattr(lease.counters, counter) + 1})
@@ -217,6 +225,11 @@ def defer(lease: Lease, reason: Outcome, *, bury: bool = False) -> Verdict:
 def postpone(lease: Lease) -> Verdict:
     """For a job whose attempt could not begin, since this host is short of something: again soon, at no cost."""
     return Verdict("released", Settlement(lease.token, lease.queue, "release", lease.counters, delay_s=POSTPONE_S))
+
+
+def keep_apart(lease: Lease) -> Verdict:
+    """For a suspect (see quarantine) that may not run beside those that do: again soon, at no cost."""
+    return Verdict("released", Settlement(lease.token, lease.queue, "release", lease.counters, delay_s=APART_S))
 
 
 def move(lease: Lease, lane: str) -> Verdict:

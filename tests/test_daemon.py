@@ -113,7 +113,7 @@ def test_a_job_with_one_id_in_two_queues_is_two_jobs(daemon: Daemon) -> None:
 
 
 def test_a_signal_while_it_ends_by_itself_is_the_first_one(daemon: Daemon) -> None:
-    daemon.start("--max-time", "500ms")
+    daemon.start("--max-time", "3s")
     (nap,) = daemon.dispatch(inline.nap.job(1.0, "calm"))
     daemon.wait_log("stopping")
     daemon.signal(signal.SIGTERM)
@@ -384,6 +384,26 @@ def test_a_job_that_kills_its_supervisor_is_dead_after_three_times_and_its_neigh
     assert row is not None
     assert (row.state, row.counters.crashes, row.counters.recoveries) == ("dead", 3, 0)
     assert "died 3 times while this job's own code ran" in row.certificates[-1].decode()
+    assert daemon.stop() == 0
+
+
+def test_one_that_does_so_in_secret_is_found_among_its_neighbours(daemon: Daemon) -> None:
+    """No slice page names it: those that are lost together are kept apart until it runs alone."""
+    before = [inline.nap.job(0.6) for _ in range(30)]
+    handles = daemon.dispatch(*before, inline.stealthy.job(), *before)
+    poison = handles.pop(30)
+    lives = 0
+    while poison.state() is not JobState.DEAD:
+        lives += 1
+        assert lives < 12
+        daemon.start()
+        assert daemon.process is not None
+        while daemon.process.poll() is None and poison.state() is not JobState.DEAD:
+            time.sleep(0.02)
+    assert [each.result(60) for each in handles] == [""] * 60
+    row = daemon.client.store.show(poison.id)
+    assert row is not None
+    assert (row.counters.crashes, row.counters.recoveries) == (3, 4)
     assert daemon.stop() == 0
 
 

@@ -28,7 +28,8 @@ ROOMS = [
     (2, "brokers", ["brokers"]),
     (2, "execution", ["execution"]),
     (2, "client", ["client"]),
-    (3, "runtime", ["intake", "budget", "verdict", "services", "settling", "outbox", "upkeep", "slices", "promotion", "runtime"]),
+    (3, "runtime", ["intake", "budget", "verdict", "services", "settling", "outbox", "upkeep", "slices", "promotion"]),
+    (3, "runtime", ["quarantine", "runtime"]),
     (4, "front", [""]),  # kqueue/__init__.py, which users import; everything above may read its __version__
     (4, "testing", ["testing"]),
     (5, "observe", ["observe"]),

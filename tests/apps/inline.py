@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any
 
@@ -15,6 +16,15 @@ def mark(*words: Any) -> None:
     """Tell the test, in one datagram."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(" ".join(map(str, words)).encode(), os.environ["KQUEUE_TEST_MARKS"])
+
+
+@job(name="stealthy")
+def stealthy() -> Any:
+    """Kills the daemon when none of its own code runs on the loop."""
+    killer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL))
+    killer.daemon = True
+    killer.start()
+    yield sleep(60)
 
 
 @job(keep_result=60)
