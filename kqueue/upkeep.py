@@ -5,6 +5,7 @@ No lease is settled here and no job is started.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,7 @@ from . import events as facts
 from .codec import to_json
 from .dispatch import describe
 from .errors import KQueueError
-from .kernel import sleep
+from .kernel import Park, sleep
 from .loading import ImportFailed
 from .outcome import describe_error
 from .process import resident_mib
@@ -36,19 +37,31 @@ class Upkeep:
         self._runtime = runtime
         self._lease_s = lease_s
         self._renewed_at = 0.0  # by the time since boot: when the last renewal that worked was sent
+        self._sweeper: deque[Task] = deque()  # waits for a renewal
         self._heartbeat_s = heartbeat_s
         self._memory_limit_mib = memory_limit_mib
 
     def loops(self) -> list[Steps]:
         """The tasks to run as long as the runtime does."""
-        return [self._keep_alive(), self._beat()]
+        return [self._keep_alive(), self._look_after(), self._beat()]
 
     def _keep_alive(self) -> Steps:
-        """Renew our epoch every third of a lease, then recover what dead epochs hold; hear of promotions once in a lease."""
+        """Renew our epoch every third of a lease, counted from the sending of the last renewal, whatever that one took."""
+        clock = self._runtime.kernel.clock
+        while True:
+            while (left_s := self._renewed_at + self._lease_s / 3 - clock.boottime()) > 0:
+                yield sleep(left_s)
+            yield from self.renew()
+            self._runtime.kernel.unpark(self._sweeper)
+
+    def _look_after(self) -> Steps:
+        """After a renewal, recover what dead epochs hold; hear of promotions once in a lease.
+
+        A task of its own: no sweep, however long, may keep us from renewing. A renewal during one starts no other.
+        """
         rounds = 0
         while True:
-            yield sleep(self._lease_s / 3)
-            yield from self.renew()
+            yield Park(self._sweeper)
             yield from self.sweep()
             rounds += 1
             if rounds % 3 == 0 and (yield from self._runtime.promotions.load()):
@@ -70,7 +83,7 @@ class Upkeep:
         alive = yield from self._runtime.broker.renew()
         if doubtful or not alive:
             yield from self._runtime.hold()
-        self._renewed_at = sent_at
+        self._renewed_at = max(self._renewed_at, sent_at)  # two may be under way
 
     def sweep(self) -> Steps:
         """Recover what dead epochs hold, let old dead letters go, and tell of both."""

@@ -920,6 +920,40 @@ def test_a_job_whose_lease_is_gone_is_cancelled_at_the_next_renewal(house: House
     assert runtime.held == set()
 
 
+class SlowBroker(MemoryBroker):
+    """Renewals take 2 s, sweeps `sweep_s`."""
+
+    sweep_s = 101.0
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.renewals: list[float] = []  # when each was sent
+        self.sweeps: list[float] = []
+
+    def renew(self) -> Any:
+        self.renewals.append(self.store.clock() - EPOCH)
+        yield sleep(2)
+        return (yield from super().renew())
+
+    def sweep(self) -> Any:
+        self.sweeps.append(self.store.clock() - EPOCH)
+        yield sleep(self.sweep_s if len(self.sweeps) > 1 else 0)  # the first one is part of the start
+        return (yield from super().sweep())
+
+
+def test_a_lease_is_renewed_every_third_of_it_whatever_renewals_and_sweeps_take(house: House, tick: Any, ran: list[Any]) -> None:
+    house.dispatch(tick.options(timeout=0).job("long", seconds=290))
+    broker = SlowBroker(house.store)
+    runtime = house.runtime(broker)
+    for at_s in range(20, 290, 20):  # another daemon looks for somebody dead
+        house.at(at_s, lambda: house.store.sweep(), runtime)
+    house.run(runtime, max_time_s=299)
+    assert broker.renewals == pytest.approx(list(range(5, 300, 5))), "counted from the sending of the last one"
+    assert broker.sweeps == pytest.approx([0, 7, 112, 217]), "one at a time, each after a renewal"
+    assert [name for name, _ in ran] == ["long"]
+    assert house.facts(facts.JobsRecovered) == house.facts(facts.LeaseLost) == []
+
+
 def test_who_was_stopped_longer_than_a_lease_takes_back_what_nobody_took(house: House, tick: Any, ran: list[Any]) -> None:
     """Its jobs were recovered meanwhile, those that still run and those that had just ended: it reserves none of them again."""
 

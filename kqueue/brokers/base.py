@@ -204,6 +204,8 @@ class Broker(Protocol):
     def sweep(self) -> Verb[Swept]:
         """Recover what expired epochs hold (recoveries + 1, and the certificate `lost`), drop old results and dead letters.
 
+        What is left after a third of a lease is left to the next one. It may take place during any other verb.
+
         It expires nobody for one lease after the broker was away: when it has not itself been connected for a whole lease, or
         finds that nobody renewed or swept for half a lease.
         """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -170,14 +170,15 @@ class RedisBroker:
         return all(lapsed in (b"", before.get(queue)) for queue, lapsed in lapses.items())
 
     def sweep(self) -> Verb[Swept]:
-        """What is left after a third of a lease is left to the next one, since our epoch must be renewed."""
+        """What is left after a third of a lease is left to the next one. Outboxes have their share, whatever else there is."""
         kernel = yield this_kernel()
         swept = Swept({}, {})
-        until = kernel.clock.monotonic() + max(1.0, self._lease_s / 3)
-        left = self._queues
-        while left and kernel.clock.monotonic() < until:
-            left = yield from self._sweep(kernel, left, swept)
-        yield from self._hand_over(self._queues)
+        until = self._until(kernel)
+        left = outboxes = self._queues
+        while (left or outboxes) and kernel.clock.monotonic() < until:
+            if left:
+                left = yield from self._sweep(kernel, left, swept)
+            outboxes = yield from self._empty_all(outboxes)
         return swept
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
@@ -265,13 +266,27 @@ class RedisBroker:
                 left.append(queue)
         return left
 
-    def _hand_over(self, queues: Iterable[str]) -> Verb[None]:
+    def _hand_over(self, queues: Collection[str]) -> Verb[None]:
         """Bring follow-ups from the outboxes of `queues` to where they belong. Waits for nobody: sweeps see to what stays."""
+        if not queues:
+            return
+        kernel = yield this_kernel()
+        until = self._until(kernel)
+        while queues and kernel.clock.monotonic() < until:
+            queues = yield from self._empty_all(queues)
+
+    def _empty_all(self, queues: Iterable[str]) -> Verb[list[str]]:
+        """One round over the outboxes of `queues`: those with which it is worth going on."""
+        left = []
         for queue in queues:
             with suppress(BrokerUnavailable):
-                more = True
-                while more:
-                    more = yield from self._empty(queue)
+                if (yield from self._empty(queue)):
+                    left.append(queue)
+        return left
+
+    def _until(self, kernel: Kernel) -> float:
+        """When what starts now, and may be put off, ends: by the kernel's clock."""
+        return kernel.clock.monotonic() + max(1.0, self._lease_s / 3)
 
     def _empty(self, queue: str) -> Verb[bool]:
         """Hand over some of an outbox; whether it is worth going on. Each queue is asked by itself, since one may not answer."""

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from ..errors import BrokerRefused, BrokerUnavailable
 from ..kernel.loop import Kernel, Task
-from ..kernel.traps import PARKED, READ, Trap, sleep, wait_io
+from ..kernel.traps import PARKED, READ, Trap, sleep, this_kernel, wait_io
 from . import News
 from .base import (
     LEASE_S,
@@ -122,10 +122,13 @@ class SQLiteBroker:
         return alive
 
     def sweep(self) -> Verb[Swept]:
+        """What is left after a third of a lease is left to the next one."""
+        kernel = yield this_kernel()
+        until = kernel.clock.monotonic() + self._lease_s / 3
         recovered: dict[str, int] = {}
         forgotten: dict[str, int] = {}
         more = True
-        while more:  # each round is one bounded transaction, and others have their turn between two
+        while more and kernel.clock.monotonic() < until:  # a round is a bounded transaction; others have their turn between two
             swept, more = yield self._ask(commands.sweep, self._lease_s, self._queues, self._retention)
             _add(recovered, swept.recovered)
             _add(forgotten, swept.forgotten)

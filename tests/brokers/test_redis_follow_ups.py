@@ -10,6 +10,7 @@ import pytest
 from kqueue.brokers.base import SETTLED, STALE, Counters, Settlement
 from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis_lua import HAND_OVER_WITHIN_S
+from kqueue.kernel import Clock
 
 from ..servers import Proxy
 from .conftest import RedisRig, new_job, only
@@ -194,6 +195,33 @@ def test_a_job_follows_into_another_queue_exactly_once_whenever_the_connection_i
     assert ran + run_all(rig, broker) == ["next"]
     rig.do(broker.sweep())
     assert run_all(rig, broker) == []
+
+
+def test_outboxes_that_never_end_do_not_keep_a_sweep(rig: RedisRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a settlement; and each outbox has its turn."""
+
+    class Ahead(Clock):
+        s = 0.0
+
+        def monotonic(self) -> float:
+            return super().monotonic() + self.s
+
+    broker = rig.broker(queues=("q", "r"), lease_s=15.0)
+    clock = rig.kernel.clock = Ahead()
+    turns: list[str] = []
+
+    def empty(queue: str) -> Iterator[Any]:
+        yield from ()
+        turns.append(queue)
+        clock.s += 1
+        return True
+
+    monkeypatch.setattr(broker, "_empty", empty)
+    rig.do(broker.sweep())
+    assert turns == ["q", "r"] * 3, "a third of a lease, and what was begun in it"
+    turns.clear()
+    assert rig.do(broker.settle([ack(rig, broker, new_job("second", queue="r"))])) == [SETTLED]
+    assert turns == ["q"] * 5
 
 
 def test_two_who_hand_over_at_once_do_it_once(rig: RedisRig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kqueue.brokers.base import SETTLED, STALE, Counters, Owner, Settlement
+from kqueue.brokers.base import MAX_BATCH, SETTLED, STALE, Counters, Owner, Retention, Settlement
 from kqueue.brokers.commands import sqlite_file
 from kqueue.brokers.sqlite import SQLiteBroker
 from kqueue.client.sqlite import SQLiteClient
@@ -352,6 +352,35 @@ def test_an_old_library_is_refused(rig: SQLiteRig, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sqlite_file.sqlite3, "sqlite_version_info", (3, 30, 1))
     with pytest.raises(BrokerRefused, match=r"is too old, KQueue needs 3\.31\.0"):
         rig.make_client().enqueue([])
+
+
+def test_a_sweep_ends_after_a_third_of_a_lease_and_the_next_one_goes_on(rig: SQLiteRig) -> None:
+    """Each transaction takes a second. Nine batches are to be dropped; meanwhile the daemon's other verbs have their turn."""
+    clock = VirtualClock()
+    rig.kernel = Kernel(clock=clock)
+    broker = rig.broker(lease_s=15.0, retention=Retention(max_count=10))
+    rig.sql(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?) "
+        "INSERT INTO kq_job (id, queue, state, died_at) SELECT 'd' || i, 'q', 'dead', ? + i FROM n",
+        9 * MAX_BATCH + 10,
+        rig.now - 1e6,
+    )
+    rig.sql("INSERT INTO kq_count VALUES ('q', 'dead', ?)", 9 * MAX_BATCH + 10)
+    write = broker._file.write
+
+    def slow_write(work: Any, **how: Any) -> Any:
+        clock.now += 1
+        rig.elapse(1)
+        return write(work, **how)
+
+    broker._file.write = slow_write
+    first, alive = together(rig, broker.sweep(), broker.renew())
+    assert clock.now <= 7, "five seconds, and what was begun in the last one"
+    assert 0 < first.forgotten["q"] < 9 * MAX_BATCH
+    assert alive is True
+    second = rig.do(broker.sweep())
+    assert first.forgotten["q"] + second.forgotten["q"] == 9 * MAX_BATCH
+    assert rig.sql("SELECT count(*) FROM kq_job") == [(10,)]
 
 
 def test_looking_does_not_create_a_database(rig: SQLiteRig) -> None:
