@@ -122,7 +122,10 @@ class SQLiteBroker:
         return alive
 
     def sweep(self) -> Verb[Swept]:
-        """What is left after a third of a lease is left to the next one."""
+        """What is left after a third of a lease is left to the next one.
+
+        Then it looks whether anything waits that no bell was rung for: its dispatcher was killed after the commit, or out of fds.
+        """
         kernel = yield this_kernel()
         until = kernel.clock.monotonic() + self._lease_s / 3
         recovered: dict[str, int] = {}
@@ -132,6 +135,10 @@ class SQLiteBroker:
             swept, more = yield self._ask(commands.sweep, self._lease_s, self._queues, self._retention)
             _add(recovered, swept.recovered)
             _add(forgotten, swept.forgotten)
+        counts: dict[str, QueueStats] = yield self._ask(commands.stats)
+        waiting = any(counts[queue].ready or counts[queue].delayed for queue in self._queues if queue in counts)
+        if waiting and self._bell is not None:
+            self._bell.ring()
         return Swept(recovered, forgotten)
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:

@@ -415,3 +415,17 @@ def test_an_application_s_own_database_can_hold_the_queue(rig: SQLiteRig) -> Non
     assert ids(rig, broker) == ["a"]
     assert rig.sql("SELECT * FROM job") == [(1,)]
     assert rig.sql("PRAGMA user_version") == [(42,)]
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 3600.0])
+def test_a_job_for_which_no_bell_was_rung_is_found_by_the_next_sweep(
+    rig: SQLiteRig, monkeypatch: pytest.MonkeyPatch, delay_s: float
+) -> None:
+    broker, client = rig.broker(), rig.make_client()
+    rig.do(broker.sweep())
+    assert rig.do(broker.wait(0)) is False, "nothing waits"
+    monkeypatch.setattr("kqueue.client.sqlite.ring", lambda *_, **__: None)
+    client.enqueue([new_job("a", delay_s=delay_s)])
+    assert rig.do(broker.wait(0)) is False
+    rig.do(broker.sweep())
+    assert rig.do(broker.wait(0)) is True

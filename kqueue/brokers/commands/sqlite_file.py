@@ -246,7 +246,7 @@ def ring(bells: str, but: str = "") -> None:
                 for name in names:
                     _ring_one(bell, fd, name)
     except OSError:
-        pass  # out of descriptors: the job is in the store, and a daemon looks there from time to time
+        pass  # out of descriptors: the job is in the store, and each daemon's next sweep finds it
     finally:
         os.close(fd)
 
