@@ -49,6 +49,7 @@ STALE_S: Final = 0.5  # after an absence, until a daemon knows that its lease is
 ALONE: Final = 2 / 3  # of a lease without a renewal may be its end
 ADJACENT: Final = 0.1  # of a lease between two troubles is too little to get over the first
 SILENT: Final = 0.95  # of a lease between two renewals, as seen on their way: the broker may have got them later
+NEAR_S: Final = 5.0  # what was inflicted so long before and after is evidence, too
 CRASHES: Final = 3  # that a job may have before it is dead
 
 KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
@@ -167,6 +168,9 @@ class History:
             if job not in self.finished and not (self.owed[job] == "dead" and self.failures[job] + self.deaths[job] >= 2)
         )  # fmt: skip
 
+    def times(self, jobs: Iterable[str]) -> list[float]:
+        return [mark.at for job in jobs for mark in self._marks.get(job, [])]
+
     def told(self, jobs: Iterable[str]) -> list[str]:
         """Every mark of `jobs`, and of those that promised one of them, a line each."""
         lines = []
@@ -270,7 +274,7 @@ def judge(
         duplicated=Counter(each.reason or "unexplained" for each in duplicates),
         recovered=Counter(each.reason for each in cut),
         unexplained=unexplained,
-        evidence=history.told([*lost, *late, *buried, *undead, *unexpected, *(each.run.job for each in unexplained)]),
+        evidence=court.evidence([*lost, *late, *buried, *undead, *unexpected, *(each.run.job for each in unexplained)]),
         at_once=sum(1 for each in again if each.before.ended is not None and each.before.ended > each.run.started),
         settle_lag_s=max((_lag(each) for each in duplicates if each.fault in {k.fault for k in kills}), default=0.0),
         since_fault_s=sorted(each.run.started - each.fault.ended for each in kills if each.fault is not None),
@@ -290,6 +294,18 @@ class _Court:
             (fault for fault in [*faults, *poisons] if fault.how != TROUBLE), key=lambda fault: fault.began
         )
         self._troubles = sorted((fault for fault in faults if fault.how in (TROUBLE, GONE)), key=lambda fault: fault.began)
+
+    def evidence(self, jobs: Sequence[str]) -> list[str]:
+        """What the book says of `jobs`, and what was inflicted while they were there, or just before."""
+        times = self._history.times(jobs)
+        if not times:
+            return []
+        faults = sorted({*self._excuses, *self._troubles}, key=lambda fault: fault.began)
+        near = [fault for fault in faults if fault.ended > min(times) - NEAR_S and fault.began < max(times) + NEAR_S]
+        return [*self._history.told(jobs), *(
+            f"{fault.how} by {fault.nemesis} of {fault.daemon or 'all'} {fault.pid or ''} from {fault.began:.3f} to {fault.ended:.3f}"
+            for fault in near
+        )]  # fmt: skip
 
     def again(self, runs: Sequence[Run]) -> list[Again]:
         """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""

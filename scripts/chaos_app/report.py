@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from .checker import Again, Verdict
 
 SHOWN: Final = 10  # examples of each kind of failure
-EVIDENCE: Final = 60  # lines of the book
+EVIDENCE: Final = 100  # lines of the book
 
 
 class Result(NamedTuple):
