@@ -317,7 +317,7 @@ def test_two_runs_that_finish_have_one_follow_up(forger: Forger) -> None:
     assert len(verdict.unexpected) == 1
     assert any("first-child" in line for line in verdict.evidence)
     assert any(line.startswith("parent S at 1.000") for line in verdict.evidence)
-    assert "kill by test of a.1  from 2.100 to 2.200" in verdict.evidence
+    assert "kill by test of a.1 from 2.100 to 2.200" in verdict.evidence
 
 
 @pytest.mark.parametrize(("again", "guilty"), [(0.5, False), (1.5, False), (2.05, False), (3.5, True)])

@@ -302,10 +302,7 @@ class _Court:
             return []
         faults = sorted({*self._excuses, *self._troubles}, key=lambda fault: fault.began)
         near = [fault for fault in faults if fault.ended > min(times) - NEAR_S and fault.began < max(times) + NEAR_S]
-        return [*self._history.told(jobs), *(
-            f"{fault.how} by {fault.nemesis} of {fault.daemon or 'all'} {fault.pid or ''} from {fault.began:.3f} to {fault.ended:.3f}"
-            for fault in near
-        )]  # fmt: skip
+        return [*self._history.told(jobs), *map(_told, near)]
 
     def again(self, runs: Sequence[Run]) -> list[Again]:
         """Every run but the first, with the reason for it: one of the runs before that excuses it, the latest first."""
@@ -413,6 +410,11 @@ class _Court:
             since = each.fault.ended if began is None or began > each.run.started else began
             waits.append(max(0.0, each.run.started - since))
         return waits
+
+
+def _told(fault: Fault) -> str:
+    whose = f"{fault.daemon or 'all'} {fault.pid or ''}".strip()
+    return f"{fault.how} by {fault.nemesis} of {whose} from {fault.began:.3f} to {fault.ended:.3f}"
 
 
 def _number(text: str) -> int:
