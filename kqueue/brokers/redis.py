@@ -72,8 +72,6 @@ class RedisBroker:
         self._look_at = 0.0  # clock seconds: when to look without a doorbell
         self._idle: set[str] = set()  # queues in which our idle flag should stand
         self._listed: set[str] = set()  # queues that kq:queues is known to hold
-        self._unpublished: dict[str, bytes] = {}
-        self._is_publishing_late = False
         self._requests: dict[str, int] = {}  # queue -> number of the reservation that comes next, or is under way
         self._unheard: set[str] = set()  # queues whose last reservation has had no reply
         self._surplus: list[Lease] = []  # leases to be released
@@ -159,8 +157,6 @@ class RedisBroker:
         yield from self._release_surplus()
         # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
         yield from self._ask([("SADD", commands.QUEUES_KEY, *self._queues)], once=True)
-        if self._unpublished:
-            yield from self._publish()
         renewals = [commands.renew(self._owner, self._lease_s, queue) for queue in self._queues]
         replies = yield from self._ask(renewals, reachable=True)
         lapses = {}
@@ -212,18 +208,7 @@ class RedisBroker:
         return counts
 
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
-        self._unpublished |= documents
-        yield from self._publish()
-
-    def _publish(self) -> Verb[None]:
-        """Publish what is not yet. What a Redis that is full does not take is tried again with each renewal."""
-        documents, refusals = dict(self._unpublished), list[str]()
-        (reply,) = yield from self._ask([commands.publish(documents)], once=True, refusals=refusals)
-        if reply is not None:
-            self._unpublished = {key: value for key, value in self._unpublished.items() if documents.get(key) != value}
-        elif not self._is_publishing_late:
-            self._nodes.warn(f"what this daemon runs cannot be published now ({refusals[0]}); it is tried again")
-        self._is_publishing_late = reply is None
+        yield from self._ask([commands.publish(documents)])
 
     def documents(self, prefix: str) -> Verb[dict[str, bytes]]:
         (keys,) = yield from self._ask([("HKEYS", commands.DOCUMENTS_KEY)])
@@ -365,12 +350,11 @@ class RedisBroker:
         return recovered
 
     def _list_queues(self, queues: Iterable[str]) -> Verb[None]:
-        """Let clients find these queues. A Redis that is full takes no names, and must be worked off all the same."""
+        """Let clients find these queues."""
         new = set(queues) - self._listed
         if new:
-            (reply,) = yield from self._ask([("SADD", commands.QUEUES_KEY, *sorted(new))], once=True)
-            if reply is not None:
-                self._listed |= new
+            yield from self._ask([("SADD", commands.QUEUES_KEY, *sorted(new))])
+            self._listed |= new
 
     # -- asking -----------------------------------------------------------------------------------------------------
 

@@ -644,29 +644,6 @@ def test_a_full_redis_takes_nothing_new_and_still_works_off_what_it_has(rig: Red
     assert hasty.enqueue([new_job("e")]) == [True]
 
 
-def test_a_full_redis_is_opened_and_worked_off_by_a_daemon_that_was_restarted(rig: RedisRig) -> None:
-    """What tells clients of it waits until there is room."""
-    first = rig.broker(identity="host:main")
-    rig.do(first.enqueue([new_job("a"), new_job("b")]))
-    reserve(rig, first, inline=1)
-    rig.server.command("CONFIG", "SET", "maxmemory", 1)
-    try:
-        second = rig.broker(identity="host:main", queues=("q", "never seen"))
-        assert second.recovered == {"q": 1}
-        rig.do(second.publish({"manifest:q": b"{}"}))
-        assert settle(rig, second, reserve(rig, second), "ack") == [SETTLED] * 2
-        rig.do(second.renew())
-        assert rig.do(second.documents("manifest:")) == {}
-        (late,) = [text for _, text, _ in rig.news if "cannot be published now" in text]
-        assert "OOM" in late
-        assert any("it is full, and takes no new jobs" in finding.text for finding in rig.make_client().health())
-    finally:
-        rig.server.command("CONFIG", "SET", "maxmemory", 0)
-    rig.do(second.renew())
-    assert rig.do(second.documents("manifest:")) == {"manifest:q": b"{}"}
-    assert b"never seen" in rig.server.command("SMEMBERS", commands.QUEUES_KEY)
-
-
 def test_not_now_is_waited_out_and_reported(rig: RedisRig) -> None:
     broker = rig.broker()
     rig.server.command("REPLICAOF", "127.0.0.1", 1)

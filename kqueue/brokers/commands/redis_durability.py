@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from ..base import Finding
 
-MIB: Final = 1024 * 1024
 # One setting each: more at once takes Redis 7.
 SETTINGS: Final = ("appendonly", "appendfsync", "save", "maxmemory", "maxmemory-policy")
 QUESTIONS: Final[Sequence[Sequence[str]]] = (
@@ -24,7 +23,7 @@ def durability(answers: Sequence[Any]) -> list[Finding]:
     Where both CONFIG and INFO are forbidden there is nothing to say.
     """
     config, info = _read_config(answers[: len(SETTINGS)]), _read_info(answers[len(SETTINGS) :])
-    return [*_persistence(config, info), *_eviction(config, info), *_fullness(info)]
+    return [*_persistence(config, info), *_eviction(config, info)]
 
 
 def _persistence(config: Mapping[str, str], info: Mapping[str, str]) -> Iterable[Finding]:
@@ -99,15 +98,3 @@ def _warning(text: str) -> Finding:
 
 def _note(text: str) -> Finding:
     return Finding(False, text)
-
-
-FULL: Final = 0.9  # of maxmemory, from where on it is said
-
-
-def _fullness(info: Mapping[str, str]) -> Iterable[Finding]:
-    used, limit = (info.get(name, "") for name in ("used_memory", "maxmemory"))
-    if not used.isdigit() or not limit.isdigit() or not int(limit) or int(used) < FULL * int(limit):
-        return
-    state = "is full, and takes no new jobs" if int(used) > int(limit) else "is nearly full"
-    sizes = f"{int(used) / MIB:.0f} MiB of a maxmemory of {int(limit) / MIB:.0f} MiB"
-    yield _warning(f"it {state}: {sizes}. What it holds is worked off; for more, raise maxmemory")
