@@ -264,3 +264,20 @@ def test_every_check_is_a_line_in_the_documentation() -> None:
     page = (Path(__file__).parent.parent / "docs/operating.md").read_text()
     for check in CHECKS:
         assert f"| {check.__name__.strip('_')} |" in page
+
+
+def test_a_daemon_that_does_not_get_past_its_start_is_named(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start()
+    server.command("REPLICAOF", "127.0.0.1", 1)
+    daemon = Daemon(tmp_path, server.url)
+    try:
+        daemon.start(wait=False)
+        daemon.wait_log("READONLY")
+        found = [note for note in json.loads(daemon.kqueue("doctor", "--json").stdout) if note["about"] == "daemon"]
+        assert [note["level"] for note in found] == ["warn"]
+        assert "has been starting for" in found[0]["what"]
+        assert f"pid {daemon.pid} " in found[0]["what"]
+        assert "its log says" in found[0]["do"]
+    finally:
+        daemon.close()
+        server.stop()

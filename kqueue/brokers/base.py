@@ -284,6 +284,7 @@ class Finding(NamedTuple):
 
     serious: bool  # what KQueue promises does not hold there; else a remark
     text: str  # without the store's address
+    failing: bool = False  # something is refused already
 
 
 class Store(Protocol):

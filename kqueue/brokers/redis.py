@@ -4,7 +4,9 @@ Rule 1. Every request carries a number, and the scripts remember each sender's l
         was lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way:
         one reservation a queue, one settlement in all, and as many enqueues as there are senders, each with its own name.
 Rule 2. A reply that says "not now" (LOADING, READONLY, OOM, …) is reported, waited out with backoff, and asked again.
-Rule 3. A reservation whose task was cancelled before its reply came is asked for again by the next one, and by `close`: no job
+Rule 3. What a full Redis refuses and jobs can do without (names of queues, documents) waits for the next renewal, so a daemon
+        starts on a full Redis, and works off what is there: that is what makes room.
+Rule 4. A reservation whose task was cancelled before its reply came is asked for again by the next one, and by `close`: no job
         is left leased that nobody knows of. What comes back beyond what was wanted is released, at no cost to the job.
 """
 
@@ -82,6 +84,8 @@ class RedisBroker:
         self._lapses: dict[str, bytes] = {}  # queue -> when our epoch was last found expired, as far as we have heard
         self._sweeps: list[Call] = []  # under way
         self._stuck: set[str] = set()  # queues that take no follow-ups; told once
+        self._unpublished: dict[str, bytes] = {}  # documents that a full Redis has not taken; renewals try again
+        self._full = False  # it refused something that can wait; told once
 
     # -- the nine verbs ---------------------------------------------------------------------------------------------
 
@@ -156,7 +160,14 @@ class RedisBroker:
     def renew(self) -> Verb[bool]:
         yield from self._release_surplus()
         # Each time, since somebody may have deleted that list; but a Redis that takes nothing more must not cost us our epoch.
-        yield from self._ask([("SADD", commands.QUEUES_KEY, *self._queues)], once=True)
+        asked: list[Call | Command] = [("SADD", commands.QUEUES_KEY, *self._queues)]
+        documents = dict(self._unpublished)
+        if documents:
+            asked.append(commands.publish(documents))
+        replies = yield from self._ask(asked, once=True)
+        if documents and replies[1] is not None:
+            self._published(documents)
+        self._full = self._full and None in replies
         renewals = [commands.renew(self._owner, self._lease_s, queue) for queue in self._queues]
         replies = yield from self._ask(renewals, reachable=True)
         lapses = {}
@@ -208,15 +219,19 @@ class RedisBroker:
         return counts
 
     def publish(self, documents: Mapping[str, bytes]) -> Verb[None]:
-        yield from self._ask([commands.publish(documents)])
+        """Where Redis is full they are published when there is room, and `documents` has them meanwhile."""
+        self._unpublished.update(documents)
+        if (yield from self._unless_full(commands.publish(documents))):
+            self._published(documents)
 
     def documents(self, prefix: str) -> Verb[dict[str, bytes]]:
+        ours = {key: value for key, value in self._unpublished.items() if key.startswith(prefix)}
         (keys,) = yield from self._ask([("HKEYS", commands.DOCUMENTS_KEY)])
         wanted = [key for key in keys if key.startswith(prefix.encode())]
         if not wanted:
-            return {}
+            return ours
         (values,) = yield from self._ask([("HMGET", commands.DOCUMENTS_KEY, *wanted)])
-        return commands.read_documents(wanted, values)
+        return commands.read_documents(wanted, values) | ours
 
     def close(self, *, give_up: bool = True) -> Verb[None]:
         """Leases whose reply was lost or cancelled are given back first, as long as Redis answers."""
@@ -353,23 +368,36 @@ class RedisBroker:
         """Let clients find these queues."""
         new = set(queues) - self._listed
         if new:
-            yield from self._ask([("SADD", commands.QUEUES_KEY, *sorted(new))])
-            self._listed |= new
+            if (yield from self._unless_full(("SADD", commands.QUEUES_KEY, *sorted(new)))):
+                self._listed |= new
+
+    def _unless_full(self, command: Command) -> Verb[bool]:
+        """Ask for something that jobs can do without; False: Redis is full, which is told once."""
+        refusals: list[str] = []
+        yield from self._ask([command], unless_full=True, refusals=refusals)
+        if refusals and not self._full:
+            self._full = True
+            self._nodes.warn(f"{refusals[-1]}; what this daemon tells clients (its queues, jobs and limits) is written then, too")
+        return not refusals
+
+    def _published(self, documents: Mapping[str, bytes]) -> None:
+        self._unpublished = {key: value for key, value in self._unpublished.items() if documents.get(key) != value}
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
     def _ask(
         self, asked: Sequence[Call | Command], *, once: bool = False, reachable: bool = False, hurried: bool = False,
-        refusals: list[str] | None = None,
+        refusals: list[str] | None = None, unless_full: bool = False,
     ) -> Verb[list[Any]]:  # fmt: skip
         """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless.
 
-        `once`: what is refused is not asked again, and the reason is added to `refusals`. `reachable`: nodes of a cluster that do
+        `once`: what is refused is not asked again, and the reason is added to `refusals`; `unless_full`: what a full Redis refuses.
+        `reachable`: nodes of a cluster that do
         not answer are done without. Both: the reply is None then. `hurried`: nothing is waited for; BrokerUnavailable.
         """
         asking = Asking(
             asked, SCRIPTS, self._nodes.routes, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once,
-            refusals=refusals, sync=0 if once and not hurried else self._target.sync_replicas,
+            refusals=refusals, unless_full=unless_full, sync=0 if once and not hurried else self._target.sync_replicas,
         )  # fmt: skip
         return (yield from self._nodes.see_through(asking, hurried=hurried or self._closing, reachable=reachable))
 

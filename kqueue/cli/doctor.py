@@ -99,7 +99,11 @@ def _daemon(target: Target) -> Notes:
     if found is None:
         yield Note("ok", "daemon", f"none runs as {name}")
         return
-    yield Note("ok", "daemon", f"pid {found['pid']} runs as {name}, and is {found['state']}")
+    if found["state"] == "starting":
+        what = f"pid {found['pid']} runs as {name}, and has been starting for {found['uptime_s']:.0f} s: it runs no jobs yet"
+        yield Note("warn", "daemon", what, "if that does not end, its log says what it waits for, the broker most likely")
+    else:
+        yield Note("ok", "daemon", f"pid {found['pid']} runs as {name}, and is {found['state']}")
     if found["version"] != __version__:
         yield Note("warn", "daemon", f"it is kqueue {found['version']}, and this is {__version__}", "start it again")
 
@@ -156,7 +160,7 @@ def _broker(target: Target) -> Notes:
         store.stats()  # so that what cannot be used says why
         yield Note("ok", "broker", f"{store.address} answers: {store.version()}")
     for finding in store.health():
-        yield Note("warn" if finding.serious else "ok", "broker", finding.text)
+        yield Note("error" if finding.failing else "warn" if finding.serious else "ok", "broker", finding.text)
     if not target.is_unused():
         yield from _queues(store, target.config)
 

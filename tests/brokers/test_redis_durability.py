@@ -33,7 +33,7 @@ def warnings(rig: RedisRig, url: str) -> list[str]:
 
 def health(rig: RedisRig, url: str) -> list[tuple[bool, str]]:
     rig.clients.append(RedisClient(url))
-    return [*map(tuple, rig.clients[-1].health())]  # type: ignore[arg-type]
+    return [(finding.serious, finding.text) for finding in rig.clients[-1].health()]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ class Asking:
     `wait_for_rights`: missing rights are trouble that may pass.
     `on_mended(text)` hears of keys of a wrong type that were moved out of the way (see redis_mend).
     `once`: what is refused, now or for good, is not asked again; its reply is None, and the reason is added to `refusals`.
+    `unless_full`: so is what is refused because memory is full, and only that.
     `sync`: how many replicas must have what is promised.
     """
 
@@ -120,7 +121,7 @@ class Asking:
         self, asked: Sequence[Call | Command], scripts: Mapping[str, str], routes: Routes, address: str, *,
         wait_for_rights: bool = False, words: Callable[[Exception], str] = str,
         on_mended: Callable[[str], None] = lambda text: None, once: bool = False, refusals: list[str] | None = None,
-        sync: int = 0,
+        sync: int = 0, unless_full: bool = False,
     ) -> None:  # fmt: skip
         self.replies: list[Any] = [None] * len(asked)
         self.left = list(range(len(asked)))  # positions that have no reply yet
@@ -132,6 +133,7 @@ class Asking:
         self.words = words
         self.on_mended = on_mended
         self.once = once
+        self.unless_full = unless_full
         self.refusals = [] if refusals is None else refusals
         self.sync = sync
         self.forgetful: set[Address] = set()  # nodes that have forgotten our scripts
@@ -230,7 +232,7 @@ class Part:
             return self._redirected(position, verdict)
         if verdict.code == "WRONGTYPE" and self._may_mend(asked, hopeless):
             return ""
-        if whole.once:
+        if whole.once or (whole.unless_full and verdict.code == "OOM"):
             whole.refusals.append(verdict.text)
             return None
         if verdict.later or (whole.wait_for_rights and verdict.code in RIGHTS):

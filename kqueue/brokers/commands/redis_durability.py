@@ -12,6 +12,7 @@ from ..base import Finding
 
 # One setting each: more at once takes Redis 7.
 SETTINGS: Final = ("appendonly", "appendfsync", "save", "maxmemory", "maxmemory-policy")
+NEARLY_FULL: Final = 0.9  # of maxmemory
 QUESTIONS: Final[Sequence[Sequence[str]]] = (
     *(("CONFIG", "GET", name) for name in SETTINGS), ("INFO", "persistence"), ("INFO", "memory"),
 )  # fmt: skip
@@ -23,7 +24,7 @@ def durability(answers: Sequence[Any]) -> list[Finding]:
     Where both CONFIG and INFO are forbidden there is nothing to say.
     """
     config, info = _read_config(answers[: len(SETTINGS)]), _read_info(answers[len(SETTINGS) :])
-    return [*_persistence(config, info), *_eviction(config, info)]
+    return [*_persistence(config, info), *_eviction(config, info), *_fullness(config, info)]
 
 
 def _persistence(config: Mapping[str, str], info: Mapping[str, str]) -> Iterable[Finding]:
@@ -69,6 +70,19 @@ def _eviction(config: Mapping[str, str], info: Mapping[str, str]) -> Iterable[Fi
         yield _note(f"its maxmemory-policy is {policy}: as soon as a maxmemory is set and reached, {lost}; {mend}")
     else:
         yield _warning(f"its maxmemory-policy is {policy}, so when its memory is full ({limit} bytes) {lost}: {mend}")
+
+
+def _fullness(config: Mapping[str, str], info: Mapping[str, str]) -> Iterable[Finding]:
+    """No number that changes is told, or a daemon would tell it anew at each connection."""
+    if config.get("maxmemory-policy", info.get("maxmemory_policy", "noeviction")) != "noeviction":
+        return
+    limit = int(info.get("maxmemory") or config.get("maxmemory") or 0)
+    used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+    step = "raise maxmemory, or let daemons work off what waits and forget dead letters"
+    if limit and used >= limit:
+        yield Finding(True, f"its memory is full (maxmemory is {limit} bytes), so it takes no new jobs: {step}", failing=True)
+    elif limit and used >= NEARLY_FULL * limit:
+        yield _warning(f"{NEARLY_FULL:.0%} of its memory or more is used (maxmemory is {limit} bytes); full, it takes no new jobs: {step}")
 
 
 def _read_config(answers: Sequence[Any]) -> dict[str, str]:

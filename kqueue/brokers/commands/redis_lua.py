@@ -243,6 +243,7 @@ end
 
 # beat: nobody has renewed or swept for half a lease when Redis itself was away, or its clock was put forward. Then everybody gets
 # the time to renew before anybody is taken for dead. When its clock was put back, expiries would be as far away as before.
+# The DEL lets it be written where memory is full (Rule 3): one that stood still would hush every sweep.
 #
 # revive: whoever comes upon an epoch that had expired writes down when. So its owner hears of it however often a renewal is
 # repeated, and whoever came first.
@@ -265,6 +266,7 @@ end
 local function beat(lease)
   local last = number(redis.call('GET', prefix .. 'beat'), now)
   local hush = redis.call('EXISTS', prefix .. 'hush') == 1
+  redis.call('DEL', prefix .. 'nothing')
   if now - last > lease / 2 then
     redis.pcall('SET', prefix .. 'hush', 1, 'PX', math.ceil(lease * 1000))
     hush = true
