@@ -367,9 +367,8 @@ class RedisBroker:
     def _list_queues(self, queues: Iterable[str]) -> Verb[None]:
         """Let clients find these queues."""
         new = set(queues) - self._listed
-        if new:
-            if (yield from self._unless_full(("SADD", commands.QUEUES_KEY, *sorted(new)))):
-                self._listed |= new
+        if new and (yield from self._unless_full(("SADD", commands.QUEUES_KEY, *sorted(new)))):
+            self._listed |= new
 
     def _unless_full(self, command: Command) -> Verb[bool]:
         """Ask for something that jobs can do without; False: Redis is full, which is told once."""
@@ -391,9 +390,9 @@ class RedisBroker:
     ) -> Verb[list[Any]]:  # fmt: skip
         """The replies, whatever it takes: what was lost, or refused for now, is asked again. BrokerRefused: that is useless.
 
-        `once`: what is refused is not asked again, and the reason is added to `refusals`; `unless_full`: what a full Redis refuses.
-        `reachable`: nodes of a cluster that do
-        not answer are done without. Both: the reply is None then. `hurried`: nothing is waited for; BrokerUnavailable.
+        `once`: what is refused is not asked again, and the reason is added to `refusals`. `unless_full`: only what is refused for
+        want of memory. `reachable`: nodes of a cluster that do not answer are done without. All: the reply is None then.
+        `hurried`: nothing is waited for; BrokerUnavailable.
         """
         asking = Asking(
             asked, SCRIPTS, self._nodes.routes, self.address, wait_for_rights=self._opened, on_mended=self._mended, once=once,

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 REPLY_TIMEOUT_S: Final = 5.0
 CONNECT_TIMEOUT_S: Final = 5.0  # for all of resolve, connect, tls and handshake
 FIRST_BACKOFF_S: Final = 0.1
+REPORT_AGAIN_S: Final = 30.0  # between two lines about the same trouble
 
 _LATE: Final = object()
 
@@ -111,7 +112,7 @@ class RedisTransport:
         self._lives = 0  # connections that there were
         self._was_ready = False
         self._failed = False  # a connection was lost, or could not be made
-        self._troubled = False  # the last news was bad
+        self._reported: dict[str, float] = {}  # trouble that there is -> clock seconds: when it was last told
         self._told: set[str] = set()  # warnings that were given
         self._waiting: deque[Task] = deque()  # for ready
         self._wire: Wire | None = None
@@ -217,13 +218,18 @@ class RedisTransport:
         return jitter * min(self._cap_s, FIRST_BACKOFF_S * 2.0 ** min(tries, 30))
 
     def report(self, trouble: str, retry_in_s: float) -> None:
-        """Tell that something does not work now; `report_well` tells once when it does again."""
-        self._troubled = True
-        self._on_news("lost", trouble, retry_in_s)
+        """Tell that something does not work now; `report_well` tells once when it does again.
+
+        Many requests may wait for the same thing, each with tries of its own: it is told once, and again each REPORT_AGAIN_S.
+        """
+        last = self._reported.get(trouble)
+        if last is None or self._now() - last >= REPORT_AGAIN_S:
+            self._reported[trouble] = self._now()
+            self._on_news("lost", trouble, retry_in_s)
 
     def report_well(self) -> None:
-        if self._troubled:
-            self._troubled = False
+        if self._reported:
+            self._reported.clear()
             self._on_news("back", "", 0.0)
 
     def warn(self, text: str) -> None:

@@ -39,6 +39,11 @@ _CODES: Final = {
     "MovedError": "MOVED", "AskError": "ASK",
 }  # fmt: skip
 
+# Of several errors redis-py makes one class, and before AUTH a long request is one that breaks the protocol.
+_NO_PASSWORD: Final = (
+    "Authentication required", "HELLO must be called with the client already authenticated", "Protocol error: unauthenticated",
+)  # fmt: skip
+
 
 class _Lost(BrokerUnavailable):
     """A connection broke with a request under way, so nobody knows whether that was done."""
@@ -144,6 +149,8 @@ class Wire:
                 try:
                     replies.append(connection.read_response(disable_decoding=True))
                 except ResponseError as error:
+                    if judge(_words(error)).code == "NOAUTH":  # nothing of it was done, and the server hangs up
+                        raise
                     replies.append(error)
         except (RedisError, OSError) as error:
             connection.disconnect()
@@ -291,8 +298,8 @@ def _connection(at: Target) -> Any:
 
 
 def _words(error: Exception) -> str:
-    """The server's own words."""
-    if str(error).startswith("Authentication required"):
+    """The server's own words; those it has for a request of somebody without a password do not always begin with NOAUTH."""
+    if str(error).startswith(_NO_PASSWORD):
         return f"NOAUTH {error}"
     code = _CODES.get(type(error).__name__)
     return f"{code} {error}" if code else str(error)

@@ -244,6 +244,12 @@ rig = only(*RIGS)
 
 
 @pytest.fixture
+def told_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis brokers tell of the same trouble at each try, so that a test can wait for some of them."""
+    monkeypatch.setattr("kqueue.brokers.redis_transport.REPORT_AGAIN_S", 0.0)
+
+
+@pytest.fixture
 def proxy(rig: RedisRig) -> Iterator[Proxy]:
     """A proxy that the rig's brokers and clients go through."""
     proxy = Proxy(rig.server.port)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kqueue.brokers import redis_transport
 from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis_asking import judge
 from kqueue.brokers.commands.redis_lua import LANES
 from kqueue.brokers.commands.redis_mend import GRACE_S, STRUCTURES
 from kqueue.brokers.commands.redis_url import parse_url
+from kqueue.brokers.redis_transport import RedisTransport
 from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, QueueFull, UsageError
 from kqueue.kernel import sleep
 
-from ..servers import Proxy
+from ..servers import Proxy, RedisServer
 from .conftest import RedisRig, new_job, only
 
 JOB = "kq:{q}:job:"
@@ -644,18 +647,39 @@ def test_a_full_redis_takes_nothing_new_and_still_works_off_what_it_has(rig: Red
     assert hasty.enqueue([new_job("e")]) == [True]
 
 
-def test_not_now_is_waited_out_and_reported(rig: RedisRig) -> None:
+def count_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The delays between tries, as they come."""
+    waits: list[float] = []
+    original = RedisTransport.backoff_s
+
+    def counted(self: RedisTransport, tries: int) -> float:
+        waits.append(original(self, tries))
+        return waits[-1]
+
+    monkeypatch.setattr(RedisTransport, "backoff_s", counted)
+    return waits
+
+
+def test_not_now_is_waited_out_and_reported_once(rig: RedisRig, monkeypatch: pytest.MonkeyPatch) -> None:
     broker = rig.broker()
     rig.server.command("REPLICAOF", "127.0.0.1", 1)
     try:
-        task = rig.kernel.spawn(broker.enqueue([new_job("a")]))
+        waits = count_waits(monkeypatch)
+        tasks = [rig.kernel.spawn(broker.enqueue([new_job(id)])) for id in "abcde"]
+        rig.until(lambda: len(waits) >= 15)
+        assert not any(task.ended for task in tasks)
+        ((kind, text, retry_in_s),) = rig.news
+        assert (kind, "READONLY" in text) == ("lost", True), "once, however many wait and however often they try"
+        assert retry_in_s in waits, "and the time is that of a real try"
+        monkeypatch.setattr(redis_transport, "REPORT_AGAIN_S", 0.0)
         rig.until(lambda: len(rig.news) >= 2)
-        assert not task.ended
-        assert all(kind == "lost" and "READONLY" in text for kind, text, _ in rig.news)
+        assert rig.news[1][:2] == ("lost", text), "it is told again from time to time"
+        monkeypatch.setattr(redis_transport, "REPORT_AGAIN_S", 30.0)
     finally:
         rig.server.command("REPLICAOF", "NO", "ONE")
-    rig.until(lambda: task.ended)
-    assert task.value == [True]
+    rig.until(lambda: all(task.ended for task in tasks))
+    assert [task.value for task in tasks] == [[True]] * 5
+    assert [kind for kind, _, _ in rig.news].count("back") == 1
     assert rig.news[-1] == ("back", "", 0.0)
 
 
@@ -795,6 +819,29 @@ def test_a_client_says_in_one_line_what_is_wrong(rig: RedisRig) -> None:
     assert "secret" not in str(caught_too.value)
     with pytest.raises(BrokerRefused, match="DB index"):
         RedisClient(rig.server.url_for(db=99)).documents("x")
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+@pytest.mark.parametrize("jobs", [1, 50])
+def test_a_client_without_a_password_is_told_where_to_put_it(tmp_path: Path, greeted: bool, jobs: int) -> None:
+    server = RedisServer(tmp_path).start()
+    client = RedisClient(server.url, patience_s=0.5)
+    try:
+        if greeted:
+            assert client.enqueue([new_job("a")]) == [True]
+        server.command("CONFIG", "SET", "requirepass", "secret")
+        server.password = "secret"
+        server.command("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
+        for request in (
+            lambda: client.enqueue([new_job() for _ in range(jobs)]), client.stats, lambda: client.retry(["x"] * 20, "q"),
+        ):  # fmt: skip
+            with pytest.raises(BrokerRefused, match=r"NOAUTH .*; put user and password into the queue's URL$"):
+                request()
+        server.command("CONFIG", "SET", "requirepass", "")
+        assert client.enqueue([new_job("b")]) == [True], "and it works again when it may"
+    finally:
+        client.close()
+        server.stop()
 
 
 def test_a_client_without_channel_rights_still_dispatches(rig: RedisRig) -> None:

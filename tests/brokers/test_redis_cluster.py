@@ -319,6 +319,7 @@ def test_a_node_is_killed_and_its_replica_takes_its_place_while_jobs_flow(rig: C
     assert rig.broker(queues=(names[0],)), "a daemon that starts now finds the cluster by the second node of its URL"
 
 
+@pytest.mark.usefixtures("told_each_time")
 def test_a_node_without_a_replica_is_killed_and_comes_back(rig: ClusterRig, mortal: Cluster) -> None:
     names = [mortal.queue_at(node) for node in mortal.nodes[:3]]
     rig.url = mortal.url

@@ -103,6 +103,7 @@ def test_a_dispatch_does_not_return_while_the_replica_is_stopped(rig: RedisRig, 
     assert pair.replica.command("EXISTS", "kq:{q}:job:b") == 1
 
 
+@pytest.mark.usefixtures("told_each_time")
 def test_the_daemon_s_verbs_wait_for_the_replica_and_its_epoch_does_not(rig: RedisRig, pair: Pair) -> None:
     broker = open_at(rig, pair.url, lease_s=3.0)
     rig.do(broker.enqueue([new_job(f"{n}") for n in range(9)]))
@@ -155,6 +156,7 @@ def test_a_failover_loses_nothing_that_a_dispatch_returned_for(rig: RedisRig, pa
     assert (lost == set()) == synced
 
 
+@pytest.mark.usefixtures("told_each_time")
 def test_what_is_repeated_by_another_connection_is_waited_for_as_well(rig: RedisRig, pair: Pair) -> None:
     """Then the script writes nothing, and WAIT alone would have nothing to wait for."""
     proxy = Proxy(pair.master.port)

@@ -93,6 +93,7 @@ def test_the_database_number_counts(rig: RedisRig) -> None:
     assert "DB index is out of range" in refusal(rig, rig.server.url_for(db=99))
 
 
+@pytest.mark.usefixtures("told_each_time")
 def test_it_waits_for_a_redis_that_starts_later(rig: RedisRig, server: RedisServer) -> None:
     rig.url = server.url
     broker = rig.make_broker()
@@ -322,6 +323,7 @@ def test_who_says_nothing_is_given_up(rig: RedisRig, impostor: Callable[[bytes],
 # -- how it is lost, and comes back -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("told_each_time")
 def test_nothing_is_lost_when_redis_is_killed_and_started_again(rig: RedisRig, server: RedisServer) -> None:
     broker = open_at(rig, server.start().url)
     rig.do(broker.enqueue([new_job(f"{n:02}", at=1.0) for n in range(20)]))
@@ -396,6 +398,7 @@ def fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.usefixtures("told_each_time")
 def test_it_leaves_no_fd_and_no_process(rig: RedisRig, server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_transport, "FIRST_BACKOFF_S", 0.001)
     before = fds(), children()

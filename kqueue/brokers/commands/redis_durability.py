@@ -82,7 +82,8 @@ def _fullness(config: Mapping[str, str], info: Mapping[str, str]) -> Iterable[Fi
     if limit and used >= limit:
         yield Finding(True, f"its memory is full (maxmemory is {limit} bytes), so it takes no new jobs: {step}", failing=True)
     elif limit and used >= NEARLY_FULL * limit:
-        yield _warning(f"{NEARLY_FULL:.0%} of its memory or more is used (maxmemory is {limit} bytes); full, it takes no new jobs: {step}")
+        much = f"{NEARLY_FULL:.0%} of its memory or more is used (maxmemory is {limit} bytes)"
+        yield _warning(f"{much}; when it is full it takes no new jobs: {step}")
 
 
 def _read_config(answers: Sequence[Any]) -> dict[str, str]:
