@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from chaos_app import book, nemeses, resp, workload  # noqa: E402  (scripts are no package of ours)
+from chaos_app.arena import Arena, Setting  # noqa: E402
 from chaos_app.checker import GONE, KILL, TROUBLE, Fault, History, Verdict, absences, judge, silences  # noqa: E402
 from chaos_app.proxy import Proxy, Walk, Walker  # noqa: E402
 
@@ -265,6 +267,53 @@ def test_a_lease_that_was_not_renewed_is_an_absence_if_something_was_done_to_its
     own = [Fault(TROUBLE, "cut", 2, 3, "a.1"), Fault(TROUBLE, "away", 2, 5), Fault(TROUBLE, "cut", 1, 3, "c.1")]
     found = silences(renewals, own, LEASE_S)
     assert [(fault.daemon, fault.began, fault.ended, fault.nemesis) for fault in found] == [("a.1", 1.0, 5.0, "cut+away")]
+
+
+def test_a_daemon_that_fell_silent_for_good_was_gone_too(forger: Forger) -> None:
+    """Split off, and never heard of again: its last renewal is followed by the end of the run alone."""
+    forger.run("good", 5, 6, daemon="b.1")
+    forger.fault(TROUBLE, 1.9, 5.5)
+    for renewed, gone in (([0.0, 1.5, 9.0], True), ([0.0, 1.5, 4.0, 5.5, 8.0], False)):
+        faults = [*forger.faults, *silences({"a.1": renewed}, forger.faults, LEASE_S)]
+        assert judge(forger.history, faults, {}, {}).guilty is not gone
+
+
+@pytest.mark.parametrize(("healed_at", "renewed_at", "dropped"), [(5.5, 1.5, True), (8.0, 1.5, False), (5.5, 8.0, False)])
+def test_an_arena_sees_who_has_dropped_out(healed_at: float, renewed_at: float, dropped: bool) -> None:
+    """And its silence lasts until the end of the run, for the checker too."""
+    arena: Any = Arena(Setting("redis", 1, LEASE_S), keep=False, say=print)
+    arena.daemons = {"a": SimpleNamespace(name="a", label="a.1", alive=True, started_at={"a.1": 0.0})}
+    arena.proxies = {"a": SimpleNamespace(renewed_at=[1.0, renewed_at], dead=False)}
+    arena.faults.append(Fault(TROUBLE, "split", 1.6, healed_at, "a.1"))
+    arena._stopped_at = 12.0
+    assert arena._renewals() == {"a.1": [0.0, 1.0, renewed_at, 12.0]}
+    assert bool(arena._dropped_out()) is dropped
+    arena.proxies["a"].dead = True
+    assert "the proxy of a has died" in arena._dropped_out()[0]
+
+
+def test_the_closest_reason_is_the_one_that_counts(forger: Forger) -> None:
+    """Its own process' end before that of its daemon, and each before an absence, in whatever order they came."""
+    forger.run("good", 6, 7)
+    for fault, reason in (
+        (Fault(GONE, "blink", 0.5, 5.0, "a.1"), "gone: blink"), (Fault(KILL, "early", 1.2, 1.2, "a.1"), "killed: early"),
+        (Fault(KILL, "late", 1.8, 1.8, "a.1"), "killed: late"), (Fault(KILL, "own", 1.5, 1.5, "a.1", pid=100), "killed: own"),
+    ):  # fmt: skip
+        forger.faults.append(fault)
+        assert forger.verdict().duplicated == {reason: 1}
+
+
+def test_a_conviction_tells_what_happened_around_it(forger: Forger) -> None:
+    forger.run("good", 5, 6, daemon="b.1")
+    forger.fault(TROUBLE, 1.5, 2.5)
+    forger.fault(KILL, 40, 41)
+    renewals = {"a.1": [0.5, 1.4, 60.0], "b.1": [0.25], "c.1": [0.0, 1.0]}
+    evidence = judge(forger.history, forger.faults, {}, {}, renewals=renewals).evidence
+    assert evidence[-3:] == [
+        "trouble by test of a.1 from 1.500 to 2.500",
+        "a.1 began at 0.500, then renewed (or ended) at 1.400",
+        "b.1 began at 0.250, then renewed (or ended) at no time around",
+    ]
 
 
 def test_a_job_that_was_dispatched_twice_may_arrive_twice(forger: Forger) -> None:

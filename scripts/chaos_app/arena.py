@@ -22,6 +22,7 @@ from .world import HERE, START_S, Config, Daemon, Loop, Redis, Service, Trouble,
 
 CLIENTS: Final = "clients"  # the proxy of the dispatchers
 DISK_MIB: Final = 64
+SILENT_LEASES: Final = 2  # without a renewal, and with nothing that hinders it: a daemon that has dropped out
 
 
 class Setting(NamedTuple):
@@ -60,6 +61,7 @@ class Arena:
         self.began_at = 0.0  # CLOCK_MONOTONIC, of the first dispatch
         self.disk_is_full = False
         self.lost_wall_s = 0.0  # by how much wall clocks were set back
+        self._stopped_at = float("inf")  # CLOCK_MONOTONIC: when all that still ran was told to end
         self._keep = keep
         self._stack = ExitStack()
 
@@ -219,6 +221,8 @@ class Arena:
 
     def stop(self) -> list[str]:
         """End all that runs, as an operator would; what went wrong by itself in all of the run."""
+        self._stopped_at = book.now()
+        dropped_out = self._dropped_out()
         for daemon in self.daemons.values():
             daemon.stop()
         for dispatcher in self.dispatchers:
@@ -226,27 +230,38 @@ class Arena:
         self.loop.run_until(lambda: False, 0.2)  # accusations
         mishaps = [mishap for service in self.services for mishap in service.mishaps]
         outlived = survivors(self.book_path, but=self.redis.pid if self.redis is not None else 0)
-        return [*mishaps, *(f"it outlived its daemon: {each}" for each in outlived)]
+        return [*mishaps, *dropped_out, *(f"it outlived its daemon: {each}" for each in outlived)]
 
     def judge(self, left: Mapping[str, str]) -> Verdict:
         self.read_book()
         restarts = {label: at for daemon in self.daemons.values() for label, at in daemon.started_at.items()}
         lease_s = self.setting.lease_s
+        renewals = self._renewals() if self.proxies else {}
         if self.proxies:
-            faults = [*self.faults, *checker.silences(self._renewals(), self.faults, lease_s)]
+            faults = [*self.faults, *checker.silences(renewals, self.faults, lease_s)]
         else:
             faults = [*self.faults, *checker.absences(self.faults, lease_s)]
         if self._keep:
             faults_file = self.directory / "faults"
             faults_file.write_text("".join(f"{fault}\n" for fault in sorted(faults, key=lambda fault: fault.began)))
-        return checker.judge(self.history, faults, left, restarts)
+        return checker.judge(self.history, faults, left, restarts, renewals=renewals)
+
+    def _dropped_out(self) -> list[str]:
+        """Daemons that live and renew nothing any more, though nothing was done to them for so long; proxies that have died."""
+        found = [f"the harness' own fault: the proxy of {name} has died" for name, proxy in self.proxies.items() if proxy.dead]
+        for daemon in (daemon for daemon in self.daemons.values() if daemon.alive and daemon.name in self.proxies):
+            troubled = [fault.ended for fault in self.faults if fault.daemon in ("", daemon.label)]
+            since = max([daemon.started_at[daemon.label], *troubled, *self.proxies[daemon.name].renewed_at[-1:]])
+            if self._stopped_at - since > SILENT_LEASES * self.setting.lease_s:
+                found.append(f"{daemon.label} has renewed nothing since {since:.3f}, for {self._stopped_at - since:.1f} s")
+        return found
 
     def _renewals(self) -> dict[str, list[float]]:
         """By daemon: when it started, when its renewals went to Redis (its proxy saw them), and when another took its place."""
         found: dict[str, list[float]] = {}
         for name, daemon in self.daemons.items():
             lives = list(daemon.started_at.items())
-            ends = [*(at for _, at in lives[1:]), float("inf")]
+            ends = [*(at for _, at in lives[1:]), self._stopped_at]
             for (label, began), ended in zip(lives, ends, strict=True):
                 found[label] = [began, *(at for at in self.proxies[name].renewed_at if began < at < ended)]
                 found[label] += [ended] if ended < float("inf") else []

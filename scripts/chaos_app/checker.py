@@ -53,6 +53,7 @@ NEAR_S: Final = 5.0  # what was inflicted so long before and after is evidence, 
 CRASHES: Final = 3  # that a job may have before it is dead
 
 KILL, STOP, GONE, TROUBLE = "kill", "stop", "gone", "trouble"
+_RANKS: Final = (GONE, STOP, KILL)  # which explains better why a run came to no end
 
 
 class Fault(NamedTuple):
@@ -105,7 +106,7 @@ class Verdict(NamedTuple):
     duplicated: Mapping[str, int]  # by cause
     recovered: Mapping[str, int]  # runs cut off that were followed by another, by cause
     unexplained: Sequence[Again]
-    evidence: Sequence[str]  # what the book says of the jobs above, line by line
+    evidence: Sequence[str]  # on the jobs above: the book, what was inflicted around them, the renewals seen; line by line
     at_once: int  # runs that began before an earlier one of the same job had ended
     settle_lag_s: float  # the longest from a finish to a kill that undid it
     since_fault_s: Sequence[float]  # from a kill to the next start of the job, sorted
@@ -214,7 +215,8 @@ def absences(faults: Sequence[Fault], lease_s: float) -> list[Fault]:
 def silences(renewals: Mapping[str, Sequence[float]], faults: Sequence[Fault], lease_s: float) -> list[Fault]:
     """The same where it is known when each daemon's renewals went to the broker, and so when its lease did come to an end.
 
-    `renewals`: by daemon, the time of its start first, that of its end last.
+    `renewals`: by daemon, the time of its start first, that of its end last, which is the end of the run for one that lived so
+    long: it may have fallen silent for good.
     """
     found = []
     for daemon, times in renewals.items():
@@ -233,9 +235,13 @@ def _absence(row: Sequence[Fault], daemon: str, began: float, ended: float, leas
 
 
 def judge(
-    history: History, faults: Sequence[Fault], left: Mapping[str, str], restarts: Mapping[str, float], settle_s: float = SETTLE_S
-) -> Verdict:
-    """The verdict. `left`: what stands in the broker at the end, id -> state. `restarts`: "a.3" -> when that process began."""
+    history: History, faults: Sequence[Fault], left: Mapping[str, str], restarts: Mapping[str, float], settle_s: float = SETTLE_S,
+    renewals: Mapping[str, Sequence[float]] | None = None,
+) -> Verdict:  # fmt: skip
+    """The verdict. `left`: what stands in the broker at the end, id -> state. `restarts`: "a.3" -> when that process began.
+
+    `renewals`, as `silences` has them, are told with a conviction and decide nothing.
+    """
     court = _Court(history, faults, restarts, settle_s)
     runs = history.runs()
     again = [each for job in runs for each in court.again(runs[job])]
@@ -258,6 +264,8 @@ def judge(
     duplicates = [each for each in again if each.before.how == FINISHED]
     cut = [each for each in again if each.before.how in (None, CANCELLED) and each.fault is not None]
     kills = [each for each in again if each.fault is not None and each.fault.how == KILL]
+    accusing = [*lost, *late, *buried, *undead, *unexpected, *(each.run.job for each in unexplained)]
+    accused = [run for job in dict.fromkeys(accusing) for run in runs.get(job, [])]
     return Verdict(
         dispatched=len(history.returned),
         unknown=len(never),
@@ -274,12 +282,23 @@ def judge(
         duplicated=Counter(each.reason or "unexplained" for each in duplicates),
         recovered=Counter(each.reason for each in cut),
         unexplained=unexplained,
-        evidence=court.evidence([*lost, *late, *buried, *undead, *unexpected, *(each.run.job for each in unexplained)]),
+        evidence=[*court.evidence(accusing), *renewals_told(accused, renewals or {})],
         at_once=sum(1 for each in again if each.before.ended is not None and each.before.ended > each.run.started),
         settle_lag_s=max((_lag(each) for each in duplicates if each.fault in {k.fault for k in kills}), default=0.0),
         since_fault_s=sorted(each.run.started - each.fault.ended for each in kills if each.fault is not None),
         since_restart_s=sorted(court.since_restart(kills)),
     )
+
+
+def renewals_told(runs: Sequence[Run], renewals: Mapping[str, Sequence[float]]) -> list[str]:
+    """When the daemons of `runs` renewed their leases around them, a line each."""
+    spans = [(run.started - NEAR_S, (run.ended or run.started) + NEAR_S) for run in runs]
+    lines = []
+    for daemon in sorted({run.daemon for run in runs} & renewals.keys()):
+        began, *times = renewals[daemon]
+        seen = [f"{at:.3f}" for at in times if any(since <= at <= until for since, until in spans)]
+        lines.append(f"{daemon} began at {began:.3f}, then renewed (or ended) at {', '.join(seen) or 'no time around'}")
+    return lines
 
 
 class _Court:
@@ -327,13 +346,11 @@ class _Court:
         if before.how in (FAILED, DYING):
             return "asked", None
         by = self._settled_by(before)
-        for fault in self._excuses:
-            if fault.began <= run.started and self._hits(fault, before, by):
-                if fault.nemesis == "poison":
-                    return "poisoned", fault
-                return {KILL: f"killed: {fault.nemesis}", STOP: f"ended: {fault.nemesis}", GONE: f"gone: {fault.nemesis}"}[
-                    fault.how
-                ], fault
+        hits = [fault for fault in self._excuses if fault.began <= run.started and self._hits(fault, before, by)]
+        if hits:  # the closest: its own process' end before its daemon's, an end before an absence, and of these the latest
+            fault = max(hits, key=lambda fault: (fault.pid != 0, _RANKS.index(fault.how), fault.began))
+            words = {KILL: "killed", STOP: "ended", GONE: "gone"}
+            return "poisoned" if fault.nemesis == "poison" else f"{words[fault.how]}: {fault.nemesis}", fault
         for fault in self._excuses:
             if fault.how == GONE and self._is_stale(run, before, fault):
                 return f"stale: {fault.nemesis}", fault

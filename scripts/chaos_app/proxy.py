@@ -91,6 +91,11 @@ class Proxy:
         self.hold(False)
         self._order(self._cut_muted)
 
+    @property
+    def dead(self) -> bool:
+        """Whether its thread has ended by itself."""
+        return self._running and not self._thread.is_alive()
+
     def stop(self) -> None:
         self._order(self._stop)
         self._thread.join()
