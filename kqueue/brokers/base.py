@@ -211,7 +211,10 @@ class Broker(Protocol):
         """
 
     def wait(self, timeout_s: float | None) -> Verb[bool]:
-        """Park until a doorbell rings, or `timeout_s` seconds; whether it rang. A ring that came before counts."""
+        """Park until a doorbell rings, or `timeout_s` seconds; whether it rang. A ring that came before counts.
+
+        Rings may be lost; then `renew` or `sweep` finds that something is ready, and rings.
+        """
 
     def stats(self) -> Verb[dict[str, QueueStats]]:
         """Counts by queue: of our own, and of every other one in the store where something stands (nobody may read it)."""

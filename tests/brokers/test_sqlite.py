@@ -22,6 +22,7 @@ from kqueue.errors import BrokerRefused, BrokerUnavailable, JobCancelled, KQueue
 from kqueue.ids import new_id
 from kqueue.kernel import Kernel, VirtualClock, join
 
+from ..daemon import ROOT, Daemon
 from .conftest import SQLiteRig, new_job, only
 
 rig = only(SQLiteRig)
@@ -381,6 +382,60 @@ def test_a_sweep_ends_after_a_third_of_a_lease_and_the_next_one_goes_on(rig: SQL
     second = rig.do(broker.sweep())
     assert first.forgotten["q"] + second.forgotten["q"] == 9 * MAX_BATCH
     assert rig.sql("SELECT count(*) FROM kq_job") == [(10,)]
+
+
+SILENT_DISPATCHER = """
+import os, resource, signal, socket, sys
+from kqueue.brokers.sqlite import SQLiteBroker
+from kqueue.client import sqlite as client_module
+from kqueue.client.sqlite import SQLiteClient
+from kqueue.dispatch import prepare
+from kqueue.kernel import Kernel
+from tests.apps import inline
+
+path, how = sys.argv[1:]
+die = lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL)
+job = inline.note.job("silent")
+prepared = prepare(job, job.registration, arguments_too=False)
+client = SQLiteClient(path)
+client.stats()
+if how == "a dispatcher killed":  # between its commit and the ring
+    client_module.ring = die
+elif how == "a daemon killed":
+    broker = SQLiteBroker(path)  # not opened, which would ring
+    broker._ring = die
+    Kernel().run(broker.enqueue([prepared]))
+elif how == "no right":
+    class Refused(socket.socket):
+        def sendto(self, *arguments):
+            raise PermissionError
+    socket.socket = Refused
+elif how == "no descriptor":
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+client.enqueue([prepared])
+print("dispatched")
+"""
+
+
+@pytest.mark.parametrize("how", ["a dispatcher killed", "a daemon killed", "no right", "no descriptor"])
+def test_an_idle_daemon_runs_what_nobody_rang_for(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "kqueue.db"
+    daemon = Daemon(tmp_path, f"sqlite:///{path}", lease="3s")
+    try:
+        daemon.start()
+        child = run_python(SILENT_DISPATCHER, str(path), how, cwd=ROOT)
+        output, _ = child.communicate(timeout=60)
+        assert (child.returncode, output) == ((-9, "") if "killed" in how else (0, "dispatched\n"))
+        daemon.marks.wait("note")
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
 
 
 def test_looking_does_not_create_a_database(rig: SQLiteRig) -> None:

@@ -8,7 +8,8 @@ holds. When the parent then closes, it takes itself for the last one and deletes
 (tried with 3.40: the child's job was gone). So connections are closed *before* a fork, by Python's hook, and reopened at need.
 
 Doorbells. `<db>.bells/` holds one Unix datagram socket per daemon. Whoever made something ready sends each a byte after its
-commit, without waiting: a full socket has rung already. A socket gets its name by a rename after it was bound, so a name that
+commit, without waiting: a full socket has rung already. A ring saves waiting, no more: who dies before it, or may not, leaves its
+job to the next sweep, about a third of a lease later. A socket gets its name by a rename after it was bound, so a name that
 refuses has lost its daemon for good (names are epochs, never used twice), and whoever meets it may unlink it.
 """
 
@@ -237,7 +238,7 @@ def ring(bells: str, but: str = "") -> None:
         # By the descriptor, because a socket's path may have 107 bytes, and the database's may be longer.
         fd = os.open(bells, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return  # no daemon has ever been here
+        return  # no daemon has ever been here; or out of descriptors, see below
     try:
         names = [name for name in os.listdir(fd) if name.endswith(".sock") and name != but]
         if names:
@@ -258,7 +259,7 @@ def _ring_one(bell: socket.socket, folder_fd: int, name: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=folder_fd)
     except OSError:
-        pass  # full, which is as good as rung; gone; or not ours to ring
+        pass  # full, which is as good as rung; gone; or not ours to ring, see above
 
 
 def bell_path(folder_fd: int, name: str) -> str:
