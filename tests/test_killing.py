@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -61,9 +62,20 @@ class House:
         wait_until(lambda: path.exists() and f"\n{word} " in "\n" + path.read_text(), f"{name} never said {word!r}")
 
     def wait_nobody(self, kinds: list[str] = ALL) -> None:
-        """Until /proc shows no process that has one of the files of `kinds` open."""
-        names = {str(self.files / kind) for kind in kinds}
-        wait_until(lambda: not names & set(holders(str(self.files)).values()), lambda: f"alive: {self.alive()}")
+        """Until no process is left that has one of the files of `kinds` open."""
+        wait_until(lambda: not any(map(self.is_held, kinds)), lambda: f"of {list(filter(self.is_held, kinds))}: {self.alive()}")
+
+    def is_held(self, kind: str) -> bool:
+        """Whether anybody is left, as their lock says: in /proc somebody may be nobody just then."""
+        path = self.files / kind
+        if not path.exists():
+            return False
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def alive(self) -> dict[int, str]:
         return {pid: Path(path).name for pid, path in holders(str(self.files)).items()}

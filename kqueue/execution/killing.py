@@ -40,6 +40,8 @@ _OWNERS: Final = 1 << 40
 _MARKED: Final = 1 << 61  # beyond any size of memory that somebody could have meant
 _PASS_S: Final = (0.002, 0.2)  # first and longest pause between two passes over what is being killed
 PATIENCE_S: Final = 5.0  # for killed processes to be gone; one that the kernel holds in a system call takes its time
+_LOOKS: Final = 100  # at the newest processes; and how many of them at once
+_NEW: Final = 16
 _TURN: Final = 64  # processes that are looked at in one turn of the supervisor's loop
 
 
@@ -374,6 +376,8 @@ def end_marked(owner: int, living: Container[int] = ()) -> Steps:
             if process is not None and process.is_alive and not _is_below(process, living):
                 alive += kill_trees([pid], process.ppid).alive
                 ended.setdefault(pid, process)
+        alive += len(hopping := _catch(owner, living))
+        ended.update(hopping)
         if not alive or time.monotonic() > deadline:
             break
         yield sleep(pause_s)
@@ -381,6 +385,30 @@ def end_marked(owner: int, living: Container[int] = ()) -> Steps:
     for path in cgroups:
         cgroup.remove(path)
     return ended
+
+
+def _catch(owner: int, living: Container[int]) -> dict[int, Process]:
+    """Kill one of `owner`'s that forks itself on and is gone before a pass over /proc comes to it: it is among the newest."""
+    last = 0
+    with _urgently():
+        for _ in range(_LOOKS):
+            newest = _newest()
+            for pid in range(newest, max(last, newest - _NEW), -1):
+                process = look(pid) if _is_of(pid, owner) else None
+                if (
+                    process is not None
+                    and process.is_alive
+                    and not _is_below(process, living)
+                    and kill_trees([pid], process.ppid).alive
+                ):
+                    return {pid: process}
+            last = newest
+    return {}
+
+
+def _newest() -> int:
+    """The number that was given to a process last (proc_loadavg(5))."""
+    return int(_read("/proc/loadavg").split()[4])
 
 
 def _is_below(process: Process | None, living: Container[int]) -> bool:

@@ -1,11 +1,12 @@
 """Jobs whose processes do all they can to outlive them. Imported by the template only.
 
 Each process says that it is there by a line in a file of its job's own, which it then keeps open: so the test can see in /proc
-who is there, whatever has become of it, in a PID namespace, too.
+who is there, whatever has become of it. Who is never the same process for long is not seen there; but the file stays locked.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ _file = ""
 def note(what: str) -> None:
     fd = os.open(_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.set_inheritable(fd, True)
+    fcntl.flock(fd, fcntl.LOCK_SH)  # until the last of those that inherit it is gone
     os.write(fd, f"{what} {os.getpid()}\n".encode())
 
 
