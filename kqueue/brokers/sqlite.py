@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -65,8 +64,6 @@ class SQLiteBroker:
 
     def __init__(self, path: str, *, mode: int = 0o600, clock: HostClock = HOST, on_event: News | None = None) -> None:
         self.address = f"sqlite:///{path}"
-        self.commits = 0  # transactions so far
-        self.commit_s = 0.0  # how long the last one took, with everything in it
         self._file = SQLiteFile(path, mode=mode, clock=clock)
         self._on_event = on_event or (lambda kind, text, retry_in_s: None)
         self._owner = Owner("", "")
@@ -200,7 +197,6 @@ class SQLiteBroker:
 
     def _commit(self, batch: list[_Ask]) -> None:
         """Run `batch` and answer it, or the culprit in it. Raises OperationalError when all of it is to be tried again."""
-        began = time.monotonic()
         running: list[_Ask] = []
 
         def run_all(transaction: Transaction) -> list[Any]:
@@ -221,8 +217,6 @@ class SQLiteBroker:
             for ask in culprits:
                 ask.answer(error=self._file.explain(error))
             return
-        self.commits += 1
-        self.commit_s = time.monotonic() - began
         self._asked = []
         if self._file.replaced > self._replaced:
             self._replaced = self._file.replaced

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from ..brokers.commands.redis import Sender
 from ..brokers.commands.redis_asking import RIGHTS, Asking, Call, Command, Part, judge, last_word, pack, sync
+from ..brokers.commands.redis_client_scripts import CLIENT_SCRIPTS
 from ..brokers.commands.redis_cluster import MAP, Routes
 from ..brokers.commands.redis_hello import MasterSearch, read_hello
-from ..brokers.commands.redis_scripts import CLIENT_SCRIPTS
 from ..brokers.commands.redis_url import Address, Target
 from ..errors import BrokerRefused, BrokerUnavailable, KQueueError
 

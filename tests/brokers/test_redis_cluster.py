@@ -15,8 +15,9 @@ import pytest
 
 from kqueue.brokers.base import SETTLED, STALE, Lease, Retention, Settlement
 from kqueue.brokers.commands import redis as commands
+from kqueue.brokers.commands.redis_client_scripts import CLIENT_SCRIPTS
 from kqueue.brokers.commands.redis_cluster import Routes, read_redirect, slot_of
-from kqueue.brokers.commands.redis_scripts import CLIENT_SCRIPTS, SCRIPTS
+from kqueue.brokers.commands.redis_scripts import SCRIPTS
 from kqueue.client.redis import RedisClient
 from kqueue.errors import BrokerRefused, BrokerUnavailable
 
