@@ -11,10 +11,11 @@ asked first. Inline jobs are no matter of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from .hostmemory import Budget
+from .registry import registry
 
 
 class Waiting(NamedTuple):
@@ -28,18 +29,27 @@ class Waiting(NamedTuple):
 
 
 class MemoryBudget:
-    """`least_mib`: what the smallest known isolated job needs. Where there is no budget (0), everything fits."""
+    """`most_mib`: what no job may have more of, 0: anything. Where there is no budget (0), everything fits."""
 
-    def __init__(self, budget: Budget, least_mib: Callable[[], int]) -> None:
+    def __init__(self, budget: Budget, most_mib: int) -> None:
         self.budget = budget
         self.total_mib = budget.total_mib
         self.used_mib = 0
         self.waiting: Waiting | None = None
-        self._least_mib = least_mib
+        self._most_mib = most_mib
         self._booked: dict[Hashable, int] = {}
 
-    def never_fits(self, need_mib: int) -> bool:
-        return bool(self.total_mib) and need_mib > self.total_mib
+    def capped(self, need_mib: int) -> int:
+        return min(need_mib, self.total_mib or need_mib)
+
+    def why_never(self, need_mib: int) -> str:
+        """Why a job of so much can never run here; "": it can."""
+        if not self.total_mib or need_mib <= self.total_mib:
+            return ""
+        basis = f" ({self.budget.basis})" if self.budget.basis else ""
+        return (
+            f"its max_memory is {need_mib} MiB, and isolated.memory_budget is {self.total_mib} MiB{basis}: it can never run here"
+        )
 
     def take(self, key: Hashable, queue: str, id: str, need_mib: int) -> bool:
         """Book it; False when it has to wait. What came along with one that waits has to, as well."""
@@ -78,6 +88,12 @@ class MemoryBudget:
         unknown = max(0, running - len(self._booked))  # those that were reserved, and not looked into yet
         room = (self.total_mib - self.used_mib) // least_mib - unknown
         return max(room, 0 if running else 1)  # one that never fits has to come, to be buried
+
+    def _least_mib(self) -> int:
+        """What the smallest isolated job declares; a dispatch may ask for less, and then waits for that much."""
+        declared = [registration.options.max_memory for registration in registry if registration.isolated]
+        least = min(declared, default=1)
+        return min(least, self._most_mib or least)
 
     def status(self) -> dict[str, Any] | None:
         """For `kqueue status --json`; None: there is no budget."""

@@ -15,6 +15,7 @@ wait is put back into its queue for a second, at no cost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -26,23 +27,35 @@ APART_S: Final = 1.0  # until one that had to wait is looked at again
 
 
 class Quarantine:
-    """One for a runtime. `page` outlives the process; None: nobody will read it."""
+    """One for a runtime. `page` outlives the process; None: nobody will read it. `now`: the kernel's clock, seconds."""
 
-    def __init__(self, page: SlicePage | None) -> None:
+    def __init__(self, page: SlicePage | None, now: Callable[[], float]) -> None:
         self._page = page
+        self._now = now
+        self._due_at = 0.0  # by when those that had to wait are certainly due again
         self._suspects: dict[Held, int] = {}  # those that run -> how many of its kind may
 
     def admits(self, held: Held) -> bool:
         """Whether it may run now. Then it must `leave`."""
-        at_once = AT_ONCE[min(held.lease.counters.recoveries, len(AT_ONCE) - 1)]
+        at_once = _at_once(held)
         if not at_once:
             return True
         if len(self._suspects) >= min([at_once, *self._suspects.values()]):
+            self._due_at = self._now() + 2 * APART_S
             return False
         self._suspects[held] = at_once
         if at_once == 1 and self._page is not None:
             self._page.suspect(held.lease.token.id)
         return True
+
+    def opens_in_s(self) -> float | None:
+        """Seconds until those that had to wait are due again, at the latest; None: there are none."""
+        left_s = self._due_at - self._now()
+        return left_s if left_s > 0 else None
+
+    def suspects(self, held: Held) -> bool:
+        """Whether it is to share a process with no other job."""
+        return held in self._suspects
 
     def convicts(self, held: Held) -> bool:
         """Whether nobody else can be the reason, if its run was lost."""
@@ -52,3 +65,7 @@ class Quarantine:
         """It has ended, if it had begun."""
         if self._suspects.pop(held, 0) == 1 and self._page is not None:
             self._page.suspect("")
+
+
+def _at_once(held: Held) -> int:
+    return AT_ONCE[min(held.lease.counters.recoveries, len(AT_ONCE) - 1)]

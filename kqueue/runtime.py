@@ -41,7 +41,7 @@ from .execution.pool import DEFAULTS, PoolSettings
 from .hostmemory import NO_BUDGET, Budget
 from .ids import new_id
 from .instance import SlicePage
-from .intake import Intake
+from .intake import Ask, Intake
 from .job import BoundJob
 from .kernel import Abandoned, Clock, Kernel, Park, Task, join, sleep
 from .kernel.signals import Signals
@@ -50,7 +50,7 @@ from .options import JobOptions
 from .outbox import Outbox
 from .outcome import Outcome, describe_error
 from .promotion import Promotions
-from .quarantine import APART_S, Quarantine
+from .quarantine import Quarantine
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
@@ -58,7 +58,7 @@ from .settling import NO_HURRY_S, Ended, Held, Settling
 from .signing import unsigned
 from .slices import Slices
 from .upkeep import EXIT_RESTART, Upkeep
-from .verdict import ALONE_AFTER, defer, exhausted, judge, keep_apart, move, postpone, put_back
+from .verdict import defer, exhausted, judge, keep_apart, move, postpone, put_back
 
 Steps = Generator[Any, Any, Any]
 
@@ -102,12 +102,11 @@ class KQueueRuntime:
         self._specs = [QueueSpec(queue) if isinstance(queue, str) else queue for queue in queues]
         self._strict_order = strict_order
         self._slots = {"inline": max_inline, "isolated": max_isolated}
-        self.memory = MemoryBudget(memory_budget, self._least_mib)
+        self.memory = MemoryBudget(memory_budget, self.security.max_memory_mib)
         self._intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
-        self._quarantine = Quarantine(slice_page)
-        self._apart_until = 0.0  # by when suspects that had to wait are due again
+        self._quarantine = Quarantine(slice_page, self.kernel.clock.monotonic)
         self._lease_s = lease_s
         self._retention = retention
         self._bury_unknown = bury_unknown
@@ -165,20 +164,19 @@ class KQueueRuntime:
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
         if not self._quarantine.admits(held):
-            self._apart_until = self.kernel.clock.monotonic() + 2 * APART_S
             return Ended(held, Outcome("cancelled", "supervisor"), keep_apart(lease), ran=False)
         if lease.lane == "isolated":
-            options = held.options = self._within_budget(options, lease)
-            if self.memory.never_fits(options.max_memory):
-                outcome = _refused(Refused(self._too_large(options)))
+            if lease.counters.memory:  # what grew, since it ran out of memory before, grows up to the budget
+                options = held.options = options._replace(max_memory=self.memory.capped(options.max_memory))
+            if (why := self.memory.why_never(options.max_memory)):
+                outcome = _refused(Refused(why))
                 return Ended(held, outcome, judge(lease, options, outcome, "none"))
             if not self.memory.take(held, lease.queue, envelope.id, options.max_memory):
                 return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
 
         attempt = lease.counters.runs + 1
         work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt, strategy.name)
-        if lease.counters.recoveries >= ALONE_AFTER:
-            work = work._replace(alone=True)
+        work = work._replace(alone=self._quarantine.suspects(held))
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
         try:
@@ -206,25 +204,6 @@ class KQueueRuntime:
 
     def _choose(self, registration: Registration) -> ExecutionStrategy:
         return self._strategies[registration.lane]
-
-    def _within_budget(self, options: JobOptions, lease: Lease) -> JobOptions:
-        """What grew, since it ran out of memory before, grows up to the budget, as it does up to limits.memory."""
-        if lease.counters.memory and self.memory.never_fits(options.max_memory):
-            return options._replace(max_memory=self.memory.total_mib)
-        return options
-
-    def _too_large(self, options: JobOptions) -> str:
-        budget = self.memory.budget
-        return (
-            f"its max_memory is {options.max_memory} MiB, and isolated.memory_budget is {budget.total_mib} MiB"
-            f"{f' ({budget.basis})' if budget.basis else ''}: it can never run here"
-        )
-
-    def _least_mib(self) -> int:
-        """What the smallest isolated job declares; a dispatch may ask for less, and then waits for that much."""
-        declared = [registration.options.max_memory for registration in registry if registration.isolated]
-        least = min(declared, default=1)
-        return min(least, self.security.max_memory_mib or least)
 
     def _work(
         self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int, lane: str
@@ -308,7 +287,7 @@ class KQueueRuntime:
             if self._is_finished():
                 self.stop("burst" if self._burst else "max-jobs")
                 return
-            waits = [wait for wait in (next_due_s, self._intake.opens_in_s(), self._apart_s()) if wait is not None]
+            waits = [wait for wait in (next_due_s, self._intake.opens_in_s(), self._quarantine.opens_in_s()) if wait is not None]
             if not self._nudged:
                 yield Park(self._feeder, min(waits) if waits else None)
 
@@ -324,10 +303,7 @@ class KQueueRuntime:
                 ask = self._intake.ask(queue, share)
                 if ask is None or self.state != "running":
                     continue
-                reserved = yield from self.broker.reserve(queue, ask.wants)
-                self._intake.got(ask, len(reserved.leases))
-                for lease in reserved.leases:
-                    self._start_life(lease)
+                reserved = yield from self._take(ask)
                 took += len(reserved.leases)
                 if reserved.next_due_s is not None and (next_due_s is None or reserved.next_due_s < next_due_s):
                     next_due_s = reserved.next_due_s
@@ -339,11 +315,15 @@ class KQueueRuntime:
         ask = self._intake.ask_one(queue, "isolated") if queue is not None else None
         if ask is None:
             return 0
+        return len((yield from self._take(ask)).leases)
+
+    def _take(self, ask: Ask) -> Steps:
+        """Reserve what is asked for, and start it."""
         reserved = yield from self.broker.reserve(ask.queue, ask.wants)
         self._intake.got(ask, len(reserved.leases))
         for lease in reserved.leases:
             self._start_life(lease)
-        return len(reserved.leases)
+        return reserved
 
     def _start_life(self, lease: Lease) -> None:
         held = Held(lease, self.kernel.clock.monotonic(), self._intake.taken_at)
@@ -361,14 +341,9 @@ class KQueueRuntime:
         """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
         if not self._burst and self._intake.remaining != 0:
             return False
-        if self._apart_s() is not None:
-            return False
+        if self._burst and self._quarantine.opens_in_s() is not None:
+            return False  # those that it put back are not due yet
         return not self._busy() and (self._intake.remaining == 0 or self._intake.opens_in_s() is None)
-
-    def _apart_s(self) -> float | None:
-        """For --burst: seconds until the suspects that it put back are certainly due again; None: there are none."""
-        left_s = self._apart_until - self.kernel.clock.monotonic()
-        return left_s if self._burst and left_s > 0 else None
 
     def _listen(self) -> Steps:
         """Pass doorbells on to the feeder."""

@@ -31,7 +31,6 @@ from .retries import BURY, COMPUTED, MAX_CRASHES
 from .signing import unsigned
 
 MAX_RECOVERIES: Final = 10
-ALONE_AFTER: Final = 2  # recoveries: then it shares its process with no other job, and it shows whose fault it was
 MAX_DEFERRALS: Final = 20
 DEFERRAL_S: Final = 30.0
 POSTPONE_S: Final = 5.0

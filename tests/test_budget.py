@@ -218,13 +218,14 @@ def test_many_that_can_never_fit_are_all_buried() -> None:
 
 
 def test_without_a_budget_everything_fits() -> None:
-    memory = MemoryBudget(Budget(), lambda: 1)
-    assert (memory.room(50), memory.never_fits(1 << 40), memory.status()) == (None, False, None)
+    memory = MemoryBudget(Budget(), 0)
+    assert (memory.room(50), memory.why_never(1 << 40), memory.capped(1 << 40), memory.status()) == (None, "", 1 << 40, None)
     assert all(memory.take(n, "q", str(n), 1 << 30) for n in range(100))
 
 
-def test_its_status_says_who_waits() -> None:
-    memory = MemoryBudget(Budget(100), lambda: 10)
+def test_its_status_says_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryBudget, "_least_mib", lambda self: 10)
+    memory = MemoryBudget(Budget(100), 0)
     assert memory.take("a", "q", "A", 70)
     assert not memory.take("b", "r", "B", 40)
     waiting = {"id": "B", "queue": "r", "max_memory": 40}

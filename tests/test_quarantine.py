@@ -8,9 +8,10 @@ import pytest
 
 from kqueue.brokers.base import Counters, Lease, Token
 from kqueue.instance import SlicePage
+from kqueue.kernel import Clock, VirtualClock
 from kqueue.options import JobOptions
 from kqueue.outcome import Outcome
-from kqueue.quarantine import Quarantine
+from kqueue.quarantine import APART_S, Quarantine
 from kqueue.settling import Held
 from kqueue.verdict import judge
 
@@ -27,7 +28,7 @@ def page(tmp_path: Path) -> SlicePage:
 
 @pytest.mark.parametrize(("recoveries", "at_once"), [(0, 1000), (1, 1000), (2, 64), (3, 8), (4, 1), (9, 1)])
 def test_how_many_run_at_once(page: SlicePage, recoveries: int, at_once: int) -> None:
-    quarantine = Quarantine(page)
+    quarantine = Quarantine(page, Clock().monotonic)
     everybody = [held(recoveries) for _ in range(1000)]
     admitted = [each for each in everybody if quarantine.admits(each)]
     assert len(admitted) == at_once
@@ -36,8 +37,19 @@ def test_how_many_run_at_once(page: SlicePage, recoveries: int, at_once: int) ->
     assert quarantine.admits(held(recoveries))
 
 
+def test_who_has_to_wait_is_waited_for(page: SlicePage) -> None:
+    clock = VirtualClock()
+    quarantine = Quarantine(page, clock.monotonic)
+    assert quarantine.admits(held(4))
+    assert quarantine.opens_in_s() is None
+    assert not quarantine.admits(held(4))
+    assert quarantine.opens_in_s() == 2 * APART_S
+    clock.now += 2 * APART_S
+    assert quarantine.opens_in_s() is None
+
+
 def test_those_of_few_losses_wait_for_one_of_many_and_others_do_not(page: SlicePage) -> None:
-    quarantine, alone = Quarantine(page), held(4)
+    quarantine, alone = Quarantine(page, Clock().monotonic), held(4)
     assert quarantine.admits(alone)
     assert not quarantine.admits(held(2))
     assert not quarantine.admits(held(3))
@@ -50,7 +62,7 @@ def test_those_of_few_losses_wait_for_one_of_many_and_others_do_not(page: SliceP
 
 
 def test_the_page_names_it_until_it_has_ended(page: SlicePage, tmp_path: Path) -> None:
-    quarantine, longest = Quarantine(page), "x" * 64
+    quarantine, longest = Quarantine(page, Clock().monotonic), "x" * 64
     suspect = held(4, longest)
     assert quarantine.admits(suspect)
     assert SlicePage(str(tmp_path / "slice")).culprit == longest
@@ -62,7 +74,7 @@ def test_the_page_names_it_until_it_has_ended(page: SlicePage, tmp_path: Path) -
 
 
 def test_nobody_is_named_who_was_not_admitted(page: SlicePage, tmp_path: Path) -> None:
-    quarantine = Quarantine(page)
+    quarantine = Quarantine(page, Clock().monotonic)
     assert quarantine.admits(held(4, "first"))
     second = held(4, "second")
     assert not quarantine.admits(second)
