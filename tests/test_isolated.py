@@ -494,7 +494,7 @@ def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.M
 
         return socketpair
 
-    monkeypatch.setattr("kqueue.execution.link.socket.socketpair", no_pairs(socket.socketpair))
+    monkeypatch.setattr("kqueue.execution.handle.socket.socketpair", no_pairs(socket.socketpair))
     job = prepare(zoo.add.job(1), zoo.add.registration)
     bench.client.enqueue([job])
     runtime = KQueueRuntime(MemoryBroker(bench.store), template=template_config([ROOT], [], ["tests.apps.zoo"]))

@@ -26,7 +26,7 @@ from ..outcome import Outcome, command_outcome
 from ..process import signal_name
 from . import stack, wire
 from .child_frames import Backoff, Done, Failure, Progress, Result, Said, Then, parse
-from .link import Child, ChildExit
+from .handle import Child, ChildExit
 from .output import Lines, Rate, Tail
 
 Steps = Generator[Any, Any, Any]

@@ -22,7 +22,7 @@ from ..outcome import Outcome
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
-from .link import Child
+from .handle import Child
 from .pool import DEFAULTS, Pool, PoolSettings, Worker
 from .sampler import Sampler
 from .templates import Templates

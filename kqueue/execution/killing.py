@@ -12,7 +12,8 @@ Rule 1. A process is signalled by a pidfd that was opened before it was looked a
         the signal is lost, not misdirected.
 Rule 2. It is stopped before its children are read, and killed after: what stands still does not fork. Who has many to stop does
         it with real-time priority, where that is permitted, or a fork bomb would have all the processor to outrun it.
-Rule 3. Passes are repeated until one finds nothing. A zombie is nothing.
+Rule 3. Passes are repeated until one finds nothing, among the newest processes too: who forks itself on and is gone is never
+        there when a pass over /proc comes by. A zombie is nothing.
 
 The template ends what a job left (`Leftovers`); the supervisor what a dead template left, or a dead supervisor of the same
 `state_dir` (`end_marked`). Neither knows what a job is beyond its number.

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ..dispatch import undescribe
 from ..errors import DuplicateJob, EnvelopeError
@@ -27,6 +26,7 @@ from ..process import signal_name
 from ..registry import Registration, registry
 from . import wire
 from .base import SECRETS, NotStarted
+from .handle import Child, ChildExit, pipe
 from .killing import OWNER, end_marked, owner_of, owner_text
 from .output import Lines
 
@@ -36,106 +36,6 @@ FORK_PATIENCE_S: Final = 30.0  # a template that has not answered by then is tak
 BACKOFF_S: Final = (0.1, 30.0)  # first and longest wait before another template is started
 STOP_PATIENCE_S: Final = 2.0  # for the template to end its children and itself
 REPORT_PATIENCE_S: Final = 10.0  # a template that has not reported a dead child by then is taken for hung, too
-
-
-class ChildExit(NamedTuple):
-    """What the template saw when it reaped a child. `status` as wait(2) has it."""
-
-    status: int
-    cpu_user_s: float
-    cpu_system_s: float
-    max_memory_mib: float
-
-
-class Child:
-    """A forked job, as the supervisor holds it. All fds are its own and non-blocking; `close` closes them."""
-
-    def __init__(self, serial: int, link: TemplateLink) -> None:
-        self.serial = serial
-        self.link = link
-        self.pid = 0  # 0: not started yet
-        self.pidfd = -1
-        self.exit: ChildExit | None = None  # None: not reaped yet, or lost
-        self.failure: str | None = None  # why it never started; None: it did, or nothing is known yet
-        self.lost = False  # the template died first
-        self.news: deque[Task] = deque()  # who waits for any of the above
-        with ExitStack() as opened:  # all or nothing: fds may run out between two of them
-            self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            opened.callback(self.socket.close)
-            opened.callback(self._its_socket.close)
-            self.socket.setblocking(False)
-            self.stdout, self._its_stdout = _pipe()
-            opened.callback(os.close, self.stdout)
-            opened.callback(os.close, self._its_stdout)
-            self.stderr, self._its_stderr = _pipe()
-            opened.callback(os.close, self.stderr)
-            opened.callback(os.close, self._its_stderr)
-            # Nobody may have to wait for room in it: what writes there is a signal handler.
-            self.stack, self._its_stack = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            opened.callback(os.close, self.stack)
-            opened.callback(os.close, self._its_stack)
-            self.ears = select.epoll()  # of all its fds, so that whoever listens waits for one
-            opened.callback(self.ears.close)
-            for fd in (self.socket.fileno(), self.stdout, self.stderr):
-                self.ears.register(fd, select.EPOLLIN)
-            opened.pop_all()
-
-    def started(self, pid: int, pidfd: int) -> None:
-        """The template has forked it. `pidfd` -1: no fd is left for one."""
-        self.pid, self.pidfd = pid, pidfd
-        if pidfd < 0:
-            self.failure = "no fd is left for its pidfd"
-        else:
-            self.ears.register(pidfd, select.EPOLLIN)
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether the template has not yet said what became of the request."""
-        return not self.pid and not self.lost and self.failure is None
-
-    @property
-    def its_fds(self) -> list[int]:
-        return [self._its_socket.fileno(), self._its_stdout, self._its_stderr, self._its_stack]
-
-    def close_its_ends(self) -> None:
-        """After they were sent: as long as we hold them there is no end-of-file."""
-        if self._its_socket.fileno() >= 0:
-            self._its_socket.close()
-            os.close(self._its_stdout)
-            os.close(self._its_stderr)
-            os.close(self._its_stack)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether its process is a zombie, or was reaped."""
-        if self.pidfd < 0:
-            return False
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def kill(self, number: int) -> None:
-        """Signal the process itself, by pidfd: never a number that somebody else may have by now."""
-        if self.pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self.pidfd, number)
-            except ProcessLookupError:
-                return
-
-    def close(self) -> None:
-        self.close_its_ends()
-        self.socket.close()
-        self.ears.close()
-        for fd in (self.stdout, self.stderr, self.stack, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
-        self.stdout = self.stderr = self.stack = self.pidfd = -1
-
-
-def _pipe() -> tuple[int, int]:
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(read_fd, False)
-    return read_fd, write_fd
 
 
 class TemplateLink:
@@ -345,7 +245,7 @@ class TemplateLink:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             opened.callback(ours.close)
             opened.callback(its.close)
-            output_fd, its_output = _pipe()
+            output_fd, its_output = pipe()
             opened.callback(os.close, output_fd)
             opened.callback(os.close, its_output)
             null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

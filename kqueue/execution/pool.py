@@ -19,7 +19,7 @@ from ..kernel import Kernel, Park, Task
 from ..process import resident_mib
 from .attempt import Attempt
 from .child_frames import Done
-from .link import Child
+from .handle import Child
 from .templates import Templates
 
 Steps = Generator[Any, Any, Any]

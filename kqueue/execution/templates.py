@@ -15,7 +15,8 @@ from typing import Any
 from ..events import Events, TemplateReplaced
 from ..kernel import Kernel, Task, join
 from .base import NotStarted
-from .link import Child, TemplateLink
+from .handle import Child
+from .link import TemplateLink
 
 Steps = Generator[Any, Any, Any]
 

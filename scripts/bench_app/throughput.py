@@ -38,36 +38,27 @@ def measure_inline(bench: Bench) -> dict[str, float]:
 
 
 def measure_forked(bench: Bench) -> dict[str, float]:
-    jobs = bench.pick(1_000, 200)
-    room, url = bench.empty_queue()
-    client = connect(url)
-    fill(forked_noop, jobs)
-    expect_ready(client, jobs)
-    with Kqueued(room, url, ["light"], ["forked"]) as daemon:
-        daemon.finished(client, forked_noop=jobs)
-        return {"forked_noop": marks.rate(marks.read(daemon.marks, "forked_noop"))}
+    return _rate_of(bench, forked_noop, bench.pick(1_000, 200), "forked")
 
 
 def measure_pooled(bench: Bench) -> dict[str, float]:
-    jobs = bench.pick(20_000, 4_000)
-    room, url = bench.empty_queue()
-    client = connect(url)
-    fill(pooled_noop, jobs)
-    expect_ready(client, jobs)
-    with Kqueued(room, url, ["light"], ["warm"], more=READ_AHEAD) as daemon:
-        daemon.finished(client, pooled_noop=jobs)
-        return {"pooled_noop": marks.rate(marks.read(daemon.marks, "pooled_noop"))}
+    return _rate_of(bench, pooled_noop, bench.pick(20_000, 4_000), "warm", READ_AHEAD)
 
 
 def measure_exec(bench: Bench) -> dict[str, float]:
-    jobs = bench.pick(100, 20)
+    return _rate_of(bench, fresh_noop, bench.pick(100, 20), "warm")
+
+
+def _rate_of(bench: Bench, job: Any, count: int, module: str, more: str = "") -> dict[str, float]:
+    """How many of `count` isolated jobs are done a second, from the first to the last, when all of them wait already."""
     room, url = bench.empty_queue()
     client = connect(url)
-    fill(fresh_noop, jobs)
-    expect_ready(client, jobs)
-    with Kqueued(room, url, ["light"], ["warm"]) as daemon:
-        daemon.finished(client, fresh_noop=jobs)
-        return {"fresh_noop": marks.rate(marks.read(daemon.marks, "fresh_noop"))}
+    fill(job, count)
+    expect_ready(client, count)
+    name = job.registration.name
+    with Kqueued(room, url, ["light"], [module], more=more) as daemon:
+        daemon.finished(client, **{name: count})
+        return {name: marks.rate(marks.read(daemon.marks, name))}
 
 
 def fill(job: Any, count: int, *args: Any) -> None:
