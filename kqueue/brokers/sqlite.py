@@ -127,14 +127,12 @@ class SQLiteBroker:
         until = kernel.clock.monotonic() + self._lease_s / 3
         recovered: dict[str, int] = {}
         forgotten: dict[str, int] = {}
-        more = True
+        more, waits = True, False
         while more and kernel.clock.monotonic() < until:  # a round is a bounded transaction; others have their turn between two
-            swept, more = yield self._ask(commands.sweep, self._lease_s, self._queues, self._retention)
+            swept, more, waits = yield self._ask(commands.sweep, self._lease_s, self._queues, self._retention)
             _add(recovered, swept.recovered)
             _add(forgotten, swept.forgotten)
-        counts: dict[str, QueueStats] = yield self._ask(commands.stats)
-        waiting = any(counts[queue].ready or counts[queue].delayed for queue in self._queues if queue in counts)
-        if waiting and self._bell is not None:
+        if waits and self._bell is not None:
             self._bell.ring()
         return Swept(recovered, forgotten)
 

@@ -148,8 +148,8 @@ def settle(tx: Transaction, batch: Sequence[Settlement]) -> list[str]:
 
 def sweep(
     tx: Transaction, lease_s: float, queues: Iterable[str] = (), retention: Retention = NO_RETENTION
-) -> tuple[Swept, bool]:
-    """One bounded round, and whether there may be more to do. `retention` holds for `queues`."""
+) -> tuple[Swept, bool, bool]:
+    """One bounded round; whether there may be more to do, and whether any job of `queues` waits. `retention` holds for them."""
     sqlite_epochs.beat(tx, lease_s)
     full = False
     for queue in distinct(tx, "queue", "delayed"):
@@ -166,7 +166,7 @@ def sweep(
     more = full or MAX_BATCH in (len(expired), sum(recovered.values()), buried, sum(dropped.values()))
     if not more:
         sqlite_transaction.check_counts(tx)
-    return Swept(recovered, dropped), more
+    return Swept(recovered, dropped), more, any(tx.count(queue, state) for queue in queues for state in ("ready", "delayed"))
 
 
 def publish(tx: Transaction, documents: Mapping[str, bytes]) -> None:
