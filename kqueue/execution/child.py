@@ -38,6 +38,7 @@ from . import limits, stack, wire
 from .base import SECRETS, unpacked
 from .child_frames import MAX_JOBS
 from .inline import result_json
+from .killing import JOB_ID
 
 PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE, which JSON may make longer
 
@@ -93,7 +94,7 @@ def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int
     os.closerange(wire.STACK_FD + 1, os.sysconf("SC_OPEN_MAX"))
     for name in SECRETS:
         os.environ.pop(name, None)
-    os.environ["KQUEUE_JOB_ID"] = request["id"]
+    os.environ[JOB_ID] = request["id"]
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     tell_where_it_stands()

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from .. import codec
 from . import limits, wire
 from .child import Run, name_process
+from .killing import JOB_ID
 from .process_state import CHILDREN, Changes, ProcessState
 
 KNOWN: Final = 100  # kinds of runs that are remembered
@@ -70,8 +71,8 @@ class _Pooled:
     def run(self, request: Mapping[str, Any], job: bytes) -> None:
         """One job, from its limits to its last frame."""
         state = self._state
-        os.environ["KQUEUE_JOB_ID"] = request["id"]
-        state.expect_environment("KQUEUE_JOB_ID", request["id"])
+        os.environ[JOB_ID] = request["id"]
+        state.expect_environment(JOB_ID, request["id"])
         name_process(request)
         run = Run(request, self._socket)
         state.expect_handler(SIGTERM, SIG_IGN)

@@ -28,6 +28,7 @@ from typing import Any, Final, Protocol
 
 from ..kernel import Kernel, Park, Task, sleep
 from ..process import PAGE
+from .killing import JOB_ID, environ_of
 from .oom import OomKills
 
 Steps = Generator[Any, Any, Any]
@@ -256,9 +257,7 @@ class Sampler:
             for job in jobs:
                 if pid in job.faults:
                     return job
-            for entry in _read(f"/proc/{pid}/environ").split(b"\0"):
-                if entry.startswith(b"KQUEUE_JOB_ID="):
-                    return by_id.get(entry[14:].decode())
+            return by_id.get(environ_of(pid).get(JOB_ID.encode(), b"").decode())
         except (OSError, ValueError, IndexError):
             pass
         return None
