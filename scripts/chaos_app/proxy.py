@@ -41,7 +41,8 @@ class Cut(NamedTuple):
 
 def names() -> Mapping[bytes, str]:
     """What the scripts of KQueue are called, by digest. Only labels: a script that is not there is called by its digest."""
-    from kqueue.brokers.commands.redis_scripts import CLIENT_SCRIPTS, SCRIPTS
+    from kqueue.brokers.commands.redis_client_scripts import CLIENT_SCRIPTS
+    from kqueue.brokers.commands.redis_scripts import SCRIPTS
 
     scripts = {**CLIENT_SCRIPTS, **SCRIPTS}
     return {hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest().encode(): name for name, text in scripts.items()}
