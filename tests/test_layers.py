@@ -49,7 +49,7 @@ THIRD_PARTY = {
     "redis": ["client"],
     "hiredis": ["brokers.redis_wire", "brokers.redis_transport", "brokers.commands.redis_asking"],
     "click": ["cli"],
-    "setproctitle": ["observe.titles", "execution.child", "execution.template"],
+    "setproctitle": ["observe.titles", "execution.settling_in"],
     "psutil": ["cli"],
 }
 

@@ -1,14 +1,12 @@
 """The child: one process, one job. What it does before the job's first line, how it runs it, and how it says what came of it.
 
-The order in `_settle_in` is not taste: see ISOLATION in the design. PDEATHSIG comes last, since changing the user clears it, and
-is followed by a look at the parent, which may have died just before.
+How it becomes that process is `settling_in.py`'s.
 """
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal.signal makes enums, at ten times the price
 import errno
-import faulthandler
 import importlib
 import os
 import signal
@@ -22,8 +20,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from setproctitle import setproctitle
-
 from .. import codec
 from ..context import JobContext, enter
 from ..dispatch import NewJob, prepare
@@ -34,21 +30,27 @@ from ..outcome import describe_error
 from ..registry import registry
 from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
-from . import limits, stack, wire
-from .base import SECRETS, unpacked
+from . import limits, settling_in, wire
+from .base import unpacked
 from .child_frames import MAX_JOBS
 from .inline import result_json
-from .killing import JOB_ID
 
 PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE, which JSON may make longer
 
 
-def main(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> NoReturn:
-    """Everything after the fork. Never returns, and runs no exit handler of the template."""
+def main(orders: socket.socket, template_pid: int, config: Mapping[str, Any]) -> NoReturn:
+    """Everything after the fork. Never returns, and runs no exit handler of the template.
+
+    `orders`: where the template says what to do, once there is something. `config`: what the template was told to import.
+    """
     status = 70
     try:
-        _settle_in(request, fds, template_pid)
-        status = _STARTS[request.get("start", "fork")](request)
+        order = wire.receive_message(settling_in.prepare(orders, template_pid))
+        if order is None:  # the template has no use for it any more
+            os._exit(0)
+        _, request, fds = order
+        settling_in.equip(request, fds)
+        status = _STARTS[request.get("start", "fork")]({**request, "import": config})
     except BaseException as error:  # before there was a way to report it: stderr is captured
         print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
     finally:
@@ -80,53 +82,6 @@ def _run_elsewhere(request: Mapping[str, Any]) -> int:
 
 
 _STARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], int]]] = {"fork": _run_one, "pool": _run_many, "exec": _run_elsewhere}
-
-
-def _settle_in(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
-    os.setsid()
-    signal.set_wakeup_fd(-1)
-    job_fd, stdout_fd, stderr_fd, stack_fd = (os.dup(fd) if fd <= wire.STACK_FD else fd for fd in fds)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(stdout_fd, 1)
-    os.dup2(stderr_fd, 2)
-    os.dup2(job_fd, wire.JOB_FD, inheritable=False)
-    os.dup2(stack_fd, wire.STACK_FD, inheritable=False)
-    os.closerange(wire.STACK_FD + 1, os.sysconf("SC_OPEN_MAX"))
-    for name in SECRETS:
-        os.environ.pop(name, None)
-    os.environ[JOB_ID] = request["id"]
-    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
-    tell_where_it_stands()
-    limits.yield_to_the_oom_killer()
-    if request.get("start") != "pool":  # whose jobs each have their own
-        limits.apply(request["limits"])
-    limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
-    limits.prctl(limits.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != template_pid:
-        os._exit(70)
-    if "random" in sys.modules:
-        sys.modules["random"].seed()  # or every job would draw the same numbers
-    tidy_streams()
-    name_process(request)
-
-
-def tidy_streams() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
-def name_process(request: Mapping[str, Any]) -> None:
-    setproctitle(f"kqueued: job {request['job']} {request['id']}")
-
-
-def tell_where_it_stands() -> None:
-    """When it crashes, runs out of CPU time, or is asked: by handlers in C, which need neither the interpreter nor its lock."""
-    faulthandler.enable(wire.STACK_FD)
-    faulthandler.register(stack.SIGNAL, wire.STACK_FD)
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    faulthandler.register(signal.SIGXCPU, wire.STACK_FD, chain=True)  # and then it dies of it
 
 
 class Run:

@@ -1,6 +1,6 @@
 """What becomes of a forked child when a job starts by exec: a command, or a new interpreter for a Python job.
 
-    fork, _settle_in (child.py) --+-- a command ------------> execve
+    fork, settling_in.py --------+-- a command ------------> execve
                                   +-- Python: a bundle at BUNDLE_FD, execve -> BOOT -> import the job's module -> Run (child.py)
 
 Limits, session, pidfd and pipes are those of any child, since they outlive execve. A command has no socket: how it exits is what
@@ -29,7 +29,8 @@ from ..registry import registry
 from ..security import SecurityConfig
 from . import limits, wire
 from .base import unpacked
-from .child import Run, failure, name_process, tell_where_it_stands, tidy_streams
+from .child import Run, failure
+from .settling_in import name_process, tell_where_it_stands, tidy_streams
 
 BUNDLE_FD: Final = wire.STACK_FD + 1
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit statuses of a shell for these (POSIX, sh, 2.8.2)

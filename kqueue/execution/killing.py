@@ -243,12 +243,16 @@ def _signal(pidfd: int, number: signal.Signals) -> None:
 # -- in the template ----------------------------------------------------------------------------------------------------------
 
 
-class Running(NamedTuple):
-    """A job that runs, as its template knows it."""
+class Running:
+    """A child, as its template knows it."""
 
-    serial: int
-    id: str
-    cgroup: cgroup.Cgroup | None = None
+    __slots__ = ("cgroup", "id", "mark", "serial")
+
+    def __init__(self, mark: int, place: cgroup.Cgroup | None) -> None:
+        self.mark = mark  # that of all its processes; the template's own number
+        self.cgroup = place
+        self.serial = 0  # by which the supervisor knows it; 0: it has no job yet
+        self.id = ""  # of its job
 
 
 class Leftovers:
@@ -263,20 +267,22 @@ class Leftovers:
         self._cgroups = cgroup.Cgroups.of(owner_text(owner)) if cgroups else None
         self._ours = set(children_of(os.getpid()))
         self._beyond_us: set[int] = set()
-        self._known: dict[int, int] = {}  # orphan -> serial of its job; its number is its own until we reap it
+        self._known: dict[int, int] = {}  # orphan -> mark of its job; its number is its own until we reap it
+        self._marks = 0  # so far
         self._pause_s = 0.0  # until the next pass; 0: nothing is left, as far as we know
 
-    def start(self, serial: int, id: str) -> Running:
-        """A job that is about to be forked; `enter` is for its process, `over` for when that has ended."""
+    def start(self) -> Running:
+        """A child that is about to be forked; `enter` is for its process, `over` for when that has ended."""
         place = None
         if self._cgroups is not None:
             with suppress(OSError):  # no fd or no memory is left: it has its mark
                 place = self._cgroups.take()
-        return Running(serial, id, place)
+        self._marks += 1
+        return Running(mark_serial(self._marks), place)
 
     def enter(self, job: Running) -> None:
         """In the job's process, before its first line: be found, with all that it will start."""
-        put_mark(self._owner, job.serial)
+        put_mark(self._owner, job.mark)
         if job.cgroup is not None:
             with suppress(OSError):
                 job.cgroup.enter()
@@ -298,9 +304,9 @@ class Leftovers:
 
     def end(self, running: Mapping[int, Running]) -> list[Process]:
         """One pass, while the jobs `running` (by pid) run. Returns processes, each once, that this user may not signal."""
-        serials = {mark_serial(job.serial) for job in running.values()}
+        marks = {job.mark for job in running.values()}
         strangers = [pid for pid in children_of(os.getpid()) if pid not in running and not self._is_left_alone(pid)]
-        killed = kill_trees([pid for pid in strangers if not self._belongs(pid, serials, running)])
+        killed = kill_trees([pid for pid in strangers if not self._belongs(pid, marks, running)])
         if not self._tidy() or killed.alive:
             self._pause_s = min(2 * self._pause_s, _PASS_S[1]) if self._pause_s else _PASS_S[0]
         else:
@@ -334,15 +340,15 @@ class Leftovers:
     def _is_left_alone(self, pid: int) -> bool:
         return pid in self._ours or pid in self._beyond_us
 
-    def _belongs(self, pid: int, serials: Container[int], running: Mapping[int, Running]) -> bool:
+    def _belongs(self, pid: int, marks: Container[int], running: Mapping[int, Running]) -> bool:
         """Whether the orphan `pid` is of a job that runs."""
-        serial = self._known.get(pid)
-        if serial is None:
+        number = self._known.get(pid)
+        if number is None:
             mark = mark_of(pid)
             if mark is None or mark.owner != self._owner:
                 return self._may_belong(pid, running)
-            serial = self._known[pid] = mark.serial
-        return serial in serials
+            number = self._known[pid] = mark.serial
+        return number in marks
 
     def _may_belong(self, pid: int, running: Mapping[int, Running]) -> bool:
         """Of an orphan without our mark. Who got rid of its environment, too, did so to get away."""

@@ -10,6 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from math import ceil
 from typing import Final
 
@@ -48,7 +49,6 @@ def apply(limits: Mapping[str, float]) -> None:
 
     Raises OSError when the host's own limit is below what the template has already: nothing could run in that.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_NOFILE, int(limits["max_files"]))
     has = data_size()
     ceiling = resource.getrlimit(resource.RLIMIT_DATA)[1]
@@ -73,7 +73,6 @@ class RunLimits:
     """
 
     def __init__(self) -> None:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self._hard = {which: resource.getrlimit(which)[1] for which in (resource.RLIMIT_DATA, *_SET_ONCE)}
         self._soft: dict[int, int] = {}
 
@@ -139,8 +138,13 @@ def _lower(which: int, soft: int, hard: int | None = None) -> None:
 
 def yield_to_the_oom_killer() -> None:
     """Let the kernel's OOM killer take this process before the supervisor. Not permitted everywhere, never needed."""
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(str(OOM_SCORE_ADJ))
-    except OSError:
-        pass
+    with suppress(OSError):
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"%d" % OOM_SCORE_ADJ)
+        finally:
+            os.close(fd)
+
+
+def forbid_core_dumps() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -19,9 +19,10 @@ from typing import Any, Final, NamedTuple
 
 from .. import codec
 from . import limits, wire
-from .child import Run, name_process
+from .child import Run
 from .killing import JOB_ID
 from .process_state import CHILDREN, Changes, ProcessState
+from .settling_in import name_process
 
 KNOWN: Final = 100  # kinds of runs that are remembered
 LOOK_ANEW: Final = 50  # runs, at the most, after which the memory is measured again

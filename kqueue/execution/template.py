@@ -2,8 +2,11 @@
 
 It holds no broker connection and starts no thread, so forking it is safe and cheap. It is a small machine:
 
-    CONFIG -> import -> JOB_KNOWN… READY -> { FORK -> fork -> STARTED | SIGCHLD -> EXITED, end its leftovers }
+    CONFIG -> import -> JOB_KNOWN… READY -> { FORK -> STARTED | SIGCHLD -> EXITED, end its leftovers | nothing to do -> fork }
     EOF -> end all, exit
+
+A child is forked before there is a job for it, so that a job waits neither for the fork nor for what a fork has to do first. One
+such spare is kept; where jobs come faster than that, each is forked when it is asked for.
 
 When the supervisor goes, for whatever reason, its end of the socket closes, and a SIGCONT comes, in case somebody has stopped us;
 then nothing that was forked here survives. When we go first, our children get a SIGKILL, and the supervisor ends what they left.
@@ -19,15 +22,16 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..dispatch import describe, signature_of
 from ..loading import ImportFailed, import_modules, import_script
 from ..registry import registry
 from ..security import SecurityConfig
 from . import exec_child as exec_child
-from . import inherited, wire
+from . import inherited, settling_in, wire
 from . import pooled_child as pooled_child
 from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
 from .killing import TEMPLATE_SERIAL, Leftovers, Running, put_mark
@@ -40,6 +44,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor; the template follows its socket
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # until it can listen: an import may hang
     os.closerange(wire.CONTROL_FD + 1, os.sysconf("SC_OPEN_MAX"))  # whatever our ancestors have left inheritable
+    os.dup2(2, wire.STACK_FD, inheritable=False)  # here it is where our own output goes
     control = socket.socket(fileno=wire.CONTROL_FD)
     control.setblocking(True)
     os.set_inheritable(wire.CONTROL_FD, False)
@@ -72,6 +77,7 @@ def _import(config: dict[str, Any]) -> None:
         import_script(config["main_file"])
     # For current().logger and libraries in a job; does nothing when a module has configured logging itself.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    settling_in.ready_to_fork()
     gc.collect()
     gc.freeze()  # so that a child's first collection does not touch, and thereby copy, every page
 
@@ -83,7 +89,7 @@ def _introduce(control: socket.socket, import_s: float) -> None:
             wire.send_message(control, wire.JOB_KNOWN, described)
         except wire.WireError:
             raise ImportFailed("jobs", f"the options of job {registration.name!r} are too large: shorten its backoff") from None
-    for message in inherited.warnings(allowed=(0, 1, 2, control.fileno())):
+    for message in inherited.warnings(allowed=(0, 1, 2, wire.CONTROL_FD, wire.STACK_FD)):
         wire.send_message(control, wire.WARNING, {"message": message[:MAX_TEXT]})
     wire.send_message(control, wire.READY, {"import_s": round(import_s, 4)})
 
@@ -94,6 +100,18 @@ MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must 
 END_PATIENCE_S: Final = 60.0  # for what was killed at our own end; a supervisor that lives has less, and kills us
 
 
+class Spare(NamedTuple):
+    """A child that waits for its job."""
+
+    pid: int
+    pidfd: int
+    orders: socket.socket  # what it is to do goes here
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        self.orders.close()
+
+
 class Template:
     """Forks on request, reaps, reports, and ends what a job leaves behind."""
 
@@ -101,6 +119,8 @@ class Template:
         self._control = control
         self._config = config
         self._running: dict[int, Running] = {}  # by pid
+        self._spare: Spare | None = None
+        self._may_fork = True  # ahead: the last one that was did not end before it had a job
         self._leftovers = leftovers
         self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, _noted)
@@ -113,6 +133,8 @@ class Template:
         poll.register(self._wake_fd, select.POLLIN)
         try:
             while True:
+                if self._spare is None and self._may_fork and not poll.poll(0):
+                    self._fork_ahead()
                 pause_s = self._leftovers.pause_s
                 ready = [fd for fd, _ in poll.poll(None if pause_s is None else pause_s * 1000)]
                 if self._wake_fd in ready:
@@ -124,40 +146,70 @@ class Template:
                     message = wire.receive_message(self._control)
                     if message is None:
                         break
-                    self._fork(*message)
+                    self._start(*message)
         except OSError:  # the supervisor's end is gone while we send
             pass
         finally:
             everything_ended = self._end_all()
         return 0 if everything_ended else 1
 
-    def _fork(self, kind: int, fields: dict[str, Any], fds: list[int]) -> None:
+    def _start(self, kind: int, request: dict[str, Any], fds: list[int]) -> None:
+        """Have a child do what is asked for."""
+        serial = request.pop("serial")
+        self._may_fork = True
+        try:
+            child = self._order(request, fds)
+        except OSError as error:
+            wire.send_message(self._control, wire.FORK_FAILED, {"serial": serial, "message": str(error)})
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)
+        job = self._running[child.pid]
+        job.serial, job.id = serial, request["id"]
+        wire.send_message(self._control, wire.STARTED, {"serial": serial, "pid": child.pid}, [child.pidfd])
+        child.close()
+
+    def _order(self, request: dict[str, Any], fds: list[int]) -> Spare:
+        """The child that has got `request`: the spare, or a new one. OSError when there can be none."""
+        child, self._spare = self._spare, None
+        if child is not None:
+            try:
+                wire.send_message(child.orders, wire.FORK, request, fds)
+                return child
+            except OSError:  # it has died, as _reap is about to see
+                child.close()
+        child = self._fork()
+        wire.send_message(child.orders, wire.FORK, request, fds)
+        return child
+
+    def _fork_ahead(self) -> None:
+        try:
+            self._spare = self._fork()
+        except OSError:
+            self._may_fork = False
+
+    def _fork(self) -> Spare:
+        """A new child. OSError when there can be none."""
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        job = self._leftovers.start(fields["serial"], fields["id"])
-        try:
-            pid = os.fork()
-        except OSError as error:
-            wire.send_message(self._control, wire.FORK_FAILED, {"serial": job.serial, "message": str(error)})
-            self._leftovers.over(job)
-            pid = -1
-        if pid == 0:
-            try:
-                self._leftovers.enter(job)
-                if fields.get("start") == "exec":
-                    fields["import"] = self._config
-                child_main(fields, fds, parent)
-            finally:  # whatever happens, a child is never a second template
-                os._exit(70)
-        for fd in fds:
-            os.close(fd)
-        if pid < 0:
-            return
-        self._running[pid] = job
-        pidfd = os.pidfd_open(pid)  # cannot fail: it is ours, and not reaped before we say so
-        wire.send_message(self._control, wire.STARTED, {"serial": job.serial, "pid": pid}, [pidfd])
-        os.close(pidfd)
+        job = self._leftovers.start()
+        with ExitStack() as undo:
+            undo.callback(self._leftovers.over, job)
+            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with its:
+                undo.callback(ours.close)
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        self._leftovers.enter(job)
+                        child_main(its, parent, self._config)
+                    finally:  # whatever happens, a child is never a second template
+                        os._exit(70)
+            self._running[pid] = job
+            undo.pop_all()
+        return Spare(pid, os.pidfd_open(pid), ours)
 
     def _reap(self) -> int:
         """Report every child that ended; how many of them were jobs.
@@ -183,6 +235,11 @@ class Template:
                 continue
             ended_jobs += 1
             self._leftovers.over(job)
+            if self._spare is not None and pid == self._spare.pid:
+                self._spare.close()
+                self._spare, self._may_fork = None, False
+            if not job.serial:
+                continue
             fields = {
                 "serial": job.serial,
                 "status": status,
