@@ -186,6 +186,19 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def tree_but_spares(pid: int) -> list[int]:
+    """The same without the children that wait for a job, which come and go."""
+    return [each for each in tree(pid) if not title(each).startswith("kqueued: spare child")]
+
+
+def title(pid: int) -> str:
+    """As ps shows it; "": it is gone. A spare that has just been forked still has its template's."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def alive(pid: int) -> bool:
     """Whether process `pid` runs (a zombie does not)."""
     try:

@@ -47,6 +47,8 @@ class Noting(MemoryBroker):
 class Bench:
     """A runtime with the zoo in its template."""
 
+    module = "tests.apps.zoo"
+
     def __init__(self) -> None:
         self.store = MemoryStore()
         self.client = MemoryClient(self.store)
@@ -57,7 +59,7 @@ class Bench:
     def run(self, *jobs: BoundJob, max_isolated: int = 4, kill_grace_s: float = 0.3) -> list[Ran]:
         """Run `jobs` to the end of their first attempt."""
         runtime = KQueueRuntime(
-            Noting(self.store, self.settled), template=template_config([ROOT], [], ["tests.apps.zoo"]), max_isolated=max_isolated,
+            Noting(self.store, self.settled), template=template_config([ROOT], [], [self.module]), max_isolated=max_isolated,
             kill_grace_s=kill_grace_s, security=self.security,
         )  # fmt: skip
         for kind in (events.JobEnded, events.JobOutput, events.JobProgress, events.Warned, events.TemplateDied):

@@ -12,7 +12,7 @@ import pytest
 
 from kqueue import BoundJob
 from kqueue.options import DispatchOptions
-from tests.daemon import PATIENCE_S, Daemon, tree, wait_gone
+from tests.daemon import PATIENCE_S, Daemon, tree, tree_but_spares, wait_gone
 
 MODULE = """
 import os, time
@@ -87,7 +87,7 @@ def test_what_runs_ends_on_the_old_code_and_what_begins_has_the_new(daemon: Relo
     (tmp_path / "go").touch()
     assert old.result(PATIENCE_S) == 1
     wait_gone([old_template])
-    wait_for(lambda: tree(daemon.pid) == [template])
+    wait_for(lambda: tree_but_spares(daemon.pid) == [template])
 
 
 def test_several_in_a_row_end_with_the_last_code_and_one_template(daemon: Reloaded) -> None:
@@ -96,7 +96,7 @@ def test_several_in_a_row_end_with_the_last_code_and_one_template(daemon: Reload
         daemon.signal(signal.SIGHUP)
     daemon.wait_log("template replaced")
     wait_for(lambda: daemon.version()[0] == 7)
-    wait_for(lambda: len(tree(daemon.pid)) == 1)
+    wait_for(lambda: len(tree_but_spares(daemon.pid)) == 1)
 
 
 def test_reloading_under_load_loses_and_repeats_nothing(daemon: Reloaded) -> None:
@@ -126,7 +126,7 @@ def test_code_that_cannot_be_imported_changes_nothing(daemon: Reloaded, broken: 
     daemon.signal(signal.SIGHUP)
     assert why in daemon.wait_log("SIGHUP: the code that was running goes on")
     assert daemon.version()[::2] == (1, template)
-    wait_for(lambda: tree(daemon.pid) == [template])
+    wait_for(lambda: tree_but_spares(daemon.pid) == [template])
     daemon.write(2)
     daemon.reload()
     assert daemon.version()[0] == 2
@@ -140,7 +140,7 @@ def test_an_import_that_hangs_keeps_nobody_waiting(daemon: Reloaded) -> None:
     daemon.write(2)
     daemon.reload()
     assert daemon.version()[0] == 2
-    wait_for(lambda: len(tree(daemon.pid)) == 1)
+    wait_for(lambda: len(tree_but_spares(daemon.pid)) == 1)
 
 
 def test_a_shutdown_does_not_wait_for_an_import_that_hangs(daemon: Reloaded) -> None:
@@ -176,7 +176,7 @@ def test_the_old_template_may_die_meanwhile(daemon: Reloaded, tmp_path: Path) ->
     daemon.wait_log("waiting 2")  # it was lost, and runs again
     (tmp_path / "go").touch()
     assert old.result(PATIENCE_S) == 2
-    wait_for(lambda: tree(daemon.pid) == [template])
+    wait_for(lambda: tree_but_spares(daemon.pid) == [template])
 
 
 def test_jobs_come_and_go_with_the_code(daemon: Reloaded) -> None:

@@ -39,6 +39,7 @@ class Child:
         self.failure: str | None = None  # why it never started; None: it did, or nothing is known yet
         self.lost = False  # the template died first
         self.news: deque[Task] = deque()  # who waits for any of the above
+        self.unsent = b""  # what it was told before it started, and its socket had no room for
         with ExitStack() as opened:  # all or nothing: fds may run out between two of them
             self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             opened.callback(self.socket.close)
@@ -59,6 +60,14 @@ class Child:
             for fd in (self.socket.fileno(), self.stdout, self.stderr):
                 self.ears.register(fd, select.EPOLLIN)
             opened.pop_all()
+
+    def tell(self, data: bytes) -> None:
+        """Send it `data` before it starts, so that it finds it there."""
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        self.unsent = data[sent:]
 
     def started(self, pid: int, pidfd: int) -> None:
         """The template has forked it. `pidfd` -1: no fd is left for one."""

@@ -138,12 +138,12 @@ class IsolatedExecutionStrategy:
         """In a process of its own."""
         began = self._kernel.clock.monotonic()
         try:
-            child: Child = yield from self.link.fork(request)
+            child: Child = yield from self.link.fork(request, first)
         except JobCancelled:
             return Outcome("cancelled", "shutdown")
         attempt = self._attempt_in(child, request, context)
         try:
-            outcome: Outcome = yield from self._watched(attempt, request, first, child, context)
+            outcome: Outcome = yield from self._watched(attempt, request, child.unsent, child, context)
         finally:
             self.link.forget(child)
         return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)

@@ -104,8 +104,8 @@ class TemplateLink:
                 raise ImportFailed(*self._refusal)
             yield Park(self._waiting)
 
-    def fork(self, request: Mapping[str, Any]) -> Steps:
-        """A running Child. Raises NotStarted; a child whose template died meanwhile is returned `lost`."""
+    def fork(self, request: Mapping[str, Any], first: bytes = b"") -> Steps:
+        """A running Child, that is told `first`. Raises NotStarted; one whose template died meanwhile is returned `lost`."""
         yield from self.ready()
         self._serial += 1
         try:
@@ -113,6 +113,8 @@ class TemplateLink:
         except OSError as error:  # out of fds
             raise NotStarted(f"no pipes for a child: {error.strerror}") from None
         self._children[child.serial] = child
+        if first:
+            child.tell(first)
         try:
             yield from self._send({"serial": child.serial, **request}, child.its_fds)
             child.close_its_ends()

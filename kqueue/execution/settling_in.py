@@ -50,7 +50,6 @@ def prepare(orders: socket.socket, template_pid: int) -> socket.socket:
     limits.forbid_core_dumps()
     limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
     die_with(template_pid)
-    setproctitle("kqueued: spare child")
     return socket.socket(fileno=wire.JOB_FD)
 
 
@@ -76,6 +75,10 @@ def tidy_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def name_spare() -> None:
+    setproctitle("kqueued: spare child")
 
 
 def name_process(request: Mapping[str, Any]) -> None:

@@ -185,12 +185,12 @@ class Template:
 
     def _fork_ahead(self) -> None:
         try:
-            self._spare = self._fork()
+            self._spare = self._fork(ahead=True)
         except OSError:
             self._may_fork = False
 
-    def _fork(self) -> Spare:
-        """A new child. OSError when there can be none."""
+    def _fork(self, ahead: bool = False) -> Spare:
+        """A new child, `ahead` of any job for it. OSError when there can be none."""
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -204,7 +204,7 @@ class Template:
                 if pid == 0:
                     try:
                         self._leftovers.enter(job)
-                        child_main(its, parent, self._config)
+                        child_main(its, parent, self._config, ahead)
                     finally:  # whatever happens, a child is never a second template
                         os._exit(70)
             self._running[pid] = job

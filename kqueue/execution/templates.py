@@ -54,13 +54,13 @@ class Templates:
     def start(self) -> Steps:
         yield from self.current.start()
 
-    def fork(self, request: Mapping[str, Any]) -> Steps:
+    def fork(self, request: Mapping[str, Any], first: bytes = b"") -> Steps:
         """A running Child; see TemplateLink.fork."""
         while True:
             link = self.current
             yield from link.ready()
             if not link.is_retired:
-                child: Child = yield from link.fork(request)
+                child: Child = yield from link.fork(request, first)
                 return child
             if link is self.current:
                 raise NotStarted("the template is being stopped")
