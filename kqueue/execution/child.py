@@ -37,25 +37,19 @@ from .base import unpacked
 from .child_frames import MAX_JOBS
 from .inline import result_json
 
+Order = tuple[Mapping[str, Any], Sequence[int]]  # a request, and the fds that came with it
 PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE, which JSON may make longer
 
 
-def main(orders: socket.socket, template_pid: int, config: Mapping[str, Any], ahead: bool) -> NoReturn:
+def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orders: socket.socket) -> NoReturn:
     """Everything after the fork. Never returns, and runs no exit handler of the template.
 
-    `orders`: where the template says what to do, once there is something. `config`: what the template was told to import.
-    `ahead`: there is nothing to do yet, and so time to prepare for it.
+    `config`: what the template was told to import. `order`: what to do; None: it will come through `orders`.
     """
     status = 70
     try:
-        orders = settling_in.prepare(orders, template_pid)
-        if ahead:
-            _rehearse()
-            settling_in.name_spare()
-        order = wire.receive_message(orders)
-        if order is None:  # the template has no use for it any more
-            os._exit(0)
-        _, request, fds = order
+        settling_in.prepare(template_pid)
+        request, fds = order or _wait(orders)
         settling_in.equip(request, fds)
         status = _STARTS[request.get("start", "fork")]({**request, "import": config})
     except BaseException as error:  # before there was a way to report it: stderr is captured
@@ -66,6 +60,17 @@ def main(orders: socket.socket, template_pid: int, config: Mapping[str, Any], ah
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def _wait(orders: socket.socket) -> Order:
+    """As a spare, which has the time to prepare for whatever comes."""
+    orders = settling_in.keep_only(orders)
+    _rehearse()
+    settling_in.name_spare()
+    order = wire.receive_message(orders)
+    if order is None:  # the template has no use for it any more
+        os._exit(0)
+    return order[1:]
 
 
 def _run_one(request: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """What a child does between its fork and the first line of its job. The order is not taste: see ISOLATION in the design.
 
-    forked --prepare--> spare: waits for a job --equip--> runs it
+    forked --prepare--+------------------------------------+--equip--> runs its job
+                      +--keep_only--> spare, waits for one --+
 
 `prepare` is all that can be done before there is a job to do it for; a child is forked ahead, so that no job waits for that.
 `ready_to_fork` is what need not be done in each child, because a fork inherits it.
@@ -38,18 +39,22 @@ def ready_to_fork() -> None:
     tidy_streams()
 
 
-def prepare(orders: socket.socket, template_pid: int) -> socket.socket:
-    """In a fork: become a process of its own, that keeps of its template only `orders`, here returned, and its output."""
+def prepare(template_pid: int) -> None:
+    """In a fork: become a process of its own."""
     os.setsid()
     signal.set_wakeup_fd(-1)
-    os.dup2(orders.detach(), wire.JOB_FD, inheritable=False)
-    os.closerange(wire.STACK_FD + 1, _EVERY_FD)
     for number in _DEFAULT:
         _signal.signal(number, _signal.SIG_DFL)
     limits.yield_to_the_oom_killer()
     limits.forbid_core_dumps()
     limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
     die_with(template_pid)
+
+
+def keep_only(orders: socket.socket) -> socket.socket:
+    """Let go of all that the template has open, but for its output and `orders`, here returned."""
+    os.dup2(orders.detach(), wire.JOB_FD, inheritable=False)
+    os.closerange(wire.STACK_FD + 1, _EVERY_FD)
     return socket.socket(fileno=wire.JOB_FD)
 
 
@@ -64,7 +69,7 @@ def equip(request: Mapping[str, Any], fds: Sequence[int]) -> None:
     """Become the process of the job of `request`. `fds`: its ends of job socket, stdout, stderr and stack."""
     for fd, place in zip(fds, (wire.JOB_FD, 1, 2, wire.STACK_FD), strict=True):
         os.dup2(fd, place, inheritable=place in (1, 2))
-    os.closerange(wire.STACK_FD + 1, max(fds) + 1)
+    os.closerange(wire.STACK_FD + 1, _EVERY_FD)
     os.environ[JOB_ID] = request["id"]
     if request.get("start") != "pool":  # whose jobs each have their own
         limits.apply(request["limits"])

@@ -33,7 +33,8 @@ from ..security import SecurityConfig
 from . import exec_child as exec_child
 from . import inherited, settling_in, wire
 from . import pooled_child as pooled_child
-from .child import main as child_main  # here, not in the child: what is imported before a fork is imported once
+from .child import Order  # here, not in the child: what is imported before a fork is imported once
+from .child import main as child_main
 from .killing import TEMPLATE_SERIAL, Leftovers, Running, put_mark
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 
@@ -179,18 +180,16 @@ class Template:
                 return child
             except OSError:  # it has died, as _reap is about to see
                 child.close()
-        child = self._fork()
-        wire.send_message(child.orders, wire.FORK, request, fds)
-        return child
+        return self._fork((request, fds))
 
     def _fork_ahead(self) -> None:
         try:
-            self._spare = self._fork(ahead=True)
+            self._spare = self._fork(None)
         except OSError:
             self._may_fork = False
 
-    def _fork(self, ahead: bool = False) -> Spare:
-        """A new child, `ahead` of any job for it. OSError when there can be none."""
+    def _fork(self, order: Order | None) -> Spare:
+        """A new child, for `order` or for one to come. OSError when there can be none."""
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -204,7 +203,7 @@ class Template:
                 if pid == 0:
                     try:
                         self._leftovers.enter(job)
-                        child_main(its, parent, self._config, ahead)
+                        child_main(parent, self._config, order, its)
                     finally:  # whatever happens, a child is never a second template
                         os._exit(70)
             self._running[pid] = job
@@ -235,7 +234,7 @@ class Template:
                 continue
             ended_jobs += 1
             self._leftovers.over(job)
-            if self._spare is not None and pid == self._spare.pid:
+            if self._spare is not None and self._spare.pid == pid:
                 self._spare.close()
                 self._spare, self._may_fork = None, False
             if not job.serial:
