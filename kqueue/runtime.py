@@ -224,6 +224,7 @@ class KQueueRuntime:
         self._intake.ended(held.lease.queue, held.lease.lane)
         self.memory.give(held)
         ended: Ended = task.value if task.error is None else self._mishap(held, task.error)
+        task.value = None  # it holds the task, and the collector would have to find that out
         if held.lost:
             self.memory.released(held)
             self._look_whether_drained()

@@ -6,6 +6,7 @@ on a strategy that only writes down what it was given; tests/test_isolated.py ha
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -226,6 +227,28 @@ def test_many_more_jobs_than_slots(house: House, tick: Any, ran: list[Any]) -> N
     assert house.run(house.runtime(max_inline=100)) == 0
     assert len(ran) == len({name for name, _ in ran}) == 1000
     assert Counter(at for _, at in ran) == {float(second): 100 for second in range(10)}
+
+
+def test_a_job_that_is_over_leaves_nothing_to_the_garbage_collector(house: House, tick: Any, ran: list[Any]) -> None:
+    """Which comes late to a daemon that runs thousands of them: they would be its memory."""
+    counts: list[int] = []
+
+    def count(fact: object) -> None:
+        counts.append(sum(isinstance(each, settling.Held) for each in gc.get_objects()))
+
+    for number in range(300):
+        house.dispatch(tick.job(str(number)))
+    runtime = house.runtime(max_inline=10)
+    runtime.events.subscribe(facts.JobEnded, count)
+    gc.collect()
+    gc.disable()
+    count(None)
+    try:
+        assert runtime.run(burst=True, handle_signals=False) == 0
+    finally:
+        gc.enable()
+    assert len(ran) == 300
+    assert max(counts) - counts[0] < 100, "those that run, and those that are being settled"
 
 
 def test_a_thousand_sleepers_sleep_side_by_side(house: House, tick: Any, ran: list[Any]) -> None:

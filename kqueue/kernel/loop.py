@@ -309,9 +309,11 @@ class Kernel:
         task.parked = False
         task.value, task.error = value, error
         heard = self.unpark(task._joiners, value, error=error) if task._joiners else 0
-        if task.on_end is not None:
+        on_end, task.on_end = task.on_end, None  # whoever it belongs to most often holds the task, and would wait for the collector
+        task.context = _ENDED  # stale timers keep the task for a while, and it would keep all that its job had
+        if on_end is not None:
             try:
-                task.on_end(task)
+                on_end(task)
             except Exception as failure:  # the owner's own fault, and no reason to stop everybody else
                 task.error = failure
                 self.on_crash(task)
@@ -327,6 +329,9 @@ class Kernel:
         undo, task.undo = task.undo, None
         if undo is not None:
             undo()
+
+
+_ENDED: Final = Context()  # of every task that has ended
 
 
 def _print_crash(task: Task) -> None:

@@ -37,7 +37,7 @@ class Timer:
 
     def cancel(self) -> None:
         """Make it stale. For timers of ANY_WAIT; the others go stale by themselves."""
-        self.task = None
+        self.task = self.error = None
 
     @property
     def stale(self) -> bool:

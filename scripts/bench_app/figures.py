@@ -66,6 +66,8 @@ FIGURES: Sequence[Figure] = (
     Figure("sleepers_1000", "1,000 jobs that wait 1 s: done after", "s"),
     Figure("sleepers_10000", "10,000 jobs that wait 1 s: done after", "s"),
     Figure("parked_memory", "memory of a parked job (of 10,000)", "KiB"),
+    # lasting.py
+    Figure("lasting_growth", "supervisor: growth from 20,000 to 100,000 isolated jobs", "MiB", 0.5),
     # crowded.py
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),

@@ -27,6 +27,7 @@ from pathlib import Path
 import click
 import crowded
 import idle
+import lasting
 import latency
 import parked
 import profiling
@@ -49,6 +50,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "pooled": throughput.measure_pooled,
     "exec": throughput.measure_exec,
     "parked": parked.measure,
+    "lasting": lasting.measure,
     "crowded": crowded.measure,
 }
 
