@@ -309,7 +309,7 @@ class Kernel:
         task.parked = False
         task.value, task.error = value, error
         heard = self.unpark(task._joiners, value, error=error) if task._joiners else 0
-        on_end, task.on_end = task.on_end, None  # whoever it belongs to most often holds the task, and would wait for the collector
+        on_end, task.on_end = task.on_end, None  # its owner most often holds the task: a circle for the collector
         task.context = _ENDED  # stale timers keep the task for a while, and it would keep all that its job had
         if on_end is not None:
             try:
