@@ -39,6 +39,7 @@ STDERR: Final = 2
 LEVELS: Final = ("debug", "info", "warning", "error")
 DEBUG, INFO, WARNING, ERROR = range(len(LEVELS))
 BACKLOG: Final = 256 * 1024  # bytes that wait for a slow reader
+OF_JOBS: Final = BACKLOG // 2  # of these, so much may be what jobs print: one that floods does not silence the daemon
 CHUNK: Final = 4096  # bytes written at once; as PIPE_BUF, a pipe that polls writable takes them without blocking
 LONGEST: Final = 16384  # characters of a record's message, and of its traceback
 LAST_PATIENCE_S: Final = 1.0  # for the reader, when the daemon ends
@@ -70,31 +71,35 @@ class Logs:
 
     def subscribe(self, events: facts.Events) -> None:
         """Log every fact of `events`."""
+        own: dict[type[Any], Callable[[Any], None]] = {facts.JobEnded: self._job_ended, facts.JobOutput: self._job_output}
         for kind, (most, describe) in _DESCRIPTIONS.items():
             if most >= self._level:
-                events.subscribe(kind, self._job_ended if kind is facts.JobEnded else self._subscriber(describe))
+                events.subscribe(kind, own.get(kind) or self._subscriber(describe))
         events.subscribe(facts.Heartbeat, lambda fact: self.flush())
         events.subscribe(facts.DaemonStopped, lambda fact: self.flush(LAST_PATIENCE_S))
 
-    def write(self, line: Line) -> None:
-        """Write `line`, unless it is below the level."""
+    def write(self, line: Line, room: int = BACKLOG) -> None:
+        """Write `line`, unless it is below the level. `room`: in the backlog, beyond which it is dropped."""
         if line.level < self._level:
             return
         if self._dropped and self._sink.flush():
             dropped, self._dropped = self._dropped, 0
             self._put(Line(WARNING, f"{dropped} lines were dropped here: whoever reads this log is too slow"))
-        if not self._put(line):
+        if not self._put(line, room):
             self._dropped += 1
 
     def flush(self, patience_s: float = 0.0) -> None:
         """Write what a slow reader did not take yet, waiting for it up to `patience_s` seconds."""
         self._sink.flush(patience_s)
 
-    def _put(self, line: Line) -> bool:
-        return self._sink.put(self._render(line, time.time()).encode("utf-8", "backslashreplace") + b"\n")
+    def _put(self, line: Line, room: int = BACKLOG) -> bool:
+        return self._sink.put(self._render(line, time.time()).encode("utf-8", "backslashreplace") + b"\n", room)
 
     def _subscriber(self, describe: Callable[[Any], Line]) -> Callable[[Any], None]:
         return lambda fact: self.write(describe(fact))
+
+    def _job_output(self, fact: facts.JobOutput) -> None:
+        self.write(_job_output(fact), OF_JOBS)
 
     def _job_ended(self, fact: facts.JobEnded) -> None:
         """Each job that failed; of those that are done, at most output.LINES_PER_S a second, and the number of the rest.
@@ -397,12 +402,12 @@ class _Sink:
         except (OSError, ValueError):
             self._fd = -1
 
-    def put(self, data: bytes) -> bool:
+    def put(self, data: bytes, room: int = BACKLOG) -> bool:
         """Write `data`, or keep it for later; False: there was no room to keep it."""
         with self._lock:
-            if len(self._backlog) + len(data) > BACKLOG:
+            if len(self._backlog) + len(data) > room:
                 self._write()
-            if len(self._backlog) + len(data) > BACKLOG:
+            if len(self._backlog) + len(data) > room:
                 return False
             self._backlog += data
             self._write()
