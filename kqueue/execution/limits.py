@@ -90,6 +90,9 @@ class RunLimits:
         """The run is over: what is said of it is not to fail for want of memory."""
         self._set(resource.RLIMIT_DATA, resource.RLIM_INFINITY)
 
+    def lift_files(self) -> None:
+        self._set(resource.RLIMIT_NOFILE, resource.RLIM_INFINITY)
+
     def _set(self, which: int, soft: int) -> tuple[int, int]:
         hard = self._hard[which]
         if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
@@ -116,9 +119,13 @@ def statm() -> tuple[int, int]:
     """Bytes of this process that are resident, and those that RLIMIT_DATA counts (proc_pid_statm(5), fields 2 and 6)."""
     fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fields = os.read(fd, 200).split()
+        return parse_statm(os.read(fd, 200))
     finally:
         os.close(fd)
+
+
+def parse_statm(data: bytes) -> tuple[int, int]:
+    fields = data.split()
     return int(fields[1]) * PAGE, int(fields[5]) * PAGE
 
 
