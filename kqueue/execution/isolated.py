@@ -15,7 +15,7 @@ from ..codec import from_json, pack, to_json, unpack
 from ..commands import Command
 from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
-from ..events import Events
+from ..events import Events, TemplateDied
 from ..kernel import Kernel
 from ..options import JobOptions
 from ..outcome import Outcome
@@ -60,6 +60,7 @@ class IsolatedExecutionStrategy:
         self.link = Templates(kernel, events, identity, cgroups)
         self.pool = Pool(kernel, events, self.link, pool)
         self.link.on_replaced = self.pool.retire_idle
+        events.subscribe(TemplateDied, lambda fact: self.pool.forget_lost())
         self._default_start = default_start
         self._general: dict[str, _General] = {}  # by job
         self._commands = {command.name: command for command in commands}
@@ -184,8 +185,9 @@ class IsolatedExecutionStrategy:
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
         limits = request["limits"]
-        most_mib = _ceiling(limits["max_memory"], has_mib)
-        sampled = self.sampler.watch(attempt, request["id"], child.pid, most_mib, limits["max_processes"])
+        sampled = self.sampler.watch(
+            attempt, request["id"], child.pid, limits["max_memory"], limits["max_processes"], has_mib
+        )
         try:
             yield from attempt.watch(first, self.link.exited)
         finally:
@@ -193,11 +195,6 @@ class IsolatedExecutionStrategy:
             self.sampler.forget(sampled)
         outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), child.link.roots)
         return outcome._replace(max_memory_mib=max(outcome.max_memory_mib, sampled.peak_mib))
-
-
-def _ceiling(max_memory_mib: float, has_mib: float) -> float:
-    """What a process may have that has kept `has_mib` of earlier jobs. 0: no limit."""
-    return max_memory_mib and max_memory_mib + has_mib
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 from ..kernel import sleep
-from . import cgroup
+from . import cgroup, procfs
 
 Steps = Generator[Any, Any, Any]
 OWNER: Final = "KQUEUE_OWNER"  # in the environment of all that a daemon's jobs execute
@@ -110,12 +110,12 @@ class Process(NamedTuple):
 
 def look(pid: int) -> Process | None:
     """Process `pid`; None: there is none."""
-    head, _, rest = _read(f"/proc/{pid}/stat").rpartition(b")")
-    fields = rest.split()
-    if len(fields) < 2:
+    stat = _read(f"/proc/{pid}/stat")
+    try:
+        state, ppid = procfs.stat_fields(stat)[:2]
+    except (ProcessLookupError, ValueError):
         return None
-    name = head.partition(b"(")[2].decode("utf-8", "replace")
-    return Process(pid, name, fields[0].decode(), int(fields[1]))
+    return Process(pid, procfs.stat_name(stat), state.decode(), int(ppid))
 
 
 def children_of(pid: int) -> list[int]:
@@ -137,18 +137,9 @@ def pids() -> Iterator[int]:
 def _read(path: str) -> bytes:
     """The file, b"" when it cannot be read: its process is gone, or none of ours to look at."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return procfs.read(path)
     except OSError:
         return b""
-    data = b""
-    try:
-        while piece := os.read(fd, 65536):
-            data += piece
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-    return data
 
 
 _KERNEL_LISTS_CHILDREN: Final = os.path.exists("/proc/thread-self/children")  # CONFIG_PROC_CHILDREN, which most have

@@ -115,6 +115,12 @@ class Pool:
         while self._idle:
             self._link.forget(self._idle.pop().child)
 
+    def forget_lost(self) -> None:
+        """Let go of those that died idle with their template."""
+        for worker in [worker for worker in self._idle if worker.child.lost]:
+            self._idle.remove(worker)
+            self._link.forget(worker.child)
+
     def _wait(self) -> Steps:
         """Until fewer are busy than may be."""
         try:

@@ -30,6 +30,7 @@ from ..kernel import Kernel, Park, Task, sleep
 from ..process import PAGE
 from .killing import JOB_ID, environ_of
 from .oom import OomKills
+from .procfs import read, stat_fields
 
 Steps = Generator[Any, Any, Any]
 
@@ -53,12 +54,16 @@ class Sampled(Protocol):
 class Job:
     """What the sampler knows of one job. Memory in bytes."""
 
-    def __init__(self, attempt: Sampled, id: str, pid: int, max_memory_mib: float, max_processes: float, began: float) -> None:
+    def __init__(
+        self, attempt: Sampled, id: str, pid: int, max_memory_mib: float, max_processes: float, kept_mib: float, began: float
+    ) -> None:  # fmt: skip
         self.attempt = attempt
         self.id = id
         self.pid = pid  # the first process of it
         self.began = began
+        self.kept = int(kept_mib) * MIB  # of earlier jobs of its process: that is not its own
         self.max_memory = int(max_memory_mib) * MIB  # 0: no limit
+        self.ceiling = self.max_memory and self.max_memory + self.kept  # 0: there is none
         self.max_processes = int(max_processes)  # 0: no limit
         self.peak_mib = 0.0  # the most it was seen to have, all its processes together; 0: that was not looked at
         self.oom_mark: Any = None  # of oom.OomKills
@@ -107,9 +112,11 @@ class Sampler:
         self._tick = 0
         self._spent_s = 0.0  # of PATIENCE_S
 
-    def watch(self, attempt: Sampled, id: str, pid: int, max_memory_mib: float, max_processes: float) -> Job:
-        """Look at the job whose first process is `pid` from now on, until it is forgotten."""
-        job = self._jobs[pid] = Job(attempt, id, pid, max_memory_mib, max_processes, self._kernel.clock.monotonic())
+    def watch(
+        self, attempt: Sampled, id: str, pid: int, max_memory_mib: float, max_processes: float, kept_mib: float = 0.0
+    ) -> Job:
+        """Look at the job whose first process is `pid`, which kept `kept_mib` of earlier jobs, until it is forgotten."""
+        job = self._jobs[pid] = Job(attempt, id, pid, max_memory_mib, max_processes, kept_mib, self._kernel.clock.monotonic())
         if self._task is None:
             self._task = self._kernel.spawn(self._run(), name="sampler")
         if self._idle or not self._tick:
@@ -164,7 +171,7 @@ class Sampler:
         hidden = self._may_hide(job)
         if len(pids) == 1:
             job.peak_mib = max(job.peak_mib, job.resident / MIB)
-        if not job.max_memory or (job.most <= job.max_memory and not hidden):
+        if not job.max_memory or (job.most <= job.ceiling and not hidden):
             return
         began = self._kernel.clock.monotonic()
         if self._spent_s > PATIENCE_S:
@@ -174,10 +181,11 @@ class Sampler:
         self._spent_s += self._kernel.clock.monotonic() - began
         job.known, job.known_resident, job.faulted = counted, job.resident, 0
         job.peak_mib = max(job.peak_mib, counted / MIB)
-        if counted > job.max_memory:
+        if counted > job.ceiling:
             has = "it has" if len(pids) == 1 else f"its {len(pids)} processes have"
             age_s = self._kernel.clock.monotonic() - job.began
-            text = f"{has} {counted / MIB:.0f} MiB, and its max_memory is {job.max_memory // MIB} MiB (seen after {age_s:.2f} s)"
+            own_mib, may_mib = (counted - job.kept) / MIB, job.max_memory // MIB
+            text = f"{has} {own_mib:.0f} MiB, and its max_memory is {may_mib} MiB (seen after {age_s:.2f} s)"
             job.attempt.exceeds("memory", text)
 
     def _may_hide(self, job: Job) -> bool:
@@ -205,8 +213,8 @@ class Sampler:
                 continue
             try:
                 first = pid == job.pid
-                stat = os.pread(job.stat_fd, 1024, 0) if first else _read(f"/proc/{pid}/stat")
-                fields = _fields(stat)
+                stat = os.pread(job.stat_fd, 1024, 0) if first else read(f"/proc/{pid}/stat")
+                fields = stat_fields(stat)
                 waiting += self._children(job, pid, int(fields[17]))
             except (OSError, ValueError, IndexError):
                 if pid == job.pid:
@@ -222,7 +230,7 @@ class Sampler:
         return list(faults)
 
     def _children(self, job: Job, pid: int, threads: int) -> list[int]:
-        listed = os.pread(job.children_fd, 65536, 0) if pid == job.pid else _read(f"/proc/{pid}/task/{pid}/children")
+        listed = os.pread(job.children_fd, 65536, 0) if pid == job.pid else read(f"/proc/{pid}/task/{pid}/children")
         children = [int(child) for child in listed.split()]
         if threads > 1:
             if self._tick % FULLY_EVERY == 0 or pid not in job.by_thread:
@@ -238,7 +246,7 @@ class Sampler:
         strays: dict[int, Job | None] = {}
         for template in {job.template for job in jobs if job.template}:
             try:
-                listed = _read(f"/proc/{template}/task/{template}/children").split()
+                listed = read(f"/proc/{template}/task/{template}/children").split()
             except OSError:
                 continue
             for pid in map(int, listed[: 2 * MOST]):
@@ -250,8 +258,8 @@ class Sampler:
 
     def _owner(self, pid: int, jobs: list[Job], by_id: dict[str, Job]) -> Job | None:
         try:
-            stat = _read(f"/proc/{pid}/stat")
-            session = int(_fields(stat)[3])
+            stat = read(f"/proc/{pid}/stat")
+            session = int(stat_fields(stat)[3])
             if session in self._jobs:
                 return self._jobs[session]
             for job in jobs:
@@ -283,37 +291,19 @@ class Sampler:
         return counted + max(0, _memfds(pids) - shared_memory) if hidden else counted
 
 
-def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.read(fd, 65536)
-        while len(data) >= 4096 and (more := os.read(fd, 65536)):  # a page at a time, where there is more
-            data += more
-        return data
-    finally:
-        os.close(fd)
-
-
-def _fields(stat: bytes) -> list[bytes]:
-    """proc_pid_stat(5), from its field 3 on: the name before them may have spaces. OSError for a process that is gone."""
-    if not stat:
-        raise ProcessLookupError
-    return stat[stat.rindex(b")") + 2 :].split(b" ", 22)
-
-
 def _of_threads(pid: int) -> Iterator[int]:
     """Children that threads of `pid` other than the first have started."""
     for thread in os.listdir(f"/proc/{pid}/task")[:MOST]:
         if thread != str(pid):
             try:
-                yield from map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+                yield from map(int, read(f"/proc/{pid}/task/{thread}/children").split())
             except OSError:
                 continue
 
 
 def _rollup(pid: int) -> dict[bytes, int]:
     """Bytes by the names of proc_pid_smaps_rollup(5)."""
-    lines = [line.split() for line in _read(f"/proc/{pid}/smaps_rollup").split(b"\n")[1:]]
+    lines = [line.split() for line in read(f"/proc/{pid}/smaps_rollup").split(b"\n")[1:]]
     return {line[0][:-1]: int(line[1]) * 1024 for line in lines if len(line) == 3}
 
 
@@ -328,7 +318,7 @@ def _share(template: int) -> int:
 
 def _resident(pid: int) -> int:
     try:
-        return int(_read(f"/proc/{pid}/statm").split()[1]) * PAGE
+        return int(read(f"/proc/{pid}/statm").split()[1]) * PAGE
     except (OSError, IndexError):
         return 0
 

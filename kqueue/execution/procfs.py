@@ -1,0 +1,36 @@
+"""Reading /proc/PID: what `killing.py` and `sampler.py` both need of it, and no more. Nothing here knows what a job is.
+
+A process may be gone at any moment: then its files cannot be opened, or read as nothing, or fail with ESRCH in the middle.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def read(path: str) -> bytes:
+    """All of a file of /proc. OSError when it cannot be read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, 65536)
+        while len(data) >= 4096 and (more := os.read(fd, 65536)):  # the kernel gives a page at a time, where there is more
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
+def stat_fields(stat: bytes) -> list[bytes]:
+    """Of proc_pid_stat(5), the fields from the third to resident memory: so field N is at N - 3, and the rest is one more.
+
+    The name before them, in parentheses, may hold anything. ProcessLookupError for a process that is gone.
+    """
+    end = stat.rfind(b")")
+    if end < 0:
+        raise ProcessLookupError
+    return stat[end + 2 :].split(b" ", 22)
+
+
+def stat_name(stat: bytes) -> str:
+    """The second field."""
+    return stat[stat.find(b"(") + 1 : stat.rfind(b")")].decode("utf-8", "replace")
