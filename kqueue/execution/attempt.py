@@ -1,8 +1,8 @@
 """One attempt in a child: feed it, listen to it, end it when it must end, and say what came of it.
 
     running --result or failure, exit--> ended           (a pool process does not exit: it says that it is done)
-       |-- time-out, cancel, garbage --> terminating (SIGTERM) -- kill_grace --> asked where it stands
-       |-- over a limit that we watch -------------------------------------------> asked -- at most 0.1 s --> killed --> ended
+       |-- time-out, cancel, garbage --> terminating (SIGTERM) -- kill_grace --> asked where it stands (at most 0.5 s)
+       |-- over a limit that we watch -------------------------------------------> asked (at most 0.1 s) ---> killed --> ended
 
 What decides is the first complete result or failure, whatever the exit status; without one, the exit status does. End-of-file
 decides nothing: a surviving grandchild can hold it back. What the child says is parsed by `child_frames.py` and trusted after.
@@ -156,7 +156,7 @@ class Attempt:
             return self._kernel.clock.monotonic()
         self._child.ears.register(self._child.stack, READ)  # until now nobody had to look: its pipe keeps 64 KiB
         self._child.kill(stack.SIGNAL)
-        return self._kernel.clock.monotonic() + stack.PATIENCE_S
+        return self._kernel.clock.monotonic() + (stack.SHORT_S if self._too_much else stack.PATIENCE_S)
 
     def exceeds(self, limit: str, numbers: str) -> None:
         """It is over `limit`, "memory" or "processes": kill it now. For who watches it while it runs."""
@@ -396,14 +396,19 @@ class Attempt:
             error = {"class": "WireError", "message": f"the job wrote garbage to KQueue's socket: {self._garbage}"}
             return Outcome("exception", "supervisor", error=error, exit_code=code, signal=signaled)
         if self._why in ("timeout", "cancelled"):
-            return Outcome(self._why, _ENDED_BY[self._why], exit_code=code, signal=signaled)
+            late = _error(signaled or "JobTimedOut", self._how_late(signaled)) if self._why == "timeout" else None
+            return Outcome(self._why, _ENDED_BY[self._why], error=late, exit_code=code, signal=signaled)
         if exit is None:
-            return Outcome("lost", "kernel")
+            return Outcome("lost", "kernel", error=_error("TemplateDied", "the template that it was forked from has died"))
         if code is not None and "command" in self._request:
             return command_outcome(self._request["job"], code, self._printed, self._tail.text())
         if signaled is None:
             return Outcome("exit", exit_code=code)
         return self._signaled(signaled, exit, killer)
+
+    def _how_late(self, signaled: str | None) -> str:
+        deaf = f", and {self._kill_grace_s:g} s after SIGTERM" if signaled == "SIGKILL" else ""
+        return f"it ran longer than its timeout of {self._request['limits']['timeout']:g} s{deaf}"
 
     def _failed(self, said: Failure, code: int | None) -> Outcome:
         """It said so itself."""

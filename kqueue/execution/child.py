@@ -54,6 +54,7 @@ def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orde
         status = _STARTS[request.get("start", "fork")]({**request, "import": config})
     except BaseException as error:  # before there was a way to report it: stderr is captured
         print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
+        _tell_why(error, status)
     finally:
         try:
             sys.stdout.flush()
@@ -71,6 +72,14 @@ def _wait(orders: socket.socket) -> Order:
     if order is None:  # the template has no use for it any more
         os._exit(0)
     return order[1:]
+
+
+def _tell_why(error: BaseException, status: int) -> None:
+    """Where there is somebody to tell: until it has a socket of its own, the child has that of its template in the same place."""
+    with suppress(Exception), socket.socket(fileno=os.dup(wire.JOB_FD)) as supervisor:
+        if supervisor.type == socket.SOCK_STREAM:
+            fields = {**failure(error, {}), "cause": "exit", "exit_code": status}
+            supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json(fields)))
 
 
 def _run_one(request: Mapping[str, Any]) -> int:
@@ -316,6 +325,9 @@ def failure(error: BaseException, limits: Mapping[str, float]) -> dict[str, Any]
         name, unit = _LIMIT_OF[error.errno]
         if limits.get(name):
             described["message"] = f"{described['message']} ({name} of this job is {limits[name]:g}{unit})"
+    if cause == "memory" and limits.get("max_memory"):
+        text = f"(max_memory of this job is {limits['max_memory']:g} MiB)"
+        described["message"] = f"{described['message']} {text}" if described["message"] else text
     if isinstance(error, SystemExit):
         fields["exit_code"] = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     return fields

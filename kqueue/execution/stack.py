@@ -15,9 +15,11 @@ from ..outcome import cut
 from ..redact import shorten_paths
 
 SIGNAL: Final = 62  # a real-time signal that no library is known to use
-PATIENCE_S: Final = 0.1  # for the first of its answer
+PATIENCE_S: Final = 0.5  # for the first of its answer: on a busy host it has to get the processor for that
+SHORT_S: Final = 0.1  # for that of one that is taking more than it may
 QUIET_S: Final = 0.005  # after the last of it
 _SIZE: Final = 16384  # of what is kept
+_LAUNCHERS: Final = ('  File "<frozen runpy>"', '  File "<string>", line 1 in <module>')  # of a template, and of a start by exec
 _OURS: Final = re.compile(r'  File "(?:.*/)?kqueue/(?:execution|kernel|registry)[/.].* in \S+$')
 
 
@@ -65,9 +67,10 @@ def _without_ours(lines: Sequence[str]) -> list[str]:
     for line in reversed(lines):
         if not line.startswith("  File "):
             outer = True
-        elif outer and (_OURS.match(line) or '"<frozen runpy>"' in line):
+        elif outer and (_OURS.match(line) or line.startswith(_LAUNCHERS)):
             continue
         else:
             outer = False
         told.append(line)
-    return told[::-1]
+    told.reverse()
+    return told if any(line.startswith("  File ") for line in told) else []  # KQueue's own alone say nothing of the job
