@@ -385,9 +385,9 @@ BOMBS = {
 
 # -- the kinds ----------------------------------------------------------------------------------------------------------------
 
-SOON: Mapping[str, Any] = {"timeout": 0.5, "max_processes": 0, "max_memory": 512}
+SOON: Mapping[str, Any] = {"timeout": 1.5, "max_processes": 0, "max_memory": 512}
 SLIM = {"max_memory": 32}
-TIMED_OUT = r"SIGKILL: it ran longer than its timeout of 0\.5 s, and 0\.3 s after SIGTERM"
+TIMED_OUT = r"SIGKILL: it ran longer than its timeout of 1\.5 s, and 0\.3 s after SIGTERM"
 SEEN = r"(MemoryError: it has \d+ MiB, and its max_memory is 32 MiB \(seen after \d+\.\d\d s\))"
 TOGETHER = r"MemoryError: its \d+ processes have \d+ MiB, and its max_memory is 32 MiB \(seen after \d+\.\d\d s\)"
 TOO_MANY = r"TooManyProcesses: it has \d+ processes at once, and its max_processes is 20"
@@ -403,7 +403,7 @@ EITHER: Mapping[str, Any] = {  # whoever comes first
 def killed(name: str, *args: Any, **fields: Any) -> Bad:
     """Over its time, and deaf to SIGTERM."""
     told = {"cause": "timeout", "ended_by": "supervisor", "signal": "SIGKILL", "message": TIMED_OUT, "stack": f"in {name}"}
-    late = {"exec": {"options": {**SOON, "timeout": 2.5}, "message": TIMED_OUT.replace("0\\.5", "2.5")}}
+    late = {"exec": {"options": {**SOON, "timeout": 2.5}, "message": TIMED_OUT.replace("1\\.5", "2.5")}}
     return Bad(name, args, SOON, **{**told, "but": late, **fields})  # by exec, it has to import its module first
 
 
