@@ -58,6 +58,13 @@ class IsolatedConfig(NamedTuple):
     kill_grace_s: float
     cgroups: bool  # one for each running job, where they may be made
     user: str | None  # None: the daemon's own
+    group: str | None  # None: the user's
+    umask: int | None  # None: the daemon's own
+    directory: str | None  # None: where the daemon runs
+    nice: int
+    environment: tuple[str, ...]
+    private_tmp: bool
+    network: bool
     memory_headroom_mib: int
 
 
@@ -86,6 +93,7 @@ class LimitsConfig(NamedTuple):
 class SecuritySettings(NamedTuple):
     allowed_paths: tuple[str, ...] | None  # None: job modules may come from anywhere
     signing_key_file: str | None
+    allowed_users: tuple[str, ...] | None  # whom job classes may name; None: all but root
     strict: bool
 
 

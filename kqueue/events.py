@@ -162,6 +162,12 @@ class LeftoversEnded(NamedTuple):
     processes: list[str]
 
 
+class EnvironmentWithheld(NamedTuple):
+    """Variables that the daemon has and its isolated jobs have not."""
+
+    names: list[str]
+
+
 class Warned(NamedTuple):
     """Something the operator should know; `message` says the next step."""
 

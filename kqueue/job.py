@@ -159,6 +159,10 @@ class KQueueJob:
     retry_on: ClassVar[Any] = None
     dont_retry_on: ClassVar[Any] = None
     causes: ClassVar[Mapping[str, Any]] = {}
+    user: Any = None
+    group: Any = None
+    network: Any = True
+    private_tmp: Any = False
     registration: ClassVar[Registration]
     _declared: ClassVar[JobOptions | None] = None  # its own `options`, or its base's; None: the attributes above say them
 

@@ -23,8 +23,11 @@ from .retries import (
 PRIORITY_MIN: Final = -100
 PRIORITY_MAX: Final = 100
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # no braces: they are the hash tag of a Redis key
+ACCOUNT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,62}\$?")  # of a user or group; directory services allow that
 STARTS: Final = ("fork", "pool", "exec")
 MIN_FILES: Final = 16  # a child has five, and an import or a traceback needs some more
+DECLARED_ONLY: Final = ("isolated", "start", "user", "group", "network", "private_tmp")  # no dispatch sets them
+PRIVILEGES: Final = ("user", "group", "network", "private_tmp")  # which only a process of its own can have
 _MOST: Final = 1 << 30  # more is a slip of the pen, and in MiB what an rlimit still holds
 
 
@@ -51,6 +54,10 @@ class JobOptions(NamedTuple):
     retry_on: Sequence[str] | None = None  # names of exception classes that are retried; None: all
     dont_retry_on: Sequence[str] | None = None  # names of those that are not, whatever retry_on says; None: none
     causes: Mapping[str, Any] = {}  # what goes before the above for one cause of death: "bury", or max_attempts, backoff, grow
+    user: str | None = None  # whom an isolated job runs as; None: as isolated.user has it. For this, the daemon has to be root
+    group: str | None = None  # None: the user's own
+    network: bool = True  # False: it has none
+    private_tmp: bool = False  # True: it has a /tmp of its own, which ends with it
 
 
 class DispatchOptions(NamedTuple):
@@ -67,6 +74,10 @@ def _wait(value: Any) -> bool:
     return is_number(value) and bool(value >= 0)
 
 
+def _is_account(value: Any) -> bool:
+    return isinstance(value, str) and bool(ACCOUNT.fullmatch(value))
+
+
 _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "timeout": (_wait, "seconds, 0 for no limit"),
     "max_memory": (lambda v: type(v) is int and v > 0, "a positive number of MiB"),
@@ -80,6 +91,10 @@ _CHECKS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "max_processes": (lambda v: type(v) is int and 0 <= v <= _MOST, "an integer of at least 1, or 0 for no limit"),
     "max_file_size": (lambda v: type(v) is int and 0 <= v <= _MOST, "a positive number of MiB, or 0 for no limit"),
     "keep_result": (_wait, "seconds, 0 for not at all"),
+    "user": (lambda v: v is None or _is_account(v), "the name of a user, or None"),
+    "group": (lambda v: v is None or _is_account(v), "the name of a group, or None"),
+    "network": (lambda v: type(v) is bool, "True or False"),
+    "private_tmp": (lambda v: type(v) is bool, "True or False"),
 }
 
 
@@ -133,7 +148,7 @@ def dispatch_options(*, delay: Any = 0, at: Any = None, id: str | None = None, *
     checked = {}
     for name, value in overrides.items():
         checked[name] = check_option(name, value)
-        if name in ("isolated", "start"):
+        if name in DECLARED_ONLY:
             raise UsageError(f"{name} is decided where the job is declared, not at dispatch")
         if name == "backoff" and callable(value):
             raise UsageError("backoff is a function, which no queue can carry: declare it with the job, or give seconds here")

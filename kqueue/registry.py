@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from .errors import ArgumentsDoNotFit, DuplicateJob, JobNotFound, UsageError, nearest
-from .options import JobOptions, checked_options
+from .options import PRIVILEGES, JobOptions, checked_options
 
 
 class Parameters(NamedTuple):
@@ -168,7 +168,11 @@ def register(target: Callable[..., Any], name: str, handler: Any, values: Mappin
         options = checked_options(values)
         if options.isolated is False and options.start is not None:
             raise UsageError(f"isolated=False and start={options.start!r} contradict each other; leave one out")
-        if options.start is not None:
+        special = [name for name in PRIVILEGES if getattr(options, name) != getattr(JobOptions(), name)]
+        if options.isolated is False and special:
+            shown = f"{special[0]}={getattr(options, special[0])!r}"
+            raise UsageError(f"isolated=False and {shown} contradict each other; leave one out")
+        if options.start is not None or special:
             options = options._replace(isolated=True)
         registration = Registration(name, options, target, _is_cooperative(handler, name), target.__module__)
     except UsageError as error:

@@ -38,6 +38,7 @@ from .execution.guard import SliceGuard
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .execution.pool import DEFAULTS, PoolSettings
+from .execution.privileges import DEFAULT, Privileges
 from .hostmemory import NO_BUDGET, Budget
 from .ids import new_id
 from .instance import SlicePage
@@ -70,7 +71,7 @@ class KQueueRuntime:
 
     `broker`: a URL or an unopened Broker. `queues`: names, or QueueSpecs with weights. `template`: what the template imports, see
     `loading.template_config`; None: what is registered when it starts. `memory_budget`: what all isolated jobs that run may have
-    together, see `hostmemory.budget`. All times are seconds, sizes MiB.
+    together, see `hostmemory.budget`. `privileges`: what isolated jobs may do. All times are seconds, sizes MiB.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class KQueueRuntime:
         memory_headroom_mib: int = 128, cgroups: bool = True, default_start: str = "fork", pool: PoolSettings = DEFAULTS,
         commands: Sequence[Command] = (), offload_slots: int = 2, offload_memory_mib: int = 256,
         bury_unknown: bool = False, memory_limit_mib: int = 0, heartbeat_s: float = 5.0, grace_s: float = 20.0,
-        memory_budget: Budget = NO_BUDGET, pins: Mapping[str, str] | None = None,
+        memory_budget: Budget = NO_BUDGET, pins: Mapping[str, str] | None = None, privileges: Privileges = DEFAULT,
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
@@ -117,7 +118,7 @@ class KQueueRuntime:
         self.isolated = IsolatedExecutionStrategy(
             self.kernel, self.events, enqueue=self._services.enqueue_from_child, check=self._services.check_from_child,
             identity=identity, kill_grace_s=kill_grace_s, memory_headroom_mib=memory_headroom_mib, cgroups=cgroups,
-            default_start=default_start, pool=pool, commands=commands,
+            default_start=default_start, pool=pool, commands=commands, privileges=privileges,
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)

@@ -13,8 +13,9 @@ from math import inf
 from typing import Any, Final, NamedTuple
 
 from .commands import RESULTS, STDIN
+from .environment import check_pattern
 from .errors import UsageError, nearest
-from .options import MIN_FILES, PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME, STARTS
+from .options import ACCOUNT, MIN_FILES, PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME, STARTS
 
 MIB: Final = 1024 * 1024
 _LONGEST_S: Final = 3650 * 86400.0  # ten years: longer is a slip of the pen
@@ -173,6 +174,16 @@ def _read_mode(value: Any, directory: str) -> int:
     return int(value, 8)
 
 
+def _read_nice(value: Any, directory: str) -> int:
+    _wanted(type(value) is int and 0 <= value <= 19)
+    return int(value)
+
+
+def _read_pattern(value: Any, directory: str) -> str:
+    _wanted(isinstance(value, str), "put quotes around it")
+    return check_pattern(value)
+
+
 def _read_budget(value: Any, directory: str) -> str:
     if not (isinstance(value, str) and re.fullmatch(r"(100|[1-9][0-9]?)%", value)):
         _wanted(parse_size(value) >= MIB)
@@ -191,6 +202,10 @@ def _is_module(value: str) -> bool:
 
 
 _PATH: Final = Kind("a path", _read_path)
+_SWITCH: Final = Kind("true or false", _read_switch)
+_MODE: Final = Kind("an octal number in quotes", _read_mode)
+_USER: Final = _text("the name of a user", lambda v: bool(ACCOUNT.fullmatch(v)))
+_GROUP: Final = _text("the name of a group", lambda v: bool(ACCOUNT.fullmatch(v)))
 _MODULE: Final = _text("a dotted module name such as app.jobs", _is_module)
 _MEMORY: Final = Kind("a size of at least 1MiB, or 0", _read_mib, "_mib")
 _INSTANCE: Final = _text("1 to 64 letters, digits and _ . -", lambda v: bool(re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", v)))
@@ -331,8 +346,15 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("isolated.start", "fork", _one_of(*STARTS)),
     Setting("isolated.memory_budget", "80%", Kind("a percentage or a size", _read_budget)),
     Setting("isolated.kill_grace", "2s", _duration()),
-    Setting("isolated.cgroups", True, Kind("true or false", _read_switch)),
-    Setting("isolated.user", None, _text("the name of a user").or_null()),
+    Setting("isolated.cgroups", True, _SWITCH),
+    Setting("isolated.user", None, _USER.or_null()),
+    Setting("isolated.group", None, _GROUP.or_null()),
+    Setting("isolated.umask", None, _MODE.or_null()),
+    Setting("isolated.directory", None, _PATH.or_null()),
+    Setting("isolated.nice", 0, Kind("an integer from 0 to 19", _read_nice)),
+    Setting("isolated.environment", [], Kind("a name or a pattern such as APP_*", _read_pattern).listed()),
+    Setting("isolated.private_tmp", False, _SWITCH),
+    Setting("isolated.network", True, _SWITCH),
     Setting("isolated.memory_headroom", 128, _MEMORY),
     Setting("pool.size", 2, _integer(1)),
     Setting("pool.max_jobs", 1000, _integer(0)),
@@ -350,14 +372,15 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("limits.envelope", "1MiB", Kind("a size of at least 1KiB", _read_bytes, "_bytes")),
     Setting("security.allowed_paths", None, _PATH.listed().or_null()),
     Setting("security.signing_key_file", None, _PATH.or_null()),
-    Setting("security.strict", True, Kind("true or false", _read_switch)),
+    Setting("security.allowed_users", None, _USER.listed().or_null()),
+    Setting("security.strict", True, _SWITCH),
     Setting("runtime.memory_limit", 512, _MEMORY),
     Setting("runtime.memory_check", "5s", _duration("100ms")),
     Setting("shutdown.grace", "20s", _duration()),
     Setting("log.level", "info", _one_of("debug", "info", "warning", "error")),
     Setting("log.format", "auto", _one_of("auto", "plain", "logfmt", "journald", "json")),
     Setting("control.socket", "var/kqueued.sock", _PATH),
-    Setting("control.mode", "0600", Kind("an octal number in quotes", _read_mode)),
+    Setting("control.mode", "0600", _MODE),
 )
 
 QUEUE_SETTINGS: Final = (
@@ -378,10 +401,14 @@ COMMAND_SETTINGS: Final = (
     Setting("max_attempts", 3, _integer(1)),
     Setting("priority", 0, Kind("an integer from -100 to 100", _read_priority)),
     Setting("keep_result", 0, _duration()),
+    Setting("user", None, _USER),
+    Setting("group", None, _GROUP),
+    Setting("network", True, _SWITCH),
+    Setting("private_tmp", False, _SWITCH),
 )
 """What may stand below jobs.commands.NAME."""
 
-NOT_YET: Final = ("isolated.user",)
+NOT_YET: Final[tuple[str, ...]] = ()
 """Settings of features that this version does not have: refused unless they stand at their default."""
 
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}

@@ -25,7 +25,7 @@ instance: test
 state_dir: var
 queue: {{url: "{url}", names: {names}, lease: {lease}}}
 jobs: {{path: ["{root}"], modules: {modules}, isolated_modules: {isolated_modules}}}
-isolated: {{kill_grace: 500ms}}
+isolated: {{kill_grace: 500ms, environment: ["KQUEUE_TEST_*"]}}
 shutdown: {{grace: {grace}}}
 runtime: {{memory_check: 500ms}}
 log: {{level: debug, format: logfmt}}
@@ -82,6 +82,8 @@ class Daemon:
             "isolated_modules": "[tests.apps.heavy]", "grace": "10s", "lease": "15s", "more": "",
         }  # fmt: skip
         self.config.write_text(CONFIG.format(**{**fields, **settings}))
+        self.python = sys.executable
+        self.user: tuple[int, int] | None = None  # uid and gid that it runs as; None: ours
         self.process: subprocess.Popen[str] | None = None
         self.log: list[str] = []
         self._log_news = threading.Condition()
@@ -106,14 +108,17 @@ class Daemon:
         """Start it; `wait`: until it is ready."""
         self.log = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kqueue.cli.kqueued", "-c", str(self.config), *options], stderr=subprocess.PIPE, text=True,
-            env=self.environment, cwd=self.directory, errors="replace",
+            [self.python, "-m", "kqueue.cli.kqueued", "-c", str(self.config), *options], stderr=subprocess.PIPE, text=True,
+            env=self.environment, cwd=self.directory, errors="replace", **self._as_user(),
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read_log, args=(self.process,), daemon=True)
         self._reader.start()
         if wait:
             self.wait_log("ready")
         return self
+
+    def _as_user(self) -> dict[str, Any]:
+        return {} if self.user is None else {"user": self.user[0], "group": self.user[1], "extra_groups": []}
 
     def run(self, *options: str) -> int:
         """Start it and wait for its end; the exit code."""

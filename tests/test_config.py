@@ -57,10 +57,10 @@ def test_an_empty_file_is_the_defaults(load: Load, tmp_path: Path) -> None:
     assert config.jobs.path == (str(tmp_path),)
     assert config.jobs.modules == config.jobs.isolated_modules == ()
     assert config.inline == (10000, 0.1, 5)
-    assert config.isolated == (4, "fork", "80%", 2, True, None, 128)
+    assert config.isolated == (4, "fork", "80%", 2, True, *(None,) * 4, 0, (), False, True, 128)
     assert config.pool == (2, 1000, 256, 3600)
     assert config.limits == (0, 512, 0, 0, 0, 0, 0, 0, 0, MAX_BYTES)
-    assert config.security == (None, None, True)
+    assert config.security == (None, None, None, True)
     assert config.runtime == (512, 5)
     assert config.shutdown.grace_s == 20
     assert config.log == ("info", "auto")
@@ -430,7 +430,13 @@ def test_secrets_that_cannot_be_used(load: Load, tmp_path: Path, queue: str, mes
         ("queue: {sync_replicas: 1}", "1: queue.sync_replicas: a sqlite:// queue has no replicas; leave it at 0"),
         ("queue:\n  url: redis://h?sync_replicas=1\n  sync_replicas: 1", "3: queue.sync_replicas: the URL says"),
         ("isolated: {start: spawn}", "1: isolated.start must be fork, pool or exec, not 'spawn'"),
-        ("isolated: {user: nobody}", "1: isolated.user is not supported by this version; leave it null"),
+        ("isolated: {user: 33}", "1: isolated.user must be the name of a user, not 33: put quotes around it"),
+        ("isolated: {group: 'a b'}", "1: isolated.group must be the name of a group, not 'a b'"),
+        ("isolated: {umask: 22}", '1: isolated.umask must be an octal number in quotes, not 22: put quotes around it'),
+        ("isolated: {nice: -1}", "1: isolated.nice must be an integer from 0 to 19, not -1"),
+        ("isolated: {environment: [A=1]}", "1: isolated.environment.0 must be a name or a pattern such as APP_*, not 'A=1'"),
+        ("isolated: {environment: [KQUEUE_URL]}", "1: isolated.environment.0 must be a name or a pattern such as"),
+        ("isolated: {environment: HOME}", "1: isolated.environment must be a list, not 'HOME': write [a, b]"),
         ("security: {signing_key_file: [k]}", "1: security.signing_key_file must be a path, not a list"),
         # settings against each other
         ("inline:\n  max_slice: 9s", "1: inline.hard_slice must not be shorter than inline.max_slice"),

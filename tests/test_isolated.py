@@ -18,6 +18,7 @@ from kqueue.client.memory import MemoryClient
 from kqueue.codec import decode, from_json, unpack
 from kqueue.context import MAX_FOLLOW_UP_BYTES, MAX_FOLLOW_UPS
 from kqueue.dispatch import prepare
+from kqueue.execution.privileges import Privileges
 from kqueue.loading import ImportFailed, template_config
 from tests.apps.zoo import PIDS
 from tests.daemon import tree, wait_gone
@@ -60,7 +61,7 @@ class Bench:
         """Run `jobs` to the end of their first attempt."""
         runtime = KQueueRuntime(
             Noting(self.store, self.settled), template=template_config([ROOT], [], [self.module]), max_isolated=max_isolated,
-            kill_grace_s=kill_grace_s, security=self.security,
+            kill_grace_s=kill_grace_s, security=self.security, privileges=Privileges(environment=(PIDS,)),
         )  # fmt: skip
         for kind in (events.JobEnded, events.JobOutput, events.JobProgress, events.Warned, events.TemplateDied):
             runtime.events.subscribe(kind, self.facts.append)

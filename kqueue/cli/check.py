@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..commands import find_program
 from ..config import Config, line_of
+from ..environment import withheld
 from ..errors import ConfigError, UsageError
 from ..events import Events
 from ..execution.link import TemplateLink
+from ..execution.privileges import Privileges
+from ..execution.settling_in import Preparations
 from ..hostmemory import budget
 from ..kernel import Kernel
 from ..loading import ImportFailed, import_modules, register_commands, template_config
@@ -22,16 +26,17 @@ from ..signing import Keys
 from ..signing import load as load_keys
 
 
-def check(config: Config) -> int:
-    """Import what the daemon would import, in the processes that would; print; 0. Raises ConfigError."""
+def check(config: Config, warnings: Sequence[str] = ()) -> int:
+    """Import what the daemon would import, in the processes that would; print, `warnings` too; 0. Raises ConfigError."""
     jobs, security = config.jobs, SecurityConfig.from_config(config.limits, config.security)
     keys = keys_of(config, security)
+    privileges = Privileges.from_config(config.isolated, config.security)
     try:
         import_modules("jobs.modules", jobs.modules, jobs.path, security)
         register_commands(jobs.commands)
         template = template_config(jobs.path, jobs.modules, jobs.isolated_modules, security=security)
         if template["needed"]:
-            _learn(template)
+            _learn(template, privileges)
     except ImportFailed as error:
         raise config.error(error.key, str(error)) from None
     for registration in registry:
@@ -44,6 +49,8 @@ def check(config: Config) -> int:
             raise config.error(f"jobs.pin.{name}", f"jobs.pin: {why}")
         registry.choose(name, lane)
     _print(config, keys)
+    for warning in [*warnings, *_refusals(privileges)]:
+        print(f"{config.shown_file}: warning: {warning}", file=sys.stderr)
     for command in jobs.commands:
         if find_program(command, os.environ.get("PATH")) is None:
             line = line_of(config.lines, f"jobs.commands.{command.name}.command")
@@ -51,6 +58,17 @@ def check(config: Config) -> int:
             what = f"there is no program {command.command[0]!r} here; job {command.name!r} will fail"
             print(f"{place}: warning: {what}", file=sys.stderr)
     return 0
+
+
+def _refusals(privileges: Privileges) -> Iterator[str]:
+    """Jobs that could not run as they are declared."""
+    preparations = Preparations(privileges)
+    for registration in registry:
+        if registration.isolated:
+            by_operator = registration.parameters is not None
+            asked = privileges.of_job(registration.options, registration.options.max_memory, by_operator=by_operator)
+            if refusal := preparations.of(asked)[0].get("refusal"):
+                yield f"job {registration.name!r} will be buried: {refusal}"
 
 
 def keys_of(config: Config, security: SecurityConfig) -> Keys | None:
@@ -61,9 +79,9 @@ def keys_of(config: Config, security: SecurityConfig) -> Keys | None:
         raise config.error("security.signing_key_file", str(error)) from None
 
 
-def _learn(template: dict[str, Any]) -> None:
+def _learn(template: dict[str, Any], privileges: Privileges) -> None:
     kernel = Kernel()
-    link = TemplateLink(kernel, Events())
+    link = TemplateLink(kernel, Events(), privileges=privileges)
     link.configure(template)
 
     def look() -> Any:
@@ -91,6 +109,8 @@ def _print(config: Config, keys: Keys | None) -> None:
         signs, *others = keys.ids
         accepted = f"; also accepted: {', '.join(others)}" if others else ""
         print(f"signing   {keys.file}: signed with the key {signs}{accepted}{f' ({keys.warning})' if keys.warning else ''}")
+    if names := withheld(os.environ, config.isolated.environment):
+        print(f"withheld  {', '.join(names)}: isolated jobs have these only if isolated.environment names them")
     if not len(registry):
         print("jobs      none: name the modules that define them in jobs.modules or jobs.isolated_modules")
         return

@@ -10,6 +10,7 @@ import click
 
 from .. import __version__
 from ..codec import to_json
+from ..config import Config
 from ..config_file import load_config
 from ..errors import ConfigError, UsageError
 from ..settings import parse_duration
@@ -23,6 +24,17 @@ def _duration(context: click.Context, parameter: click.Parameter, value: str | N
         return float(value) if value.replace(".", "", 1).isdigit() else parse_duration(value)
     except (UsageError, ConfigError) as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _tried(config: Config) -> list[str]:
+    """What to say of the privileges of jobs, tried here, in a process that ends soon. Raises ConfigError."""
+    from ..execution.privileges import Privileges
+    from ..execution.trial import NotPermitted, try_out
+
+    try:
+        return try_out(Privileges.from_config(config.isolated, config.security), config.jobs.path)
+    except NotPermitted as error:
+        raise config.error(error.key, f"{error.key}: {error}") from None
 
 
 def front(arguments: Sequence[str], write_fd: int) -> int:
@@ -48,7 +60,7 @@ def front(arguments: Sequence[str], write_fd: int) -> int:
             "check": check, "burst": burst, "max_jobs": max_jobs or 0, "max_time": max_time, "log_level": log_level,
         }  # fmt: skip
         with os.fdopen(write_fd, "wb") as pipe:
-            pipe.write(to_json({"config": config.to_plain(), "options": options}))
+            pipe.write(to_json({"config": config.to_plain(), "options": options, "warnings": _tried(config)}))
 
     try:
         kqueued.main(args=list(arguments), prog_name="kqueued", standalone_mode=False)

@@ -11,11 +11,13 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError, KQueueError
+from ..process import keep_memory_private
 
 
 def main() -> int:
     """Entry point. Returns the exit code: see INTERFACES."""
     _open_standard_fds()
+    keep_memory_private()
     try:
         return _main()
     except KQueueError as error:
@@ -58,12 +60,12 @@ def _main() -> int:
     if options["check"]:
         from .check import check
 
-        return check(config)
-    return _serve(config, options)
+        return check(config, answer["warnings"])
+    return _serve(config, options, answer["warnings"])
 
 
 def _ask_front() -> dict[str, Any] | int:
-    """What the front child made of the command line: {"config", "options"}, or the exit code when it has said all there is."""
+    """What the front child made of the command line: {"config", "options", "warnings"}; the exit code when it has said all."""
     read_fd, write_fd = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -92,15 +94,17 @@ def _ask_front() -> dict[str, Any] | int:
     return answer
 
 
-def _serve(config: Any, options: dict[str, Any]) -> int:
-    """Run the daemon that `config` describes."""
+def _serve(config: Any, options: dict[str, Any], warnings: list[str]) -> int:
+    """Run the daemon that `config` describes. `warnings`: what reading it gave rise to."""
     import gc
     import resource
 
     from ..brokers.base import Retention
     from ..control import Control
-    from ..events import Warned
+    from ..environment import withheld
+    from ..events import EnvironmentWithheld, Warned
     from ..execution.pool import PoolSettings
+    from ..execution.privileges import Privileges
     from ..hostmemory import budget
     from ..instance import Instance
     from ..loading import ImportFailed, import_modules, register_commands, template_config
@@ -152,6 +156,7 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
             heartbeat_s=config.runtime.memory_check_s,
             grace_s=config.shutdown.grace_s,
             pins=jobs.pin,
+            privileges=Privileges.from_config(config.isolated, config.security),
         )
         logs.subscribe(runtime.events)
         status = Status(runtime)
@@ -164,6 +169,10 @@ def _serve(config: Any, options: dict[str, Any]) -> int:
         if not runtime.broker.capabilities.durable:
             warning = f"{runtime.broker.address} keeps nothing, and no other process can dispatch to it: set queue.url"
             runtime.events.emit(Warned(warning))
+        for warning in warnings:
+            runtime.events.emit(Warned(warning))
+        if config.isolated.max_concurrent and (names := withheld(os.environ, config.isolated.environment)):
+            runtime.events.emit(EnvironmentWithheld(names))
         gc.freeze()  # what is here now is here to stay: no collection need look at it again
         try:
             return runtime.run(burst=options["burst"], max_jobs=options["max_jobs"], max_time_s=options["max_time"])

@@ -9,7 +9,7 @@ Rule 3. Cancelling is `kernel.cancel(task, JobCancelled(...))`; a strategy then 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..codec import Envelope, unpack
 from ..context import JobContext
@@ -63,6 +63,3 @@ class ExecutionStrategy(Protocol):
 
 class NotStarted(KQueueError):
     """The attempt was not made: this host is short of processes, memory or fds just now. It counts nothing."""
-
-
-SECRETS: Final = ("KQUEUE_URL", "KQUEUE_SIGNING_KEY_FILE")  # never in a job's environment; it dispatches without

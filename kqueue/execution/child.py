@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 from .. import codec
 from ..context import JobContext, enter
 from ..dispatch import NewJob, prepare
-from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError
+from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError, Refused
 from ..job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
 from ..kernel import READ, Kernel, wait_io
 from ..options import JobOptions
@@ -48,10 +48,14 @@ def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orde
     """
     status = 70
     try:
-        settling_in.prepare(template_pid)
+        settling_in.prepare(template_pid, config["privileges"]["nice"])
         request, fds = order or _wait(orders)
-        settling_in.equip(request, fds)
-        status = _STARTS[request.get("start", "fork")]({**request, "import": config})
+        try:
+            settling_in.equip(request, fds, template_pid)
+            status = _STARTS[request.get("start", "fork")]({**request, "import": config})
+        except Refused as error:
+            _refuse(request, error)
+            status = 0
     except BaseException as error:  # before there was a way to report it: stderr is captured
         print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
         _tell_why(error, status)
@@ -100,6 +104,13 @@ def _run_elsewhere(request: Mapping[str, Any]) -> int:
     from .exec_child import run_command, run_python
 
     return run_command(request) if "command" in request else run_python(request)
+
+
+def _refuse(request: Mapping[str, Any], error: Refused) -> None:
+    """Take the job, so that it is not said to be unread, and say why it does not run."""
+    with socket.socket(fileno=wire.JOB_FD) as supervisor:
+        wire.read_frame(supervisor, (wire.RUN, wire.CALL, wire.TAKE))
+        supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json({**failure(error, request["limits"]), "cause": "refused"})))
 
 
 _STARTS: Final[Mapping[str, Callable[[Mapping[str, Any]], int]]] = {"fork": _run_one, "pool": _run_many, "exec": _run_elsewhere}

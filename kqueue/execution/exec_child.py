@@ -18,18 +18,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from .. import codec
 from ..commands import Command, check_arguments, find_program
-from ..errors import ArgumentsDoNotFit, UsageError
-from ..loading import import_modules, import_script
+from ..errors import ArgumentsDoNotFit, Refused, UsageError
+from ..loading import ImportFailed, import_modules, import_script
 from ..registry import registry
 from ..security import SecurityConfig
 from . import limits, wire
 from .base import unpacked
 from .child import Run, failure
+from .identity import user_name
 from .settling_in import name_process, tell_where_it_stands, tidy_streams
 
 BUNDLE_FD: Final = wire.STACK_FD + 1
@@ -137,8 +138,12 @@ def run_python(request: Mapping[str, Any]) -> NoReturn:
     os.dup2(fd, BUNDLE_FD)
     for kept in (BUNDLE_FD, wire.JOB_FD, wire.STACK_FD):  # all others close by themselves
         os.set_inheritable(kept, True)
-    _lower_memory(request["limits"])
-    os.execve(sys.executable, [sys.executable, "-c", BOOT], os.environ)
+    before = _lower_memory(request["limits"])
+    try:
+        os.execve(sys.executable, [sys.executable, "-c", BOOT], os.environ)
+    except PermissionError as error:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        raise Refused(f"{user_name()} may not run {sys.executable}: {error.strerror}") from None
 
 
 def main(bundle: Mapping[str, Any]) -> NoReturn:
@@ -177,7 +182,16 @@ class _Fresh(Run):
         elif self._module is not None:
             allowed = importing["allowed_paths"]
             security = SecurityConfig(allowed_paths=None if allowed is None else tuple(allowed))
-            import_modules("jobs", [self._module], importing["path"], security)
+            try:
+                import_modules("jobs", [self._module], importing["path"], security)
+            except ImportFailed as error:
+                raise ImportFailed(error.key, f"{error}{_unreadable(importing['path'])}") from None
+
+
+def _unreadable(search_path: Sequence[str]) -> str:
+    """What may be why a module is not found: it looks as if it were not there."""
+    closed = [directory for directory in search_path if not os.access(directory, os.R_OK | os.X_OK)]
+    return f"; {user_name()} may not read {', '.join(closed)}" if closed else ""
 
 
 MAIN: Final = "__kqueue_main__"  # see loading.import_script

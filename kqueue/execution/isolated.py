@@ -11,19 +11,22 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from .. import environment
 from ..codec import from_json, pack, to_json, unpack
 from ..commands import Command
 from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
-from ..events import Events, TemplateDied
+from ..events import Events, TemplateDied, Warned
 from ..kernel import Kernel
 from ..options import JobOptions
 from ..outcome import Outcome
+from ..registry import Registration
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
 from .handle import Child
 from .pool import DEFAULTS, Pool, PoolSettings, Worker
+from .privileges import DEFAULT, Privileges
 from .sampler import Sampler
 from .templates import Templates
 
@@ -55,9 +58,11 @@ class IsolatedExecutionStrategy:
         self, kernel: Kernel, events: Events, *, enqueue: EnqueueFromChild, check: CheckFromChild,
         identity: str = "", kill_grace_s: float = 2.0, memory_headroom_mib: int = 128, cgroups: bool = True,
         default_start: str = "fork", pool: PoolSettings = DEFAULTS, commands: Sequence[Command] = (),
+        privileges: Privileges = DEFAULT,
     ) -> None:  # fmt: skip
         self.cancel_grace_s = kill_grace_s + SETTLE_S
-        self.link = Templates(kernel, events, identity, cgroups)
+        self.link = Templates(kernel, events, identity, cgroups, privileges)
+        self._privileges = privileges
         self.pool = Pool(kernel, events, self.link, pool)
         self.link.on_replaced = self.pool.retire_idle
         events.subscribe(TemplateDied, lambda fact: self.pool.forget_lost())
@@ -65,6 +70,7 @@ class IsolatedExecutionStrategy:
         self._general: dict[str, _General] = {}  # by job
         self._commands = {command.name: command for command in commands}
         self.sampler = Sampler(kernel)
+        self._hinted: set[str] = set()  # what was said of variables that jobs miss
         self._kernel = kernel
         self._events = events
         self._enqueue = enqueue
@@ -83,7 +89,7 @@ class IsolatedExecutionStrategy:
 
     def execute(self, work: Work) -> Steps:
         """Run one attempt in a child; returns the Outcome. Raises NotStarted when there can be no child now."""
-        general = self._general_of(work.registration.name, work.options)
+        general = self._general_of(work.registration, work.options)
         particular = {"id": work.envelope.id, "attempt": work.attempt}
         request = {**general.request, **particular}
         start = self._start_of(work)
@@ -97,12 +103,15 @@ class IsolatedExecutionStrategy:
         outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)
         return outcome
 
-    def _general_of(self, name: str, options: JobOptions) -> _General:
-        """What holds for every run of job `name` with `options`. Most have the same ones as the run before."""
+    def _general_of(self, registration: Registration, options: JobOptions) -> _General:
+        """What holds for every run of a job with `options`. Most have the same ones as the run before."""
+        name = registration.name
         known = self._general.get(name)
         if known is None or known.options is not options:
             limits = self._limits(options)
-            request = {"job": name, "keep_result": bool(options.keep_result), "limits": limits}
+            request: dict[str, Any] = {"job": name, "keep_result": bool(options.keep_result), "limits": limits}
+            by_operator = registration.parameters is not None
+            request |= self._privileges.of_job(registration.options, options.max_memory, by_operator=by_operator)
             known = self._general[name] = _General(options, request, to_json(request))
         return known
 
@@ -116,8 +125,9 @@ class IsolatedExecutionStrategy:
     ) -> Steps:  # fmt: skip
         """Run `function` in a child; returns its result or raises its error. TypeError when it cannot be sent there."""
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
-        limits = self._limits(JobOptions(timeout=timeout_s, max_memory=max_memory_mib))
-        request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "limits": limits, "keep_result": True}
+        options = JobOptions(timeout=timeout_s, max_memory=max_memory_mib)
+        request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "keep_result": True}
+        request |= {"limits": self._limits(options), **self._privileges.of_job(options, max_memory_mib, by_operator=True)}
         outcome: Outcome = yield from self._attempt(request, wire.frame(wire.CALL, call), context)
         if outcome.ok:
             return unpack(from_json(outcome.result or b"null"))
@@ -193,8 +203,19 @@ class IsolatedExecutionStrategy:
         finally:
             context.pid = None
             self.sampler.forget(sampled)
-        outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), child.link.roots)
+        outcome: Outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), child.link.roots)
+        if outcome.error is not None:
+            self._hint_at_environment(request["job"], outcome.error)
         return outcome._replace(max_memory_mib=max(outcome.max_memory_mib, sampled.peak_mib))
+
+    def _hint_at_environment(self, job: str, error: Mapping[str, Any]) -> None:
+        """Say so, once, when a job missed a variable that the daemon has."""
+        if error.get("class") not in ("KeyError", "ImportFailed"):
+            return
+        hint = environment.hint(str(error.get("message")), os.environ, self._privileges.environment)
+        if hint and hint not in self._hinted:
+            self._hinted.add(hint)
+            self._events.emit(Warned(f"{job} failed with {error['class']}: {hint}"))
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Final
 MIB: Final = 1024 * 1024
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+PR_SET_DUMPABLE: Final = 4
 PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
 OOM_SCORE_ADJ: Final = 500  # a job goes before the supervisor, which has 0
@@ -29,8 +30,31 @@ _fflush = _libc.fflush
 def prctl(option: int, value: int) -> None:
     """prctl(2). Raises OSError."""
     if _prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl({option}, {value}): {os.strerror(number)}")
+        raise _error(f"prctl({option}, {value})")
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), which os has from Python 3.12 on. Raises OSError."""
+    if _libc.unshare(flags) != 0:
+        raise _error("unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2), as `unshare`."""
+    if _libc.setns(fd, kind) != 0:
+        raise _error("setns")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """mount(2). Raises OSError."""
+    encoded = (source.encode(), target.encode(), None if kind is None else kind.encode())
+    if _libc.mount(*encoded, ctypes.c_ulong(flags), data.encode()) != 0:
+        raise _error(f"mount on {target}")
+
+
+def _error(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def data_size() -> int:

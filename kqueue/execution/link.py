@@ -17,6 +17,7 @@ from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
+from .. import environment
 from ..dispatch import undescribe
 from ..errors import DuplicateJob, EnvelopeError
 from ..events import Events, JobOutput, LeftoversEnded, TemplateDied, TemplateStarted, Warned
@@ -25,10 +26,11 @@ from ..loading import ImportFailed
 from ..process import signal_name
 from ..registry import Registration, registry
 from . import wire
-from .base import SECRETS, NotStarted
+from .base import NotStarted
 from .handle import Child, ChildExit, pipe
 from .killing import OWNER, end_marked, owner_of, owner_text
 from .output import Lines
+from .privileges import DEFAULT, Privileges
 
 Steps = Generator[Any, Any, Any]
 _GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
@@ -44,9 +46,12 @@ class TemplateLink:
     It is started right away when there is something for it to run ("needed" in the configuration), else by the first request.
     """
 
-    def __init__(self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True) -> None:
+    def __init__(
+        self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True, privileges: Privileges = DEFAULT
+    ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
+        self._privileges = privileges
         self._owner = owner_of(identity)
         self._cgroups = cgroups
         self._config: Mapping[str, Any] = {}
@@ -252,8 +257,8 @@ class TemplateLink:
             opened.callback(os.close, its_output)
             null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             opened.pop_all()
-        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        environment[OWNER] = owner_text(self._owner)
+        its_environment = environment.for_jobs(os.environ, self._privileges.environment)
+        its_environment[OWNER] = owner_text(self._owner)
         actions = [
             (os.POSIX_SPAWN_DUP2, null, 0),
             (os.POSIX_SPAWN_DUP2, its_output, 1),
@@ -263,7 +268,7 @@ class TemplateLink:
         arguments = [sys.executable, "-m", "kqueue.execution.template"]
         try:
             # A session of its own: Ctrl-C in a terminal is for the supervisor to deal with.
-            pid = os.posix_spawn(sys.executable, arguments, environment, file_actions=actions, setsid=True)
+            pid = os.posix_spawn(sys.executable, arguments, its_environment, file_actions=actions, setsid=True)
         except OSError:
             ours.close()
             os.close(output_fd)
@@ -275,7 +280,8 @@ class TemplateLink:
         ours.setblocking(False)
         self._socket = ours
         self._last_pid = pid
-        wire.send_message(ours, wire.CONFIG, {**self._config, "owner": self._owner, "cgroups": self._cgroups})
+        of_this_daemon = {"owner": self._owner, "cgroups": self._cgroups, "privileges": self._privileges.plain()}
+        wire.send_message(ours, wire.CONFIG, {**self._config, **of_this_daemon})
         return pid, output_fd
 
     def _listen(self, pid: int, began: float) -> Steps:
@@ -303,7 +309,8 @@ class TemplateLink:
                     self.on_manifest()
                     self._kernel.unpark(self._waiting)
                 elif kind == wire.IMPORT_FAILED:
-                    raise ImportFailed(fields["key"], fields["message"])
+                    hint = environment.hint(fields["message"], os.environ, self._privileges.environment)
+                    raise ImportFailed(fields["key"], f"{fields['message']}; {hint}" if hint else fields["message"])
                 elif kind == wire.WARNING:
                     self._events.emit(Warned(fields["message"]))
                 else:

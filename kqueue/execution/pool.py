@@ -20,11 +20,12 @@ from ..process import resident_mib
 from .attempt import Attempt
 from .child_frames import Done
 from .handle import Child
+from .privileges import FIELDS
 from .templates import Templates
 
 Steps = Generator[Any, Any, Any]
 
-LASTING: Final[tuple[str, ...]] = ()
+LASTING: Final[tuple[str, ...]] = FIELDS
 """Fields of a request that hold for the life of a process, so that only jobs which agree on them share one."""
 
 

@@ -4,7 +4,10 @@
                       +--keep_only--> spare, waits for one --+
 
 `prepare` is all that can be done before there is a job to do it for; a child is forked ahead, so that no job waits for that.
-`ready_to_fork` is what need not be done in each child, because a fork inherits it.
+`ready_to_fork` is what need not be done in each child, because a fork inherits it, and `Preparations` what it need not look up.
+
+In `equip` the fds come first, so that the child can say why it goes no further; then what takes the daemon's privileges; then the
+user; and PDEATHSIG once more, since a change of user clears it.
 """
 
 from __future__ import annotations
@@ -20,31 +23,75 @@ from typing import Any, Final
 
 from setproctitle import setproctitle
 
+from ..environment import NEVER
+from ..errors import Refused
+from ..loading import ImportFailed
 from . import limits, stack, wire
-from .base import SECRETS
+from .identity import Identity, become, check_declared, check_possible, identity_of
 from .killing import JOB_ID
+from .namespaces import NoNetwork, enter_network, make_private_tmp
+from .privileges import Privileges
 
 _DEFAULT: Final = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _EVERY_FD: Final = os.sysconf("SC_OPEN_MAX")
 
 
-def ready_to_fork() -> None:
-    """In the template, after its imports, which may have changed any of this. STACK_FD is open there."""
+def ready_to_fork(of_all: Privileges) -> None:
+    """In the template, after its imports, which may have changed any of this. STACK_FD is open there. Raises ImportFailed."""
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.close(null)
-    for name in SECRETS:
+    for name in NEVER:  # it was executed without them, but its imports may have read them from somewhere else
         os.environ.pop(name, None)
+    if of_all.umask is not None:
+        os.umask(of_all.umask)
+    if of_all.directory is not None:
+        try:
+            os.chdir(of_all.directory)
+        except OSError as error:
+            raise ImportFailed("isolated.directory", f"isolated.directory: {of_all.directory}: {error.strerror}") from None
     tell_where_it_stands()
     tidy_streams()
 
 
-def prepare(template_pid: int) -> None:
+class Preparations:
+    """In the template: what a child needs to know, and what of it can be known once for all."""
+
+    def __init__(self, of_all: Privileges) -> None:
+        self._of_all = of_all
+        self._no_network = NoNetwork()
+        self._identities: dict[tuple[str | None, str | None, bool], Identity] = {}
+
+    def of(self, request: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[int]]:
+        """What to add to a request for the child itself, fields and fds. `request`: with what Privileges.of_job says."""
+        asked, network = request.get("identity"), request.get("network")
+        if asked is None and network is None:
+            return {}, ()
+        try:
+            become = {} if asked is None else {"become": self._identity(*asked)}
+            return become, () if network is None else (self._no_network.fd(),)
+        except Refused as error:
+            return {"refusal": str(error)}, ()
+
+    def _identity(self, user: str | None, group: str | None, by_operator: bool) -> Identity:
+        known = self._identities.get((user, group, by_operator))
+        if known is None:
+            if not by_operator:
+                check_declared(user, group, self._of_all.user, self._of_all.allowed_users)
+            known = identity_of(user, group)
+            check_possible(known)
+            self._identities[user, group, by_operator] = known
+        return known
+
+
+def prepare(template_pid: int, nice: int) -> None:
     """In a fork: become a process of its own."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in _DEFAULT:
         _signal.signal(number, _signal.SIG_DFL)
+    if nice:
+        os.nice(nice)
     limits.yield_to_the_oom_killer()
     limits.forbid_core_dumps()
     limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
@@ -65,14 +112,26 @@ def die_with(template_pid: int) -> None:
         os._exit(70)
 
 
-def equip(request: Mapping[str, Any], fds: Sequence[int]) -> None:
-    """Become the process of the job of `request`. `fds`: its ends of job socket, stdout, stderr and stack."""
-    for fd, place in zip(fds, (wire.JOB_FD, 1, 2, wire.STACK_FD), strict=True):
+def equip(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:
+    """Become the process of the job of `request`. `fds`: its ends of job socket, stdout, stderr and stack; see Preparations.
+
+    Raises Refused when that job cannot run like this, OSError when the host is short of something.
+    """
+    for fd, place in zip(fds, (wire.JOB_FD, 1, 2, wire.STACK_FD), strict=False):
         os.dup2(fd, place, inheritable=place in (1, 2))
+    if "refusal" in request:
+        raise Refused(request["refusal"])
+    if request.get("network") is False:
+        enter_network(fds[-1])
     os.closerange(wire.STACK_FD + 1, _EVERY_FD)
+    if (max_mib := request.get("private_tmp")) is not None:
+        make_private_tmp(max_mib)
     os.environ[JOB_ID] = request["id"]
     if request.get("start") != "pool":  # whose jobs each have their own
         limits.apply(request["limits"])
+    if "become" in request:
+        become(Identity(*request["become"]))
+        die_with(template_pid)
     name_process(request)
 
 

@@ -37,6 +37,7 @@ from .child import Order  # here, not in the child: what is imported before a fo
 from .child import main as child_main
 from .killing import TEMPLATE_SERIAL, Leftovers, Running, put_mark
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
+from .privileges import Privileges
 
 
 def main() -> int:
@@ -78,7 +79,7 @@ def _import(config: dict[str, Any]) -> None:
         import_script(config["main_file"])
     # For current().logger and libraries in a job; does nothing when a module has configured logging itself.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    settling_in.ready_to_fork()
+    settling_in.ready_to_fork(Privileges(**config["privileges"]))
     gc.collect()
     gc.freeze()  # so that a child's first collection does not touch, and thereby copy, every page
 
@@ -123,6 +124,7 @@ class Template:
         self._spare: Spare | None = None
         self._may_fork = True  # ahead: the last one that was did not end before it had a job
         self._leftovers = leftovers
+        self._preparations = settling_in.Preparations(Privileges(**config["privileges"]))
         self._wake_fd, wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, _noted)
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
@@ -173,6 +175,8 @@ class Template:
 
     def _order(self, request: dict[str, Any], fds: list[int]) -> Spare:
         """The child that has got `request`: the spare, or a new one. OSError when there can be none."""
+        fields, more_fds = self._preparations.of(request)
+        request, fds = {**request, **fields}, [*fds, *more_fds]
         child, self._spare = self._spare, None
         if child is not None:
             try:

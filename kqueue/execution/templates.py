@@ -17,6 +17,7 @@ from ..kernel import Kernel, Task, join
 from .base import NotStarted
 from .handle import Child
 from .link import TemplateLink
+from .privileges import DEFAULT, Privileges
 
 Steps = Generator[Any, Any, Any]
 
@@ -24,7 +25,9 @@ Steps = Generator[Any, Any, Any]
 class Templates:
     """Passes on to the current TemplateLink what is asked of it, and to its own what concerns a child."""
 
-    def __init__(self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True) -> None:
+    def __init__(
+        self, kernel: Kernel, events: Events, identity: str = "", cgroups: bool = True, privileges: Privileges = DEFAULT
+    ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
         self._config: Mapping[str, Any] = {}
@@ -35,6 +38,7 @@ class Templates:
         self.on_replaced: Callable[[], None] = lambda: None
         self._identity = identity
         self._cgroups = cgroups
+        self._privileges = privileges
         self.current = self._new_link()
 
     @property
@@ -147,7 +151,7 @@ class Templates:
             yield join(task)
 
     def _new_link(self) -> TemplateLink:
-        link = TemplateLink(self._kernel, self._events, self._identity, self._cgroups)
+        link = TemplateLink(self._kernel, self._events, self._identity, self._cgroups, self._privileges)
         link.siblings = lambda: self._pids_but(link)
         return link
 

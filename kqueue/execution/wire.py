@@ -131,7 +131,7 @@ def send_message(sock: socket.socket, kind: int, fields: Any, fds: Sequence[int]
 
 def receive_message(sock: socket.socket) -> tuple[int, Any, list[int]] | None:
     """(kind, fields, fds), or None when the other end is gone. BlockingIOError when there is nothing, WireError for nonsense."""
-    space = socket.CMSG_SPACE(4 * 4)
+    space = socket.CMSG_SPACE(5 * 4)  # at the most: see settling_in.equip
     data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, content in ancillary:

@@ -214,6 +214,12 @@ def _leftovers_ended(fact: facts.LeftoversEnded) -> Line:
     return Line(WARNING, message, {"processes": shown})
 
 
+def _environment_withheld(fact: facts.EnvironmentWithheld) -> Line:
+    shown = ", ".join(fact.names[:30]) + (", …" if len(fact.names) > 30 else "")
+    message = "isolated jobs do not have these environment variables; isolated.environment lets them through"
+    return Line(INFO, message, {"names": shown})
+
+
 def _heartbeat(fact: facts.Heartbeat) -> Line:
     return Line(INFO, "heartbeat", _rounded(fact, memory_mib=1))
 
@@ -265,6 +271,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.TemplateReplaced: (INFO, lambda fact: Line(INFO, "template replaced", fact._asdict())),
     facts.TemplateDied: (ERROR, _template_died),
     facts.LeftoversEnded: (WARNING, _leftovers_ended),
+    facts.EnvironmentWithheld: (INFO, _environment_withheld),
     facts.Warned: (WARNING, lambda fact: Line(WARNING, fact.message)),
 }
 """Kind of fact -> (the most serious level it can have, how to describe it). JobProgress is for `kqueue status`, not for a log."""

@@ -36,7 +36,7 @@ state_dir: {room}/var
 queue: {{url: "{url}"}}
 jobs: {{path: [{here}], modules: {modules}, isolated_modules: {isolated_modules}}}
 control: {{socket: {room}/var/kqueued.sock}}
-{more}
+isolated: {{environment: [{variable}], max_concurrent: {isolated}}}
 """
 
 
@@ -47,19 +47,19 @@ class Failure(Exception):
 class Kqueued:
     """A kqueued on `url` in the new directory `room`, running while the `with` lasts.
 
-    `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `more`: of its configuration.
+    `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`: children at once.
     """
 
     def __init__(
         self, room: Path, url: str, modules: Sequence[str] = ("light",), isolated_modules: Sequence[str] = (), *,
-        python: Sequence[str] = (), options: Sequence[str] = (), more: str = "",
+        python: Sequence[str] = (), options: Sequence[str] = (), isolated: int = 4,
     ) -> None:  # fmt: skip
         room.mkdir(parents=True)
         self._config = room / "kqueue.yaml"
         self._config.write_text(
             CONFIG.format(
                 room=room, url=url, here=json.dumps(str(HERE)), modules=json.dumps(list(modules)),
-                isolated_modules=json.dumps(list(isolated_modules)), more=more,
+                isolated_modules=json.dumps(list(isolated_modules)), isolated=isolated, variable=marks.DIRECTORY_VARIABLE,
             )
         )  # fmt: skip
         self._room = room

@@ -20,7 +20,7 @@ from warm import fresh_noop, pooled_noop
 from kqueue import dispatch_many
 
 BATCH = 1_000
-READ_AHEAD = "isolated: {max_concurrent: 32}"  # so that the two processes of the pool need not wait for the queue
+READ_AHEAD = 32  # isolated jobs at once, so that the two processes of the pool need not wait for the queue
 
 
 def measure_inline(bench: Bench) -> dict[str, float]:
@@ -49,14 +49,14 @@ def measure_exec(bench: Bench) -> dict[str, float]:
     return _rate_of(bench, fresh_noop, bench.pick(100, 20), "warm")
 
 
-def _rate_of(bench: Bench, job: Any, count: int, module: str, more: str = "") -> dict[str, float]:
+def _rate_of(bench: Bench, job: Any, count: int, module: str, isolated: int = 4) -> dict[str, float]:
     """How many of `count` isolated jobs are done a second, from the first to the last, when all of them wait already."""
     room, url = bench.empty_queue()
     client = connect(url)
     fill(job, count)
     expect_ready(client, count)
     name = job.registration.name
-    with Kqueued(room, url, ["light"], [module], more=more) as daemon:
+    with Kqueued(room, url, ["light"], [module], isolated=isolated) as daemon:
         daemon.finished(client, **{name: count})
         return {name: marks.rate(marks.read(daemon.marks, name))}
 

@@ -245,7 +245,7 @@ state_dir: var
 queue: {{url: "{url}", names: {{default: 2, mail: 1}}, lease: {lease_s:g}s}}
 jobs: {{path: ["{path}"], modules: [chaos_app.jobs], isolated_modules: [chaos_app.heavy]}}
 inline: {{max_concurrent: {inline}}}
-isolated: {{max_concurrent: {isolated}, kill_grace: 500ms}}
+isolated: {{max_concurrent: {isolated}, kill_grace: 500ms, environment: ["KQUEUE_CHAOS_*"]}}
 limits: {{timeout: 0}}
 shutdown: {{grace: 1s}}
 log: {{level: info, format: logfmt}}
