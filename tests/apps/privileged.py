@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import signal
 import socket
@@ -215,6 +216,15 @@ def does_not_end() -> None:
     print("left", escape(), flush=True)
     while True:
         time.sleep(1)
+
+
+@job(user="nobody", max_memory=64, max_attempts=1)
+def grows() -> None:
+    """By what no rlimit counts."""
+    with mmap.mmap(-1, 160 << 20) as shared:
+        for page in range(0, len(shared), mmap.PAGESIZE):
+            shared[page] = 1
+        time.sleep(60)
 
 
 @job(isolated=True, keep_result=60)
