@@ -247,6 +247,12 @@ def test_what_cannot_be_costs_that_job_only_and_is_named(place: Make) -> None:
     assert daemon.result("of_nobody")["user"] == "nobody"
 
 
+def test_a_limit_below_what_an_interpreter_takes_costs_that_job_only(place: Make) -> None:
+    daemon = place("memory_headroom: 0").start()
+    assert "max_memory of 1 MiB and isolated.memory_headroom of 0 MiB are less" in daemon.refused("too_small_for_an_interpreter")
+    assert daemon.result("small") == 1, "a fork has what its template has, and this above it"
+
+
 @as_root
 def test_an_interpreter_that_the_user_may_not_run_is_named(place: Make) -> None:
     try:
@@ -301,6 +307,25 @@ def test_a_setting_that_cannot_be_is_refused_at_the_start(place: Make, isolated:
     assert re.fullmatch(rf"{re.escape(str(daemon.config))}:5: {re.escape(says)}\n", checked.stderr)
     assert daemon.run() == 2
     assert says in daemon.log[-1]
+
+
+@as_root
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv, which takes capabilities away")
+@pytest.mark.parametrize(
+    ("lacks", "isolated", "says"),
+    [
+        ("kill", "user: nobody", "isolated.user: the daemon could start jobs as nobody, but not end them (it has no CAP_KILL)"),
+        ("setuid", "user: nobody", "isolated.user: the daemon may not run a job as user nobody (it has no CAP_SETUID"),
+        ("sys_admin", "private_tmp: true", "isolated.private_tmp: a private /tmp is not possible here"),
+    ],
+)
+def test_root_that_lacks_a_capability_is_no_root(place: Make, lacks: str, isolated: str, says: str) -> None:
+    """As in many containers, and under systemd's CapabilityBoundingSet=."""
+    daemon = place(isolated)
+    kqueued = [sys.executable, "-m", "kqueue.cli.kqueued", "-c", str(daemon.config), "--check"]
+    command = ["setpriv", f"--bounding-set=-{lacks}", *kqueued]
+    checked = subprocess.run(command, capture_output=True, text=True, env=daemon.environment, check=False, timeout=PATIENCE_S)
+    assert (checked.returncode, f":5: {says}" in checked.stderr) == (2, True), checked.stderr
 
 
 @as_root

@@ -34,6 +34,7 @@ from .identity import user_name
 from .settling_in import name_process, tell_where_it_stands, tidy_streams
 
 BUNDLE_FD: Final = wire.STACK_FD + 1
+LEAST_MIB: Final = 12  # of data that an interpreter has which runs a job that does nothing (measured with CPython 3.11)
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit statuses of a shell for these (POSIX, sh, 2.8.2)
 
 # The template's sys.path, since the child's environment and directory may lead elsewhere.
@@ -130,7 +131,11 @@ def _lower_memory(run_limits: Mapping[str, float]) -> tuple[int, int]:
 
 
 def run_python(request: Mapping[str, Any]) -> NoReturn:
-    """Become a new interpreter that runs the job."""
+    """Become a new interpreter that runs the job. Raises Refused when there can be none."""
+    memory_mib, headroom_mib = request["limits"]["max_memory"], request["limits"]["memory_headroom"]
+    if memory_mib and memory_mib + headroom_mib < LEAST_MIB:
+        both = f"max_memory of {memory_mib} MiB and isolated.memory_headroom of {headroom_mib} MiB"
+        raise Refused(f"a new interpreter takes {LEAST_MIB} MiB, and {both} are less: raise one of them")
     known = registry.get(request["job"])
     module = known.module if known is not None else None
     bundle = {"request": dict(request), "path": sys.path, "began": time.monotonic(), "module": module}

@@ -218,6 +218,16 @@ def does_not_end() -> None:
         time.sleep(1)
 
 
+@job(start="exec", max_memory=1)
+def too_small_for_an_interpreter() -> None:
+    raise AssertionError("it runs")
+
+
+@job(max_memory=1, keep_result=60)
+def small() -> int:
+    return 1
+
+
 @job(user="nobody", max_memory=64, max_attempts=1)
 def grows() -> None:
     """By what no rlimit counts."""
