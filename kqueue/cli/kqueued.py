@@ -102,7 +102,7 @@ def _serve(config: Any, options: dict[str, Any], warnings: list[str]) -> int:
     from ..brokers.base import Retention
     from ..control import Control
     from ..environment import withheld
-    from ..events import EnvironmentWithheld, Warned
+    from ..events import DaemonReady, EnvironmentWithheld, Warned
     from ..execution.pool import PoolSettings
     from ..execution.privileges import Privileges
     from ..hostmemory import budget
@@ -172,7 +172,7 @@ def _serve(config: Any, options: dict[str, Any], warnings: list[str]) -> int:
         for warning in warnings:
             runtime.events.emit(Warned(warning))
         if config.isolated.max_concurrent and (names := withheld(os.environ, config.isolated.environment)):
-            runtime.events.emit(EnvironmentWithheld(names))
+            runtime.events.subscribe(DaemonReady, lambda fact: runtime.events.emit(EnvironmentWithheld(names)))
         gc.freeze()  # what is here now is here to stay: no collection need look at it again
         try:
             return runtime.run(burst=options["burst"], max_jobs=options["max_jobs"], max_time_s=options["max_time"])
