@@ -508,9 +508,9 @@ def test_what_ends_a_job_ends_all_of_it_in_namespaces_and_of_another_user_too(pl
 @as_root
 def test_what_the_supervisor_watches_it_watches_of_another_user_too(place: Make) -> None:
     daemon = place().start()
-    assert "MiB" in daemon.refused("grows")
+    assert "MiB" in daemon.refused("swells")
     row = json.loads(daemon.kqueue("jobs", "--state", "dead", "--json").stdout)[0]
-    assert (row["job"], row["cause"]) == ("grows", "memory")
+    assert (row["job"], row["cause"]) == ("swells", "memory")
 
 
 # -- not as root ----------------------------------------------------------------------------------------------------------------

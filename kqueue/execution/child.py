@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
+from functools import partial
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -26,7 +27,7 @@ from ..context import JobContext, enter
 from ..dispatch import NewJob, prepare
 from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError, Refused
 from ..job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
-from ..kernel import READ, Kernel, wait_io
+from ..kernel import READ, Kernel, Task, wait_io
 from ..options import JobOptions
 from ..outcome import describe_error
 from ..registry import Registration, registry
@@ -129,7 +130,8 @@ class Run:
         timeout_s = request["limits"]["timeout"]
         self._deadline = (time.monotonic() if began is None else began) + timeout_s if timeout_s else None
         self._backoff: Any = None  # the one in force, as declared or dispatched
-        self._cancel: Callable[[BaseException], None] | None = None  # into a cooperative job; None: raise where it is
+        # Into a cooperative job, of which the frame given was interrupted; None: there is none, raise where it is.
+        self._cancel: Callable[[BaseException, FrameType | None], None] | None = None
         self._is_over = False
         self.kept_sigterm = True  # the job left the handler of SIGTERM alone
 
@@ -212,7 +214,7 @@ class Run:
         def job() -> Any:
             task = kernel.current
             assert task is not None
-            self._cancel = lambda error: kernel.cancel(task, error, grace_s=3600)
+            self._cancel = partial(_cancel, kernel, task)
             return (yield from steps)
 
         kernel.spawn(wakeups())
@@ -236,7 +238,7 @@ class Run:
             error = JobCancelled(f"{name} was stopped")
         if self._cancel is None:
             raise error
-        self._cancel(error)
+        self._cancel(error, frame)
 
     # -- services ---------------------------------------------------------------------------------------------------
 
@@ -278,6 +280,25 @@ class Run:
     def _send(self, data: bytes) -> None:
         with self._lock:
             self._socket.sendall(data)
+
+
+def _cancel(kernel: Kernel, task: Task, error: BaseException, frame: FrameType | None) -> None:
+    """Raise `error` in the job, from the handler of a signal, which may come at any instruction.
+
+    In the kernel's own, between two steps of the job, it would end the job without a word to it: then it is for the next step.
+    """
+    if task is kernel.current and frame is not None and frame.f_globals.get("__package__") == "kqueue.kernel":
+        kernel.spawn(_soon(kernel, task, error))
+    else:
+        kernel.cancel(task, error, grace_s=NEVER_ABANDONED_S)
+
+
+def _soon(kernel: Kernel, task: Task, error: BaseException) -> Iterator[None]:
+    yield
+    kernel.cancel(task, error, grace_s=NEVER_ABANDONED_S)
+
+
+NEVER_ABANDONED_S: Final = 3600.0  # the supervisor's kill comes long before
 
 
 class _Rehearsal(Run):

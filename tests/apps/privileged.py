@@ -229,7 +229,7 @@ def small() -> int:
 
 
 @job(user="nobody", max_memory=64, max_attempts=1)
-def grows() -> None:
+def swells() -> None:
     """By what no rlimit counts."""
     with mmap.mmap(-1, 160 << 20) as shared:
         for page in range(0, len(shared), mmap.PAGESIZE):
