@@ -431,7 +431,8 @@ def test_status_is_the_daemons_own_word(daemon: Daemon) -> None:
     assert f"kqueued {found['version']}, pid {daemon.pid}, up " in page
     assert ", running\n" in page
     assert f"{running['id']}  linger  isolated  {running['pid']}" in page
-    memory = re.search(r"^memory ([\d.]+) MiB, with its [23] children ([\d.]+) MiB$", page, re.MULTILINE)  # the template, the job, and perhaps a spare
+    # The template, the job, and perhaps a spare.
+    memory = re.search(r"^memory ([\d.]+) MiB, with its [23] children ([\d.]+) MiB$", page, re.MULTILINE)
     assert memory is not None
     assert 5 < float(memory[1]) < float(memory[2]) < 500
 

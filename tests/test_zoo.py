@@ -714,7 +714,7 @@ def test_memory_in_which_no_interpreter_starts_costs_that_job_only(make: Any) ->
     zoo = make(isolated=", memory_headroom: 0")
     zoo.start()
     zoo.warm_up()
-    why = "Refused: a new interpreter takes .* MiB, and max_memory of 1 MiB and isolated.memory_headroom of 0 MiB are less"
+    why = "Refused: a new interpreter takes .* MiB, and max_memory of 1 MiB and isolated.memory_headroom of 0 MiB are less.*"
     no_room = Bad("ends", ["SystemExit in a thread"], {"max_memory": 1}, cause="refused", ended_by="supervisor", message=why)
     small = Bad("ends", ["no JSON"], {"max_memory": 1}, cause="exception", message="TypeError: .*")
     zoo.hold_out(no_room._replace(starts=["exec"]), small._replace(starts=["fork", "pool"]))

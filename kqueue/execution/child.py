@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -293,7 +293,7 @@ def _cancel(kernel: Kernel, task: Task, error: BaseException, frame: FrameType |
         kernel.cancel(task, error, grace_s=NEVER_ABANDONED_S)
 
 
-def _soon(kernel: Kernel, task: Task, error: BaseException) -> Iterator[None]:
+def _soon(kernel: Kernel, task: Task, error: BaseException) -> Generator[None, None, None]:
     yield
     kernel.cancel(task, error, grace_s=NEVER_ABANDONED_S)
 
