@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import ref
 
 from .errors import UsageError
 
@@ -42,12 +43,19 @@ class Services(Protocol):
         """
 
 
+class Closeable(Protocol):
+    """Something that a job opens: a stream, a helper."""
+
+    def close(self) -> None:
+        """At once, and without waiting."""
+
+
 class JobContext:
     """The running job, as it sees itself."""
 
     __slots__ = (
-        "attempt", "deadline", "follow_ups", "fraction", "id", "inline", "max_memory_mib", "name", "note", "pid", "queue",
-        "services",
+        "_opened", "attempt", "deadline", "follow_ups", "fraction", "id", "inline", "max_memory_mib", "name", "note", "pid",
+        "queue", "services",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +73,7 @@ class JobContext:
         self.fraction: float | None = None  # what it last reported by progress(); None: nothing yet
         self.note = ""
         self.follow_ups: tuple[NewJob, ...] = ()  # what is enqueued when this run ends well, in the same step as its ack
+        self._opened: dict[int, ref[Closeable]] = {}  # by id(): what is closed when this run ends
         self.pid: int | None = None  # of its child, while it has one; None: it runs in this process
 
     @property
@@ -93,6 +102,21 @@ class JobContext:
         """Keep it with this run. Raises UsageError when there is no room."""
         self.check_room(len(prepared.envelope))
         self.follow_ups = (*self.follow_ups, prepared)
+
+    def keep(self, thing: Closeable) -> None:
+        """Close `thing` when this run ends, however it ends. Nothing else is kept alive by it."""
+        self._opened[id(thing)] = ref(thing)
+
+    def forget(self, thing: Closeable) -> None:
+        """Do not: it was closed, or others see to it."""
+        self._opened.pop(id(thing), None)
+
+    def close_all(self) -> None:
+        """This run has ended: close what it opened and left open."""
+        while self._opened:
+            thing = self._opened.popitem()[1]()
+            if thing is not None:
+                thing.close()
 
     def check_room(self, size: int) -> None:
         """Raise UsageError when another follow-up of `size` bytes is more than one run may have."""
@@ -132,3 +156,10 @@ def enter(context: JobContext | None) -> None:
 def job_in(context: Context) -> JobContext | None:
     """The job that runs in `context`, which is a task's; None: none has begun there."""
     return context.get(_current)
+
+
+def close_all() -> None:
+    """The job that runs here, if any, has ended: close what it left open."""
+    context = _current.get()
+    if context is not None:
+        context.close_all()

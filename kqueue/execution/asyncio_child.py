@@ -6,67 +6,97 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import Any
 
-from ..kernel.traps import READ, WRITE, Trap, set_foreign_loop, sleep, wait_io, wait_process
+from ..context import close_all
+from ..kernel.loop import close_locals
+from ..kernel.traps import READ, WRITE, Trap, set_foreign_loop, sleep, wait_any, wait_io, wait_process
 from .jobtraps import _Nothing, _Request
 
 
 def run_under_asyncio(steps: Coroutine[Any, Any, Any]) -> Any:
     """The value of `steps`, run by asyncio.run."""
-    set_foreign_loop(_translate)
+    loop = _UnderAsyncio()
+    set_foreign_loop(loop)
     try:
         return asyncio.run(_main(steps))
     finally:
         set_foreign_loop(None)
+        close_locals(loop.locals)
 
 
 async def _main(steps: Coroutine[Any, Any, Any]) -> Any:
-    return await steps
-
-
-def _translate(trap: Trap) -> Generator[Any, Any, Any]:
-    if isinstance(trap, sleep):
-        return (yield from asyncio.sleep(max(0.0, trap.seconds)).__await__())
-    if isinstance(trap, wait_io):
-        return (yield from _wait_io(trap.fd, trap.events, trap.timeout_s).__await__())
-    if isinstance(trap, wait_process):
-        return (yield from _wait_process(trap.pid).__await__())
-    if isinstance(trap, _Request):
-        return (yield from trap._make())  # a child's services never wait by a trap
-    if isinstance(trap, _Nothing):
-        return None
-    raise TypeError(f"{type(trap).__name__} is not there under asyncio; use asyncio's own in an isolated async job")
-
-
-async def _wait_io(fd: int, events: int, timeout_s: float | None) -> int:
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[int] = loop.create_future()
-
-    def found(event: int) -> None:
-        if not ready.done():
-            ready.set_result(event)
-
-    if events & READ:
-        loop.add_reader(fd, found, READ)
-    if events & WRITE:
-        loop.add_writer(fd, found, WRITE)
     try:
-        return await asyncio.wait_for(ready, timeout_s)
-    except (asyncio.TimeoutError, TimeoutError):
-        return 0
+        return await steps
     finally:
-        loop.remove_reader(fd)
-        loop.remove_writer(fd)
+        close_all()
 
 
-async def _wait_process(pid: int) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        await _wait_io(pidfd, READ, None)
-    finally:
-        os.close(pidfd)
+class _UnderAsyncio:
+    """Answers traps by asyncio."""
+
+    def __init__(self) -> None:
+        self.locals: dict[Any, Any] = {}
+        self._found: dict[int, list[Callable[[int, int], None]]] = {}  # fd -> who waits for it
+
+    def answer(self, trap: Trap) -> Generator[Any, Any, Any]:
+        if isinstance(trap, wait_io):
+            fds = yield from self._wait({trap.fd: trap.events}, trap.timeout_s).__await__()
+            return fds.get(trap.fd, 0)
+        if isinstance(trap, wait_any):
+            return (yield from self._wait(trap.fds, trap.timeout_s).__await__())
+        if isinstance(trap, sleep):
+            return (yield from asyncio.sleep(max(0.0, trap.seconds)).__await__())
+        if isinstance(trap, wait_process):
+            return (yield from self._wait_process(trap.pid).__await__())
+        if isinstance(trap, _Request):
+            return (yield from trap._make())  # a child's services never wait by a trap
+        if isinstance(trap, _Nothing):
+            return None
+        return (yield from trap.elsewhere())
+
+    def release(self, fd: int) -> None:
+        for found in tuple(self._found.get(fd, ())):
+            found(fd, READ | WRITE)
+
+    async def _wait(self, fds: Mapping[int, int], timeout_s: float | None) -> dict[int, int]:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[dict[int, int]] = loop.create_future()
+
+        def found(fd: int, events: int) -> None:
+            if not ready.done():
+                ready.set_result({fd: events})
+
+        for fd, events in fds.items():
+            self._found.setdefault(fd, []).append(found)
+            if events & READ:
+                loop.add_reader(fd, found, fd, READ)
+            if events & WRITE:
+                loop.add_writer(fd, found, fd, WRITE)
+        try:
+            if timeout_s is None:
+                return await ready
+            return await asyncio.wait_for(ready, timeout_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            return {}
+        finally:
+            for fd, events in fds.items():
+                if events & READ:
+                    loop.remove_reader(fd)
+                if events & WRITE:
+                    loop.remove_writer(fd)
+                waiting = self._found[fd]
+                waiting.remove(found)
+                if not waiting:
+                    del self._found[fd]
+
+    async def _wait_process(self, pid: int) -> None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            await self._wait({pidfd: READ}, None)
+        finally:
+            os.close(pidfd)

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from .. import codec
-from ..context import JobContext, enter
+from ..context import JobContext, close_all, enter
 from ..dispatch import NewJob, prepare
 from ..errors import ArgumentsDoNotFit, JobCancelled, JobTimedOut, KQueueError, Refused
 from ..job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
@@ -215,7 +215,10 @@ class Run:
             task = kernel.current
             assert task is not None
             self._cancel = partial(_cancel, kernel, task)
-            return (yield from steps)
+            try:
+                return (yield from steps)
+            finally:
+                close_all()
 
         kernel.spawn(wakeups())
         try:

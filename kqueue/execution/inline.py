@@ -55,6 +55,7 @@ class InlineExecutionStrategy:
         finally:
             if timer is not None:
                 timer.cancel()
+            work.context.close_all()
         limits = {"timeout": timeout_s} if timeout_s else {}
         return outcome._replace(duration_s=kernel.clock.monotonic() - began, limits={**limits, **outcome.limits})
 

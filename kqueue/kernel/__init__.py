@@ -4,11 +4,11 @@ It knows neither jobs nor brokers, and imports nothing of KQueue outside this pa
 """
 
 from .clock import Clock, VirtualClock
-from .loop import Abandoned, Kernel, Task
+from .loop import Abandoned, Kernel, Task, running
 from .slots import Slots
 from .traps import PARKED, READ, WRITE, Park, Trap, join, run, sleep, wait_any, wait_io, wait_process
 
 __all__ = [
     "PARKED", "READ", "WRITE", "Abandoned", "Clock", "Kernel", "Park", "Slots", "Task", "Trap", "VirtualClock", "join", "run",
-    "sleep", "wait_any", "wait_io", "wait_process",
+    "running", "sleep", "wait_any", "wait_io", "wait_process",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import types
+from _thread import _local as ThreadLocal  # not of threading, which nothing else here needs
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
@@ -31,6 +32,8 @@ from .traps import PARKED, Trap
 MAX_IMMEDIATE: Final = 64
 MARK: Final = Struct("64s")
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
+
+_turning: Final = ThreadLocal()  # .kernel: the one whose turn it is in this thread
 
 Steps = Generator[Any, Any, Any] | Coroutine[Any, Any, Any]
 
@@ -110,6 +113,7 @@ class Kernel:
         self.on_look: Callable[[float], None] = lambda now: None
         self.unwatched = False  # `watch` is to be called before the next step of a marked task
         self.watch: Callable[[], None] = lambda: None
+        self.locals: dict[Any, Any] = {}  # what others keep with this kernel, by keys of their own; see `close`
         self._ready: deque[Task] = deque()
         self._turn_s: deque[float] = deque(maxlen=LAG_SAMPLES)
 
@@ -174,6 +178,19 @@ class Kernel:
         else:
             task.value, task.error = None, error
 
+    def interrupt_at(self, task: Task, when: float, error: BaseException) -> Timer:
+        """Raise `error` at the trap where `task` stands at `when`, unless it is being cancelled. `Timer.cancel` takes it back.
+
+        Unlike a cancel it condemns nobody: the task may catch it and go on. And it drops no value that is on its way.
+        """
+        timer = Timer(task, ANY_WAIT, None, error, interrupts=True)
+        self.timers.add(when, timer)
+        return timer
+
+    def interrupt(self, task: Task, error: BaseException) -> None:
+        """The same at once, or as soon as the task waits again."""
+        self._interrupt(Timer(task, ANY_WAIT, None, error, interrupts=True))
+
     def condemn(self, task: Task, grace_s: float) -> None:
         """Abandon `task` if it has not ended in `grace_s` seconds. For `cancel`, and for who throws into it by other means."""
         if task.grace_s is None:
@@ -199,6 +216,13 @@ class Kernel:
 
     def turn(self) -> None:
         """One turn of the loop."""
+        before, _turning.kernel = running(), self
+        try:
+            self._turn()
+        finally:
+            _turning.kernel = before
+
+    def _turn(self) -> None:
         clock = self.clock
         events = clock.select(self.poller, self._patience_s())
         began = clock.monotonic()
@@ -217,7 +241,8 @@ class Kernel:
             self.on_look(now)
 
     def close(self) -> None:
-        """Release the selector. Tasks that have not ended are kept referenced, never closed."""
+        """Release the selector, and what is in `locals`. Tasks that have not ended are kept referenced, never closed."""
+        close_locals(self.locals)
         self.poller.close()
 
     def _patience_s(self) -> float | None:
@@ -238,11 +263,24 @@ class Kernel:
             else:  # it is about to run, since the loop was late perhaps: once more it may
                 timer.value = True
                 self.timers.add(self.clock.monotonic(), timer)
+        elif timer.interrupts:
+            self._interrupt(timer)
         elif timer.error is not None:
             if task.grace_s is None:  # else it is cleaning up already, and its end is in sight
                 self.cancel(task, timer.error, grace_s=timer.value)
         else:
             self.wake(task, timer.value)
+
+    def _interrupt(self, timer: Timer) -> None:
+        task = timer.task
+        if task is None or task.ended or task.grace_s is not None:
+            return
+        if task.parked:
+            self.wake(task, error=timer.error)
+        elif task.value is None and task.error is None and task is not self.current:
+            task.error = timer.error
+        else:  # it is about to run, with what it has been given
+            self.timers.add(self.clock.monotonic(), timer)
 
     def _step(self, task: Task) -> None:
         """Run `task` until it parks, gives way or ends."""
@@ -276,15 +314,15 @@ class Kernel:
 
     def _advance(self, task: Task) -> None:
         """Resume `task` until it is parked or at the back of the ready queue. Raises what its generator raises."""
-        generator, run = task.generator, task.context.run
+        run = task.context.run
         value, error = task.value, task.error
         task.value = task.error = None
         for _ in range(MAX_IMMEDIATE):
             if error is None:
-                trap = run(generator.send, value)
+                trap = run(task.generator.send, value)
             else:
                 thrown, error = error, None
-                trap = run(generator.throw, thrown)
+                trap = run(task.generator.throw, thrown)
             if trap is None:
                 value = None
                 break
@@ -332,6 +370,19 @@ class Kernel:
 
 
 _ENDED: Final = Context()  # of every task that has ended
+
+
+def running() -> Kernel | None:
+    """The kernel that steps a task in this thread just now; None: none does."""
+    return getattr(_turning, "kernel", None)
+
+
+def close_locals(locals: dict[Any, Any]) -> None:
+    """Close what is kept there and can be closed, the newest first."""
+    while locals:
+        close = getattr(locals.popitem()[1], "close", None)
+        if close is not None:
+            close()
 
 
 def _print_crash(task: Task) -> None:

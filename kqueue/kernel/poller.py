@@ -66,6 +66,10 @@ class Poller:
         except (KeyError, OSError):
             return  # closed: who still waits for it has only his time-out
 
+    def waiting(self, fd: int) -> list[Task]:
+        """Who waits for `fd`: to be woken by who closes it, since epoll tells nobody."""
+        return [waiter.task for waiter in self._waiters.get(fd, {}).values()]
+
     def _modify(self, fd: int, events: int) -> None:
         try:
             self._selector.modify(fd, events)

@@ -24,16 +24,20 @@ _SMALL: Final = 1024  # entries that are not worth looking through
 class Timer:
     """One armed deadline of one task.
 
-    `error`, when given, is thrown into the task, else `value` is sent. `task` is None once it was cancelled.
+    `error`, when given, is thrown into the task, which cancels it unless it only `interrupts`; else `value` is sent. `task` is
+    None once it was cancelled.
     """
 
-    __slots__ = ("error", "task", "value", "wait_number")
+    __slots__ = ("error", "interrupts", "task", "value", "wait_number")
 
-    def __init__(self, task: Task, wait_number: int, value: Any, error: BaseException | None) -> None:
+    def __init__(
+        self, task: Task, wait_number: int, value: Any, error: BaseException | None, interrupts: bool = False
+    ) -> None:
         self.task: Task | None = task
         self.wait_number = wait_number
         self.value = value
         self.error = error
+        self.interrupts = interrupts
 
     def cancel(self) -> None:
         """Make it stale. For timers of ANY_WAIT; the others go stale by themselves."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from .loop import Kernel, Task
@@ -35,24 +35,35 @@ class _Parked:
 
 PARKED: Final = _Parked()
 
-# In a child that runs an `async def` job under asyncio, this turns a trap into an asyncio awaitable. None elsewhere.
-foreign_loop: Callable[[Trap], Generator[Any, Any, Any]] | None = None
+class ForeignLoop(Protocol):
+    """What answers traps in place of a kernel: asyncio, in a child that runs an `async def` job."""
+
+    locals: dict[Any, Any]  # as those of a kernel
+
+    def answer(self, trap: Trap) -> Generator[Any, Any, Any]:
+        """Wait for `trap` as that loop waits, and return what it answers."""
+
+    def release(self, fd: int) -> None:
+        """Wake whoever waits for `fd`, which is about to be closed."""
 
 
-def set_foreign_loop(adapter: Callable[[Trap], Generator[Any, Any, Any]] | None) -> None:
-    """Let `await trap` be answered by another event loop (asyncio in an isolated job), or by our kernel again (None)."""
+foreign_loop: ForeignLoop | None = None  # None: our kernel answers
+
+
+def set_foreign_loop(loop: ForeignLoop | None) -> None:
+    """Let `await trap` be answered by another event loop, or by our kernel again (None)."""
     global foreign_loop
-    foreign_loop = adapter
+    foreign_loop = loop
 
 
 class Trap:
-    """A request to the kernel. Subclasses define `arm`."""
+    """A request to the kernel. Subclasses define `arm`; those that another loop can answer as well, `elsewhere`."""
 
     __slots__ = ()
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if foreign_loop is not None:
-            return (yield from foreign_loop(self))
+            return (yield from foreign_loop.answer(self))
         return (yield self)
 
     __iter__ = __await__
@@ -60,6 +71,10 @@ class Trap:
     def arm(self, kernel: Kernel, task: Task) -> Any:
         """Answer at once with a value, or register the wake sources and return PARKED. Must not block."""
         raise NotImplementedError(f"{type(self).__name__} does not define arm()")
+
+    def elsewhere(self) -> Generator[Any, Any, Any]:
+        """Wait for it under asyncio, by what asyncio has."""
+        raise TypeError(f"{type(self).__name__} is not there under asyncio; use asyncio's own in an isolated async job")
 
 
 class sleep(Trap):

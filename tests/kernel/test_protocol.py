@@ -11,7 +11,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from types import coroutine
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -197,14 +197,20 @@ def test_a_trap_without_arm_says_so(kernel: Kernel) -> None:
 
 
 def test_await_is_answered_by_a_foreign_loop_while_one_is_set(kernel: Kernel) -> None:
-    def adapter(trap: Trap) -> Any:
-        yield from ()
-        return f"{type(trap).__name__} by another loop"
+    class Other:
+        locals: ClassVar[dict[Any, Any]] = {}
+
+        def answer(self, trap: Trap) -> Any:
+            yield from ()
+            return f"{type(trap).__name__} by another loop"
+
+        def release(self, fd: int) -> None:
+            raise NotImplementedError
 
     async def job() -> Any:
         return await sleep(1)
 
-    set_foreign_loop(adapter)
+    set_foreign_loop(Other())
     try:
         with pytest.raises(StopIteration) as end:
             job().send(None)

@@ -1,0 +1,61 @@
+"""Input and output for jobs: streams, names, and the structure around them, on the loop that runs the job. Nothing here blocks
+it.
+
+This file is the list of what users may import. Each name is loaded when it is first asked for, so that nobody pays for what he
+does not use: TLS, HTTP, a database.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dialing import connect
+    from .errors import (
+        CertificateRefused,
+        Closed,
+        ConnectFailed,
+        ConnectionLost,
+        IncompleteRead,
+        IOFailed,
+        NameNotFound,
+        StreamLimit,
+        TimedOut,
+        TLSFailed,
+        Truncated,
+    )
+    from .listening import Listener, listen
+    from .operation import Operation, operation
+    from .streams import Stream
+
+_WHERE = {
+    ".dialing": ("connect",),
+    ".errors": (
+        "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "NameNotFound",
+        "StreamLimit", "TLSFailed", "TimedOut", "Truncated",
+    ),
+    ".listening": ("Listener", "listen"),
+    ".operation": ("Operation", "operation"),
+    ".streams": ("Stream",),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "Listener", "NameNotFound",
+    "Operation", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "Truncated", "connect", "listen", "operation",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'kqueue.io' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(module, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -1,0 +1,274 @@
+"""Streams of bytes over non-blocking sockets: TCP, Unix sockets, TLS on either.
+
+    with (yield io.connect("example.org", 443, tls=True)) as stream:
+        yield stream.write(b"GET / HTTP/1.0\r\nHost: example.org\r\n\r\n")
+        head = yield stream.read_until(b"\r\n\r\n")
+
+Reading waits for the socket before each recv(), even where there may be something already. So whoever reads from a peer that is
+never slow gives way with every piece; and a first recv() that mostly finds nothing would cost more than the wait does. Writing
+tries first, since there mostly is room, and gives way after FAIR bytes. What has been received and not been asked for is at
+most as much as one recv() brought (RECEIVE), or the `limit` of a read_until.
+
+One task may read a stream while another one writes it; two that read it get RuntimeError.
+
+An interrupted read loses nothing, and the stream can be read on. A write that is interrupted after a part of its bytes went out
+closes the stream, since nobody could say where it stands.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final
+
+from ..context import current_or_none
+from ..kernel.traps import READ, WRITE, wait_io
+from .errors import Closed, ConnectionLost, IncompleteRead, IOFailed, StreamLimit, TimedOut
+from .gate import Gate
+from .operation import operation
+from .surroundings import deadline_in, left, release
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+RECEIVE: Final = 65536  # bytes that one recv() may bring
+FAIR: Final = 262144  # bytes that are written before others may run
+
+Wait = Generator[Any, Any, Any]
+
+
+class Stream:
+    """A connected stream. Closed by `close`, by the end of its `with`, and by the end of the job that opened it.
+
+    `peer` says whom it is connected to, as error messages do. Timeouts are in seconds; None: until the job's own is up.
+    """
+
+    __slots__ = ("__weakref__", "_buffer", "_ended", "_fd", "_gate", "_socket", "peer")
+
+    def __init__(self, sock: socket.socket, peer: str, gate: Gate) -> None:
+        self.peer = peer
+        self._socket: socket.socket | None = sock  # None: closed
+        self._fd = sock.fileno()
+        self._gate = gate  # a place of which is ours
+        self._buffer = bytearray()  # received, and not asked for yet
+        self._ended = False  # the other side has said that no more will come
+        job = current_or_none()
+        if job is not None:
+            job.keep(self)
+
+    def __repr__(self) -> str:
+        return f"<Stream {self.peer} {'closed' if self._socket is None else f'fd {self._fd}'}>"
+
+    @property
+    def closed(self) -> bool:
+        return self._socket is None
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that were received and not read."""
+        return len(self._buffer)
+
+    def fileno(self) -> int:
+        """The fd. Raises Closed."""
+        self._open()
+        return self._fd
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @operation
+    def read(self, limit: int = RECEIVE, *, timeout: float | None = None) -> Generator[Any, Any, bytes]:
+        """What is there, at least a byte and at most `limit`; b"" when the other side has ended the stream."""
+        if limit < 1:
+            raise ValueError(f"read() takes at least 1 byte, not {limit}")
+        if not self._buffer:
+            if limit >= RECEIVE:
+                return (yield from self._receive(limit, timeout, deadline_in(timeout)))
+            yield from self._fill(timeout, deadline_in(timeout))
+        return self._take(limit)
+
+    @operation
+    def read_until(
+        self, separator: bytes, limit: int = RECEIVE, *, timeout: float | None = None
+    ) -> Generator[Any, Any, bytes]:
+        """All up to and with the next `separator`. StreamLimit when it is not among the next `limit` bytes.
+
+        IncompleteRead when the stream ends first. What it has in `partial`, and what is over the limit, can still be read.
+        """
+        if not separator:
+            raise ValueError("read_until() needs a separator of at least 1 byte")
+        deadline = deadline_in(timeout)
+        buffer, looked = self._buffer, 0
+        while True:
+            at = buffer.find(separator, looked)
+            end = at + len(separator)
+            if end > limit if at >= 0 else len(buffer) >= limit:
+                raise StreamLimit(
+                    f"{self.peer} sent no {separator!r} in {limit} bytes; raise limit= if it may take so long to come, "
+                    "or do not trust this peer"
+                )
+            if at >= 0:
+                return self._take(end)
+            looked = max(0, len(buffer) - len(separator) + 1)
+            if not (yield from self._fill(timeout, deadline)):
+                raise IncompleteRead(f"{self.peer} ended the stream before a {separator!r} came", bytes(buffer))
+
+    @operation
+    def read_exactly(self, count: int, *, timeout: float | None = None) -> Generator[Any, Any, bytes]:
+        """`count` bytes; IncompleteRead when the stream ends first. What it has in `partial` can still be read."""
+        if count < 0:
+            raise ValueError(f"read_exactly() takes a number of bytes, not {count}")
+        deadline = deadline_in(timeout)
+        while len(self._buffer) < count:
+            if not (yield from self._fill(timeout, deadline)):
+                raise IncompleteRead(
+                    f"{self.peer} ended the stream after {len(self._buffer)} of {count} bytes", bytes(self._buffer)
+                )
+        return self._take(count)
+
+    def _take(self, limit: int) -> bytes:
+        buffer = self._buffer
+        if len(buffer) <= limit:
+            taken = bytes(buffer)
+            buffer.clear()
+        else:
+            taken = bytes(memoryview(buffer)[:limit])
+            del buffer[:limit]
+        return taken
+
+    def _fill(self, timeout: float | None, deadline: float | None) -> Generator[Any, Any, bool]:
+        """Receive some more; False: nothing more will come."""
+        data = yield from self._receive(RECEIVE, timeout, deadline)
+        self._buffer += data
+        return bool(data)
+
+    def _receive(self, limit: int, timeout: float | None, deadline: float | None) -> Generator[Any, Any, bytes]:
+        sock = self._open()
+        while not self._ended:
+            if not (yield from wait_io(self._fd, READ, left(deadline))):
+                raise TimedOut(f"{self.peer} did not send what was asked for in {timeout:g} s")
+            if self._socket is None:
+                raise Closed(f"the stream to {self.peer} was closed while it was read")
+            try:
+                data = sock.recv(limit)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self.close()
+                raise ConnectionLost(f"{self.peer} broke the connection: {error.strerror or error}") from None
+            if data:
+                return data
+            self._ended = True
+        return b""
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    @operation
+    def write(self, data: bytes | bytearray | memoryview, *, timeout: float | None = None) -> Generator[Any, Any, None]:
+        """Returns when the kernel has taken all of `data`: who sends faster than the other side reads waits here.
+
+        ConnectionLost when the other side takes no more; what it has sent before can still be read.
+        """
+        sock = self._open()
+        deadline = deadline_in(timeout)
+        view = memoryview(data).cast("B")
+        sent, turn, is_whole = 0, 0, False
+        try:
+            while sent < len(view):
+                try:
+                    count = sock.send(view[sent : sent + FAIR])
+                except BlockingIOError:
+                    if not (yield from wait_io(self._fd, WRITE, left(deadline))):
+                        raise TimedOut(f"{self.peer} took {sent} of {len(view)} bytes in {timeout:g} s") from None
+                    turn = 0
+                else:
+                    sent += count
+                    turn += count
+                    if turn >= FAIR and sent < len(view):
+                        turn = 0
+                        yield
+                if self._socket is None:
+                    raise Closed(f"the stream to {self.peer} was closed while it was written")
+            is_whole = True
+        except OSError as error:
+            if isinstance(error, IOFailed):
+                raise
+            is_whole = True  # nothing will follow, so nobody can mistake it
+            raise ConnectionLost(f"{self.peer} takes no more: {error.strerror or error}") from None
+        finally:
+            if sent and not is_whole:
+                self.close()
+
+    @operation
+    def finish(self, *, timeout: float | None = None) -> Generator[Any, Any, None]:
+        """Tell the other side that no more will be written. It can still be read."""
+        sock = self._open()
+        yield from ()
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise ConnectionLost(f"{self.peer} is gone: {error.strerror or error}") from None
+
+    # -- ending -----------------------------------------------------------------------------------------------------
+
+    def is_alive(self) -> bool:
+        """Whether it can be used, as far as can be told without waiting. What has come meanwhile is `buffered`."""
+        if self._socket is None:
+            return False
+        while not self._ended and len(self._buffer) < RECEIVE:
+            try:
+                data = self._socket.recv(RECEIVE)
+            except BlockingIOError:
+                break
+            except OSError:
+                self.close()
+                return False
+            self._ended = not data
+            self._buffer += data
+        return not self._ended
+
+    def close(self) -> None:
+        """At once; who waits for it gets Closed. What was written still goes out. More than once does no harm."""
+        sock, self._socket = self._socket, None
+        if sock is None:
+            return
+        job = current_or_none()
+        if job is not None:
+            job.forget(self)
+        release(self._fd)
+        sock.close()
+        self._gate.give()
+
+    def disown(self) -> None:
+        """Leave it open when the job ends. For a pool, which closes it itself."""
+        job = current_or_none()
+        if job is not None:
+            job.forget(self)
+
+    def adopt(self) -> None:
+        """Close it when the job that runs now ends. For a pool, which lends it."""
+        job = current_or_none()
+        if job is not None:
+            job.keep(self)
+
+    def _open(self) -> socket.socket:
+        if self._socket is None:
+            raise Closed(f"the stream to {self.peer} is closed")
+        return self._socket
+
+    def __del__(self) -> None:
+        if self._socket is not None:
+            self.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

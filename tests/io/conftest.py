@@ -1,0 +1,106 @@
+"""What the tests of kqueue.io share: a kernel with an eye on fds, peers with bad manners, and the places where a job may run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from kqueue.context import JobContext
+from kqueue.io.gate import Gate
+from kqueue.kernel import Kernel, Task
+from tests.test_inline import Services
+
+Peer = Callable[[socket.socket], None]
+
+
+def open_fds() -> set[str]:
+    return {fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    """On the real clock. At its end no fd and no place of the gate may be left."""
+    before = open_fds()
+    kernel = Kernel()
+    kernel.on_crash = _crashed
+    yield kernel
+    gate = kernel.locals.get(Gate)
+    assert gate is None or (gate.taken, gate.waiting) == (0, 0)
+    kernel.close()
+    assert open_fds() == before
+
+
+def _crashed(task: Task) -> None:
+    raise AssertionError(f"{task} crashed, and nobody expected it") from task.error
+
+
+def a_job() -> JobContext:
+    return JobContext(id="1", name="the_job", queue="q", attempt=1, deadline=None, inline=True, services=Services())
+
+
+class Server:
+    """Serves each connection in a thread by `peer`, which may do as it likes; the connection is closed when that returns."""
+
+    def __init__(self, peer: Peer, family: int = socket.AF_INET, where: Any = ("127.0.0.1", 0)) -> None:
+        self._peer = peer
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.bind(where)
+        self._listener.listen(128)
+        self.accepted = 0
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._run, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            self._open.append(sock)
+            thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with closing(sock):
+            try:
+                self._peer(sock)
+            except OSError:
+                return
+
+    def stop(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in self._open:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(peer: Peer, *args: Any) -> Server:
+        servers.append(Server(peer, *args))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
