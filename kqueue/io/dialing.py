@@ -30,19 +30,30 @@ BUSY_S: Final = 0.01  # until a Unix socket whose backlog is full is asked again
 
 @operation
 def connect(
-    host: str = "", port: int = 0, *, tls: bool | ssl.SSLContext = False, unix: str = "", timeout: float | None = None
-) -> Generator[Any, Any, Stream]:
+    host: str = "", port: int = 0, *, tls: bool | ssl.SSLContext = False, unix: str = "", server_name: str = "",
+    timeout: float | None = None,
+) -> Generator[Any, Any, Stream]:  # fmt: skip
     """A stream to `port` of `host`, or to the Unix socket at the path `unix`.
 
-    `timeout`: seconds for all of it. Raises NameNotFound, ConnectFailed, TLSFailed or TimedOut.
+    `server_name`: what its certificate must be for, where that is not `host`. `timeout`: seconds for all of it.
+
+    Raises NameNotFound, ConnectFailed, TLSFailed or TimedOut.
     """
     if bool(host) == bool(unix) or (host and not 0 < port < 65536):
         raise UsageError(f"connect() takes a host and a port from 1 to 65535, or unix=PATH, not {host!r}, {port!r} and {unix!r}")
+    server_name = (server_name or host).rstrip(".")
+    if tls is not False and not server_name:
+        raise UsageError("connect() with unix= and tls= needs server_name=, the name that the certificate is for")
     deadline = deadline_in(timeout)
     peer = unix or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     addresses: list[Address] = [(socket.AF_UNIX, unix)] if unix else (yield from addresses_of(host, port))
     sock = yield from _first(addresses, peer, deadline)
-    return Stream(sock, peer, gate())
+    if tls is False:
+        return Stream(sock, peer, gate())
+    from .tls import default_context, secure  # and with it ssl, which is 4 MB
+
+    context = default_context() if tls is True else tls
+    return (yield from secure(sock, gate(), peer, context, server_name, deadline))
 
 
 def addresses_of(host: str, port: int) -> Generator[Any, Any, list[Address]]:

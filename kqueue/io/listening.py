@@ -41,17 +41,18 @@ def listen(
     except OSError as error:
         sock.close()
         raise IOFailed(f"cannot listen at {where}: {error.strerror or error}") from None
-    return Listener(sock, where, unix, gate())
+    return Listener(sock, where, unix, gate(), tls)
 
 
 class Listener:
     """Accepts streams. Closed like a stream; a Unix socket's path is removed then."""
 
-    __slots__ = ("__weakref__", "_gate", "_path", "_socket", "where")
+    __slots__ = ("__weakref__", "_gate", "_path", "_socket", "_tls", "where")
 
-    def __init__(self, sock: socket.socket, where: str, path: str, gate: Gate) -> None:
+    def __init__(self, sock: socket.socket, where: str, path: str, gate: Gate, tls: ssl.SSLContext | None) -> None:
         self._socket: socket.socket | None = sock  # None: closed
         self._path = path
+        self._tls = tls
         self._gate = gate
         gate.taken += 1
         self.where = where
@@ -66,7 +67,7 @@ class Listener:
 
     @operation
     def accept(self, *, timeout: float | None = None) -> Generator[Any, Any, Stream]:
-        """The next stream that somebody opens."""
+        """The next stream that somebody opens. With `tls`, TLSFailed when the handshake with that one fails."""
         deadline = deadline_in(timeout)
         fd = self._open().fileno()
         purpose = f"to accept a connection at {self.where}"
@@ -88,7 +89,12 @@ class Listener:
         except BaseException:
             self._gate.give()
             raise
-        return Stream(sock, _name(address) or f"a client of {self.where}", self._gate)
+        client = _name(address) or f"a client of {self.where}"
+        if self._tls is None:
+            return Stream(sock, client, self._gate)
+        from .tls import secure  # and with it ssl, which is 4 MB
+
+        return (yield from secure(sock, self._gate, client, self._tls, None, deadline))
 
     def close(self) -> None:
         """At once; who waits for it gets Closed."""

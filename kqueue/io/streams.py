@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from ..context import current_or_none
 from ..kernel.traps import READ, WRITE, wait_io
@@ -29,6 +29,7 @@ from .operation import operation
 from .surroundings import deadline_in, left, release
 
 if TYPE_CHECKING:
+    import ssl
     from types import TracebackType
 
 RECEIVE: Final = 65536  # bytes that one recv() may bring
@@ -143,22 +144,48 @@ class Stream:
 
     def _receive(self, limit: int, timeout: float | None, deadline: float | None) -> Generator[Any, Any, bytes]:
         sock = self._open()
+        events = READ
         while not self._ended:
-            if not (yield from wait_io(self._fd, READ, left(deadline))):
-                raise TimedOut(f"{self.peer} did not send what was asked for in {timeout:g} s")
-            if self._socket is None:
-                raise Closed(f"the stream to {self.peer} was closed while it was read")
+            if not self._has_more(sock):
+                if not (yield from wait_io(self._fd, events, left(deadline))):
+                    raise TimedOut(f"{self.peer} did not send what was asked for in {timeout:g} s")
+                if self._socket is None:
+                    raise Closed(f"the stream to {self.peer} was closed while it was read")
             try:
                 data = sock.recv(limit)
-            except BlockingIOError:
+            except self._blocked as error:
+                events = self._events(error, READ)
                 continue
             except OSError as error:
-                self.close()
-                raise ConnectionLost(f"{self.peer} broke the connection: {error.strerror or error}") from None
+                lost = self._lost(error)
+                if lost is not None:
+                    self._break()
+                    raise lost from None
+                data = b""
             if data:
                 return data
             self._ended = True
         return b""
+
+    # What is different over TLS.
+
+    _blocked: ClassVar[tuple[type[OSError], ...]] = (BlockingIOError,)  # what is raised where a call would have to wait
+    _remembers_what_was_tried: ClassVar[bool] = False  # a send() that had to wait must be followed by the same one
+
+    def _events(self, error: OSError, usual: int) -> int:
+        """What to wait for after a call said so by `error`."""
+        return usual
+
+    def _has_more(self, sock: socket.socket) -> bool:
+        """Whether something has been received that select() does not know of."""
+        return False
+
+    def _lost(self, error: OSError) -> ConnectionLost | None:
+        """What `error` of reading amounts to; None: to an orderly end."""
+        return ConnectionLost(f"{self.peer} broke the connection: {error.strerror or error}")
+
+    def _say_goodbye(self, sock: socket.socket) -> None:
+        """Before it is closed. Must not wait."""
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -171,36 +198,58 @@ class Stream:
         sock = self._open()
         deadline = deadline_in(timeout)
         view = memoryview(data).cast("B")
-        sent, turn, is_whole = 0, 0, False
+        sent, turn, is_torn = 0, 0, False
         try:
             while sent < len(view):
                 try:
                     count = sock.send(view[sent : sent + FAIR])
-                except BlockingIOError:
-                    if not (yield from wait_io(self._fd, WRITE, left(deadline))):
+                except self._blocked as error:
+                    events = self._events(error, WRITE)
+                    is_torn = is_torn or self._remembers_what_was_tried
+                    if not (yield from wait_io(self._fd, events, left(deadline))):
                         raise TimedOut(f"{self.peer} took {sent} of {len(view)} bytes in {timeout:g} s") from None
                     turn = 0
                 else:
                     sent += count
                     turn += count
+                    is_torn = sent < len(view)
                     if turn >= FAIR and sent < len(view):
                         turn = 0
                         yield
                 if self._socket is None:
                     raise Closed(f"the stream to {self.peer} was closed while it was written")
-            is_whole = True
         except OSError as error:
             if isinstance(error, IOFailed):
                 raise
-            is_whole = True  # nothing will follow, so nobody can mistake it
+            is_torn = False  # nothing can follow, so nobody can mistake it
             raise ConnectionLost(f"{self.peer} takes no more: {error.strerror or error}") from None
         finally:
-            if sent and not is_whole:
+            if is_torn:
                 self.close()
 
     @operation
+    def start_tls(
+        self, host: str, tls: bool | ssl.SSLContext = True, *, timeout: float | None = None
+    ) -> Generator[Any, Any, Stream]:
+        """The stream to use from now on: TLS with `host` over this one, which is closed to others. For STARTTLS and proxies.
+
+        TLSFailed when the other side sent something before; CertificateRefused when it is not `host`.
+        """
+        from .tls import start  # and with it ssl, which is 4 MB
+
+        return (yield from start(self, host, tls, deadline_in(timeout)))
+
+    def hand_over(self) -> tuple[socket.socket, Gate]:
+        """The socket and its place, which are the caller's from now on; this stream is closed."""
+        sock = self._open()
+        self.disown()
+        release(self._fd)
+        self._socket = None
+        return sock, self._gate
+
+    @operation
     def finish(self, *, timeout: float | None = None) -> Generator[Any, Any, None]:
-        """Tell the other side that no more will be written. It can still be read."""
+        """Tell the other side that no more will be written. It can still be read; over TLS, only to its end."""
         sock = self._open()
         yield from ()
         try:
@@ -217,10 +266,10 @@ class Stream:
         while not self._ended and len(self._buffer) < RECEIVE:
             try:
                 data = self._socket.recv(RECEIVE)
-            except BlockingIOError:
+            except self._blocked:
                 break
             except OSError:
-                self.close()
+                self._break()
                 return False
             self._ended = not data
             self._buffer += data
@@ -228,6 +277,11 @@ class Stream:
 
     def close(self) -> None:
         """At once; who waits for it gets Closed. What was written still goes out. More than once does no harm."""
+        self._break()
+        self._buffer.clear()
+
+    def _break(self) -> None:
+        """Close it, but keep what was received before."""
         sock, self._socket = self._socket, None
         if sock is None:
             return
@@ -235,6 +289,7 @@ class Stream:
         if job is not None:
             job.forget(self)
         release(self._fd)
+        self._say_goodbye(sock)
         sock.close()
         self._gate.give()
 
