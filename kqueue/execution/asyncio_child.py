@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import types
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import Any
 
@@ -56,6 +57,9 @@ class _UnderAsyncio:
             return None
         return (yield from trap.elsewhere())
 
+    def spawn(self, steps: Generator[Any, Any, Any]) -> asyncio.Task[Any]:
+        return asyncio.get_running_loop().create_task(_drive(steps))
+
     def release(self, fd: int) -> None:
         for found in tuple(self._found.get(fd, ())):
             found(fd, READ | WRITE)
@@ -100,3 +104,23 @@ class _UnderAsyncio:
             await self._wait({pidfd: READ}, None)
         finally:
             os.close(pidfd)
+
+
+@types.coroutine
+def _step(steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Drive a generator that may yield traps as they are, and what asyncio waits for."""
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            asked = steps.send(value) if error is None else steps.throw(error)
+        except StopIteration as end:
+            return end.value
+        try:
+            value, error = ((yield from asked) if isinstance(asked, Trap) else (yield asked)), None
+        except BaseException as raised:
+            value, error = None, raised
+
+
+async def _drive(steps: Generator[Any, Any, Any]) -> Any:
+    return await _step(steps)

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UsageError
 from ..kernel.traps import WRITE, sleep, wait_any
-from .errors import ConnectFailed, NameNotFound, TimedOut
+from .errors import ConnectFailed, TimedOut
 from .gate import gate
+from .names import Address, addresses_of
 from .operation import operation
 from .streams import Stream
 from .surroundings import deadline_in, left, now
 
 if TYPE_CHECKING:
     import ssl
-
-Address = tuple[int, Any]  # family, and what connect() takes
 
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
 STAGGER_S: Final = 0.25  # RFC 8305, section 8: "Connection Attempt Delay"
@@ -46,7 +45,7 @@ def connect(
         raise UsageError("connect() with unix= and tls= needs server_name=, the name that the certificate is for")
     deadline = deadline_in(timeout)
     peer = unix or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    addresses: list[Address] = [(socket.AF_UNIX, unix)] if unix else (yield from addresses_of(host, port))
+    addresses: list[Address] = [(socket.AF_UNIX, unix)] if unix else (yield from addresses_of(host, port, deadline))
     sock = yield from _first(addresses, peer, deadline)
     if tls is False:
         return Stream(sock, peer, gate())
@@ -54,19 +53,6 @@ def connect(
 
     context = default_context() if tls is True else tls
     return (yield from secure(sock, gate(), peer, context, server_name, deadline))
-
-
-def addresses_of(host: str, port: int) -> Generator[Any, Any, list[Address]]:
-    yield from ()
-    if host.lower() in ("localhost", "localhost."):
-        return [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port))]
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, host)
-        except OSError:
-            continue
-        return [(family, (host, port))]
-    raise NameNotFound(f"{host} has no address")
 
 
 class _Attempts:

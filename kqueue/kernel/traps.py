@@ -43,6 +43,9 @@ class ForeignLoop(Protocol):
     def answer(self, trap: Trap) -> Generator[Any, Any, Any]:
         """Wait for `trap` as that loop waits, and return what it answers."""
 
+    def spawn(self, steps: Generator[Any, Any, Any]) -> Any:
+        """Run `steps` as a task of its own, that loop's kind of it."""
+
     def release(self, fd: int) -> None:
         """Wake whoever waits for `fd`, which is about to be closed."""
 

@@ -204,6 +204,9 @@ def test_await_is_answered_by_a_foreign_loop_while_one_is_set(kernel: Kernel) ->
             yield from ()
             return f"{type(trap).__name__} by another loop"
 
+        def spawn(self, steps: Any) -> Any:
+            raise NotImplementedError
+
         def release(self, fd: int) -> None:
             raise NotImplementedError
 
