@@ -60,6 +60,14 @@ class _UnderAsyncio:
     def spawn(self, steps: Generator[Any, Any, Any]) -> asyncio.Task[Any]:
         return asyncio.get_running_loop().create_task(_drive(steps))
 
+    def start(self, steps: Any, ended: Callable[[Any, BaseException | None], None]) -> _Started:
+        task = asyncio.get_running_loop().create_task(steps if isinstance(steps, types.CoroutineType) else _drive(steps))
+        task.add_done_callback(lambda task: ended(*_outcome(task)))
+        return _Started(task)
+
+    def interrupt_in(self, seconds: float) -> _Interruption:
+        return _Interruption(seconds)
+
     def release(self, fd: int) -> None:
         for found in tuple(self._found.get(fd, ())):
             found(fd, READ | WRITE)
@@ -104,6 +112,45 @@ class _UnderAsyncio:
             await self._wait({pidfd: READ}, None)
         finally:
             os.close(pidfd)
+
+
+def _outcome(task: asyncio.Task[Any]) -> tuple[Any, BaseException | None]:
+    if task.cancelled():
+        return None, asyncio.CancelledError()
+    error = task.exception()
+    return (None, error) if error is not None else (task.result(), None)
+
+
+class _Started:
+    """A task of asyncio."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+
+class _Interruption:
+    """A time limit, as asyncio.timeout has it (which is younger than the oldest Python that we run on)."""
+
+    def __init__(self, seconds: float) -> None:
+        self._task = asyncio.current_task()
+        self._is_up = False
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._up)
+
+    def _up(self) -> None:
+        if self._task is not None:
+            self._is_up = True
+            self._task.cancel()
+
+    def ends(self, error: BaseException | None) -> bool:
+        self._timer.cancel()
+        if not self._is_up or self._task is None:
+            return False
+        uncancel = getattr(self._task, "uncancel", None)  # Python 3.11
+        others = uncancel() if uncancel is not None else 0
+        return isinstance(error, asyncio.CancelledError) and not others
 
 
 @types.coroutine

@@ -20,7 +20,7 @@ import os
 import signal
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 from ..errors import JobBlocked
 from ..job import JobFunction
@@ -35,6 +35,7 @@ LATE_S: Final = 1.0  # after the time for which it was armed
 SHORTEST_S: Final = 0.001  # what rounds to 0 µs would disarm it
 SOON_S: Final = 0.05  # until the next look, when KQueue's own code was met
 
+F = TypeVar("F", bound=Callable[..., Any])
 GiveUp = Callable[[Task, JobBlocked], NoReturn]
 
 
@@ -119,13 +120,17 @@ _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.
 _LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
 
 # Those of our functions that call into a job, and are ready for whatever comes out of it.
-_CALLERS: Final[frozenset[CodeType]] = frozenset(
-    {
-        InlineExecutionStrategy._run.__code__, Registration.call.__code__, call_target.__code__, ask_backoff.__code__,
-        describe_error.__code__,
-    }
-)  # fmt: skip
+_CALLERS: Final[set[CodeType]] = {
+    InlineExecutionStrategy._run.__code__, Registration.call.__code__, call_target.__code__, ask_backoff.__code__,
+    describe_error.__code__,
+}  # fmt: skip
 _TRANSPARENT: Final = JobFunction.__call__.__code__  # a job that calls another one's function
+
+
+def calls_jobs(function: F) -> F:
+    """Say of a function of ours on a higher floor that it is one of those."""
+    _CALLERS.add(function.__code__)
+    return function
 
 
 def _job_stands_at(frame: FrameType | None) -> str | None:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     )
     from .listening import Listener, listen
     from .operation import Operation, operation
+    from .scopes import timeout
+    from .sharing import Queue, Semaphore
     from .streams import Stream
+    from .tasks import gather, race
 
 _WHERE = {
     ".dialing": ("connect",),
@@ -36,13 +39,17 @@ _WHERE = {
     ),
     ".listening": ("Listener", "listen"),
     ".operation": ("Operation", "operation"),
+    ".scopes": ("timeout",),
+    ".sharing": ("Queue", "Semaphore"),
     ".streams": ("Stream",),
+    ".tasks": ("gather", "race"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "Listener", "NameNotFound",
-    "Operation", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "Truncated", "connect", "listen", "operation",
+    "Operation", "Queue", "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "Truncated", "connect", "gather",
+    "listen", "operation", "race", "timeout",
 ]  # fmt: skip
 
 

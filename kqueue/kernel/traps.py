@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ class ForeignLoop(Protocol):
 
     def spawn(self, steps: Generator[Any, Any, Any]) -> Any:
         """Run `steps` as a task of its own, that loop's kind of it."""
+
+    def start(self, steps: Any, ended: Callable[[Any, BaseException | None], None]) -> Any:
+        """Run a job's generator or coroutine: `ended(value, error)` hears of it. `stop` of what this returns ends it."""
+
+    def interrupt_in(self, seconds: float) -> Any:
+        """Interrupt this task then. `ends(error)` of what this returns takes it back, and says whether `error` was that."""
 
     def release(self, fd: int) -> None:
         """Wake whoever waits for `fd`, which is about to be closed."""

@@ -207,6 +207,12 @@ def test_await_is_answered_by_a_foreign_loop_while_one_is_set(kernel: Kernel) ->
         def spawn(self, steps: Any) -> Any:
             raise NotImplementedError
 
+        def start(self, steps: Any, ended: Any) -> Any:
+            raise NotImplementedError
+
+        def interrupt_in(self, seconds: float) -> Any:
+            raise NotImplementedError
+
         def release(self, fd: int) -> None:
             raise NotImplementedError
 
