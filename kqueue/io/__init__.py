@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Truncated,
     )
     from .listening import Listener, listen
-    from .operation import Operation, operation
+    from .operation import Operation
     from .scopes import timeout
     from .sharing import Queue, Semaphore
     from .streams import Stream
@@ -38,7 +38,7 @@ _WHERE = {
         "StreamLimit", "TLSFailed", "TimedOut", "Truncated",
     ),
     ".listening": ("Listener", "listen"),
-    ".operation": ("Operation", "operation"),
+    ".operation": ("Operation",),  # the decorator has the name of its module, so it is imported from there
     ".scopes": ("timeout",),
     ".sharing": ("Queue", "Semaphore"),
     ".streams": ("Stream",),
@@ -49,7 +49,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "Listener", "NameNotFound",
     "Operation", "Queue", "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "Truncated", "connect", "gather",
-    "listen", "operation", "race", "timeout",
+    "listen", "race", "timeout",
 ]  # fmt: skip
 
 

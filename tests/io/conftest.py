@@ -53,6 +53,7 @@ class Server:
         self._listener.bind(where)
         self._listener.listen(128)
         self.accepted = 0
+        self._news = threading.Condition()
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._run, daemon=True)]
         self._threads[0].start()
@@ -61,14 +62,21 @@ class Server:
     def port(self) -> int:
         return int(self._listener.getsockname()[1])
 
+    def wait_accepted(self, count: int) -> None:
+        """Until so many have connected."""
+        with self._news:
+            assert self._news.wait_for(lambda: self.accepted >= count, 20), f"{self.accepted} of {count} have connected"
+
     def _run(self) -> None:
         while True:
             try:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            self.accepted += 1
             self._open.append(sock)
+            with self._news:
+                self.accepted += 1
+                self._news.notify_all()
             thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
             self._threads.append(thread)
             thread.start()
