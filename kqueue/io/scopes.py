@@ -35,13 +35,15 @@ class timeout:
             raise UsageError(f"timeout() takes seconds, not {seconds!r}")
         self.seconds = seconds
         self.expired = False
-        self._over: ScopeEnded | None = None  # what is raised in the task; None: not entered
+        self._over: ScopeEnded | None = None  # what is raised in the task; None: it is not in the scope
+        self._was_entered = False
         self._timer: Timer | None = None
         self._foreign: Any = None  # asyncio's own
 
     def __enter__(self) -> timeout:
-        if self._over is not None:
+        if self._was_entered:
             raise UsageError("a timeout scope is entered once: write io.timeout(...) where it begins")
+        self._was_entered = True
         self._over = ScopeEnded(f"{self.seconds:g} s are over")
         kernel = running()
         if kernel is not None and kernel.current is not None:
@@ -58,6 +60,7 @@ class timeout:
             self.expired = error is not None and error is self._over
         elif self._foreign is not None:
             self.expired = self._foreign.ends(error)
+        self._over = None  # its traceback knows this scope: a circle for the collector
         if self.expired:
             raise TimedOut(f"this took longer than the {self.seconds:g} s of its timeout scope") from None
 
