@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 from .poller import Poller
 
@@ -21,7 +21,7 @@ class Clock:
         """The same, but that it counts the time that the machine slept, too: what others see pass."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
+    def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[int, int]]:
         """Wait for events up to `timeout_s` seconds (None: without end), or less."""
         return poller.select(timeout_s if timeout_s is None else min(timeout_s, LONGEST_S))
 
@@ -41,7 +41,7 @@ class VirtualClock(Clock):
     def boottime(self) -> float:
         return self.now
 
-    def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[Any, int]]:
+    def select(self, poller: Poller, timeout_s: float | None) -> list[tuple[int, int]]:
         if timeout_s is None:
             if not len(poller):
                 raise RuntimeError("every task waits for another one: nothing can ever happen")

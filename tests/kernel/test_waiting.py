@@ -112,7 +112,7 @@ def test_what_cannot_be_polled_is_an_error_at_that_line(kernel: Kernel, pair: Pa
         for fd, events, error, words in [
             (closed, READ, OSError, "Bad file descriptor"),
             (file.fileno(), READ, OSError, "not permitted"),
-            (-1, READ, ValueError, "Invalid file descriptor"),
+            (-1, READ, ValueError, "negative integer"),
             (ours, READ, TypeError, r"not for socket: write \.fileno\(\)"),
             (True, READ, TypeError, "not for bool"),
             (ours.fileno(), 0, ValueError, "READ, WRITE or both"),
