@@ -63,7 +63,7 @@ def died(daemon: Daemon, handle: kqueue.JobHandle) -> dict[str, Any]:
 BLOCKERS = [
     (blocking.spins, "in spins"), (blocking.sleeps, "in sleeps"), (blocking.reads, "in reads"), (blocking.waits, "in waits"),
     (blocking.matches, "in matches"), (blocking.plain, "in plain"), (blocking.calls, "in plain"),
-    (blocking.Blocks, "in __init__"),
+    (blocking.Blocks, "in __init__"), (blocking.gathers, "in spinner"),
 ]  # fmt: skip
 
 

@@ -281,6 +281,15 @@ assert runtime.run(burst=True) == 0 and runtime.processed == 1 and not runtime.f
     assert loaded_after(code) & HEAVY == set()
 
 
+def test_what_a_job_does_not_use_of_io_is_not_loaded() -> None:
+    assert not [name for name in loaded_after("import kqueue.runtime") if name.startswith("kqueue.io")]
+    loaded = loaded_after("import kqueue.runtime\nfrom kqueue import io\nio.connect, io.listen, io.gather, io.timeout, io.Queue")
+    assert {"kqueue.io.streams", "kqueue.io.names"} <= loaded
+    assert loaded & HEAVY == set(), "TLS and the helper's modules least of all"
+    assert "kqueue.io.tls" not in loaded
+    assert loaded_after(f"exec(open({str(PACKAGE / 'io/names_helper.py')!r}).read(), {{'__name__': 'helper'}})") & HEAVY == set()
+
+
 def test_an_application_that_declares_jobs_loads_no_daemon() -> None:
     loaded = {name for name in loaded_after("import kqueue\n@kqueue.job\ndef f(): pass") if name.startswith("kqueue")}
     ground = ("job", "context", "errors", "ids", "options", "registry", "retries", "states")

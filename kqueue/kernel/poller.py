@@ -72,7 +72,7 @@ class Poller:
                 self._modify(fd, sum(left))
             else:
                 self._epoll.unregister(fd)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: this poller itself was closed
             return  # closed: who still waits for it has only his time-out
 
     def waiting(self, fd: int) -> list[Task]:

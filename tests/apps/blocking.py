@@ -10,7 +10,7 @@ import subprocess
 import time
 from typing import Any
 
-from kqueue import KQueueJob, enqueue, job, progress, sleep
+from kqueue import KQueueJob, enqueue, io, job, progress, sleep
 
 from .inline import mark, note
 
@@ -135,3 +135,16 @@ def swallows_all() -> Any:
 def alarm_of_a_child() -> list[Any]:
     """Isolated. What it has of the supervisor's timer."""
     return [signal.getsignal(signal.SIGALRM) == signal.SIG_DFL, list(signal.getitimer(signal.ITIMER_REAL))]
+
+
+@job(max_attempts=1)
+def gathers() -> Any:
+    """What blocks is a task beside others, which came by an operation."""
+    with (yield io.Semaphore().acquire()):
+        yield io.gather(sleep(60), spinner())
+
+
+def spinner() -> Any:
+    yield io.Semaphore().acquire()
+    while True:
+        pass
