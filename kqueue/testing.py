@@ -137,10 +137,13 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
             error = JobTimedOut(f"{job.name} ran longer than its timeout of {timeout_s:g} s")
             kernel.throw_at(task, timeout_s, error, grace_s=1.0)
         kwargs = {key: unpack(value) for key, value in envelope.kwargs.items()}
-        result = registration.call(unpack(envelope.args), kwargs)
-        if isinstance(result, types.CoroutineType):
-            return (yield from result.__await__())
-        return (yield from result) if isinstance(result, types.GeneratorType) else result
+        try:
+            result = registration.call(unpack(envelope.args), kwargs)
+            if isinstance(result, types.CoroutineType):
+                return (yield from result.__await__())
+            return (yield from result) if isinstance(result, types.GeneratorType) else result
+        finally:
+            context.close_all()
 
     try:
         result = kernel.run(steps())

@@ -297,4 +297,4 @@ def test_a_cancellation_at_every_wait_leaves_nothing(
         turns += 1
         assert kernel.locals.get(Gate) is None or kernel.locals[Gate].taken == 0
     enter(None)
-    assert turns > 4
+    assert turns > 2, "there are waits to be cancelled at"
