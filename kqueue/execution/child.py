@@ -288,7 +288,7 @@ class Run:
 def _cancel(kernel: Kernel, task: Task, error: BaseException, frame: FrameType | None) -> None:
     """Raise `error` in the job, from the handler of a signal, which may come at any instruction.
 
-    In the kernel's own, between two steps of the job, it would end the job without a word to it, and in those of kqueue.io it would
+    In the kernel's own, between two steps of the job, it would end the job without a word to it; in those of kqueue.io it would
     come between two lines that belong together: then it is for the next step.
     """
     if task is kernel.current and frame is not None and frame.f_globals.get("__package__") in ("kqueue.kernel", "kqueue.io"):
