@@ -617,6 +617,7 @@ class KQueueRuntime:
     def _let_go(self) -> Steps:
         for task in self._loops:
             self.kernel.cancel(task, GeneratorExit())
+        yield from self._services.stop()
         for strategy in self._strategies.values():
             yield from strategy.stop()
         closing = self.kernel.spawn(self.broker.close(give_up=not self._settling), name="close")

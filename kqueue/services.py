@@ -1,7 +1,12 @@
-"""What running jobs ask of the runtime: to enqueue, to run a blocking call elsewhere, to report progress (`context.Services`)."""
+"""What running jobs ask of the runtime: to enqueue, to run a blocking call elsewhere, to report progress (`context.Services`).
+
+What a job has running in a process of its own has a task of its own, too. A job that is cancelled or timed out is thrown out of
+its wait at once, while that task asks the process to end, gives it its grace, and kills it.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +14,9 @@ from . import events as facts
 from .codec import decode
 from .context import JobContext, current
 from .dispatch import NewJob, prepare
+from .errors import JobCancelled, JobTimedOut
 from .job import BoundJob
-from .kernel import Slots
+from .kernel import Park, Slots, Task, join
 from .options import check_option
 from .registry import registry
 
@@ -27,6 +33,8 @@ class RuntimeServices:
         self._runtime = runtime
         self._slots = Slots(offload_slots)
         self._memory_mib = offload_memory_mib
+        self._apart: set[Task] = set()  # what runs in processes for inline jobs
+        self._stopping: deque[Task] = deque()
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Steps:
         runtime = self._runtime
@@ -43,12 +51,16 @@ class RuntimeServices:
         )  # fmt: skip
 
     def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
-        """In a child, a few at a time; the others wait their turn within their own time-outs."""
-        context = current()
+        """In a process of the pool, a few at a time; the others wait their turn within their own time-outs."""
+        return (yield from self._run_apart(self._offload(current(), function, args, kwargs)))
+
+    def _offload(
+        self, context: JobContext, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Steps:
         runtime = self._runtime
         yield from self._slots.take()
         try:
-            left_s = 0.0 if context.deadline is None else max(0.001, context.deadline - runtime.kernel.clock.monotonic())
+            left_s = self._left_s(context)
             runtime.isolated.link.configure(runtime.template())
             result = yield from runtime.isolated.offload(
                 function, args, kwargs, context=context, timeout_s=left_s, max_memory_mib=self._memory_mib
@@ -56,6 +68,37 @@ class RuntimeServices:
             return result
         finally:
             self._slots.give()
+
+    def _left_s(self, context: JobContext) -> float:
+        """What is left of the job's time, in seconds; 0: it has no end. Raises JobTimedOut when it is over."""
+        if context.deadline is None:
+            return 0.0
+        left_s = context.deadline - self._runtime.kernel.clock.monotonic()
+        if left_s <= 0:
+            raise JobTimedOut(f"{context.name} had no time left when its turn came")
+        return left_s
+
+    def _run_apart(self, steps: Steps) -> Steps:
+        """What `steps` return or raise, run as a task that outlives whoever waits for it by as long as it takes to end it."""
+        kernel = self._runtime.kernel
+        task = kernel.spawn(steps)
+        self._apart.add(task)
+        task.on_end = self._ended
+        try:
+            return (yield join(task))
+        except BaseException:
+            if not task.ended:
+                kernel.cancel(task, JobCancelled("nobody waits for it any more"), self._runtime.isolated.cancel_grace_s)
+            raise
+
+    def _ended(self, task: Task) -> None:
+        self._apart.discard(task)
+        self._runtime.kernel.unpark(self._stopping)
+
+    def stop(self) -> Steps:
+        """Wait for what is being ended. No job waits for any of it any more."""
+        while self._apart:
+            yield Park(self._stopping)
 
     def progress(self, context: JobContext) -> None:
         self._runtime.events.emit(facts.JobProgress(context.id, context.name, context.fraction or 0.0, context.note))

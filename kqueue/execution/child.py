@@ -184,6 +184,7 @@ class Run:
     def _call(self, data: bytes) -> Any:
         """An offloaded call. The function's name comes from the supervisor's own code, never from a queue."""
         call = codec.from_json(data)
+        set_dispatcher(self._dispatch)
         target: Any = importlib.import_module(call["module"])
         for part in call["qualname"].split("."):
             target = getattr(target, part)

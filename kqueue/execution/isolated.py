@@ -123,12 +123,16 @@ class IsolatedExecutionStrategy:
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, context: JobContext,
         timeout_s: float, max_memory_mib: int,
     ) -> Steps:  # fmt: skip
-        """Run `function` in a child; returns its result or raises its error. TypeError when it cannot be sent there."""
+        """Run `function` in a process of the pool; returns its result or raises its error. TypeError when it cannot be sent there."""
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
+        if len(call) > wire.MAX_CALL:
+            raise TypeError(f"the arguments of an offloaded call are {len(call)} bytes, allowed are {wire.MAX_CALL}: pass a path")
         options = JobOptions(timeout=timeout_s, max_memory=max_memory_mib)
-        request = {"id": context.id, "job": f"{context.name}:offload", "attempt": 1, "keep_result": True}
-        request |= {"limits": self._limits(options), **self._privileges.of_job(options, max_memory_mib, by_operator=True)}
-        outcome: Outcome = yield from self._attempt(request, wire.frame(wire.CALL, call), context)
+        lasting = self._privileges.of_job(options, max_memory_mib, by_operator=True)
+        general = {"job": f"{context.name}:offload", "keep_result": True, "call": True, **lasting}
+        particular = {"id": context.id, "attempt": 1, "limits": self._limits(options)}
+        request = {**general, **particular}
+        outcome: Outcome = yield from self._pooled(request, particular, to_json(general), call, context, in_line=False)
         if outcome.ok:
             return unpack(from_json(outcome.result or b"null"))
         if outcome.cause == "cancelled":
@@ -160,12 +164,13 @@ class IsolatedExecutionStrategy:
         return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)
 
     def _pooled(
-        self, request: Mapping[str, Any], particular: Mapping[str, Any], general: bytes, data: bytes, context: JobContext
-    ) -> Steps:
+        self, request: Mapping[str, Any], particular: Mapping[str, Any], general: bytes, data: bytes, context: JobContext,
+        in_line: bool = True,
+    ) -> Steps:  # fmt: skip
         """In a process of the pool; in another one when that was dead already."""
         for _ in range(POOL_TRIES):
             try:
-                worker: Worker = yield from self.pool.take(request)
+                worker: Worker = yield from self.pool.take(request, in_line)
             except JobCancelled:
                 return Outcome("cancelled", "shutdown")
             began = self._kernel.clock.monotonic()

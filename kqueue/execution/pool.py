@@ -45,13 +45,14 @@ DEFAULTS: Final = PoolSettings()
 class Worker:
     """One process of the pool."""
 
-    __slots__ = ("began", "child", "fresh_mib", "jobs", "key", "memory_mib")
+    __slots__ = ("began", "child", "fresh_mib", "is_of_line", "jobs", "key", "memory_mib")
 
     def __init__(self, child: Child, key: tuple[Any, ...], began: float) -> None:
         self.child = child
         self.key = key
         self.began = began
         self.jobs = 0  # that it has begun
+        self.is_of_line = True  # who has it stood in line for it, and holds one of `size` places
         self.fresh_mib = self.memory_mib = resident_mib(child.pid)  # at first, and after its last job
 
     @property
@@ -79,10 +80,15 @@ class Pool:
         """Whether so many jobs wait for a process that none will be without a job within the next milliseconds."""
         return len(self._waiting) > LINE * self._settings.size
 
-    def take(self, request: Mapping[str, Any]) -> Steps:
-        """A Worker for `request`, to be given back. Waits for one that is free. Raises NotStarted."""
-        yield from self._wait()
-        self._busy += 1
+    def take(self, request: Mapping[str, Any], in_line: bool = True) -> Steps:
+        """A Worker for `request`, to be given back. Waits for one that is free. Raises NotStarted.
+
+        `in_line` False: at once, beside the `size` that jobs may have. For calls of jobs that run already, and would wait for
+        jobs that may take hours; whoever asks sees to it that they are few.
+        """
+        if in_line:
+            yield from self._wait()
+            self._busy += 1
         try:
             key = tuple(request.get(name) for name in LASTING)
             worker = self._idle_one(key)
@@ -94,9 +100,11 @@ class Pool:
                 child = yield from self._link.fork({**name, **lasting})
                 worker = Worker(child, key, self._kernel.clock.monotonic())
         except BaseException:
-            self._leave()
+            if in_line:
+                self._leave()
             raise
         worker.jobs += 1
+        worker.is_of_line = in_line
         return worker
 
     def give_back(self, worker: Worker, attempt: Attempt, job: str) -> None:
@@ -109,7 +117,8 @@ class Pool:
             self._idle.append(worker)
         else:
             self._link.forget(worker.child)
-        self._leave()
+        if worker.is_of_line:
+            self._leave()
 
     def retire_idle(self) -> None:
         """Retire all that run nothing now."""

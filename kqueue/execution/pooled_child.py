@@ -1,4 +1,5 @@
-"""A pool process: warm, forked from the template, runs many jobs one after another. What each of them does is `child.Run`'s.
+"""A pool process: warm, forked from the template, runs many jobs one after another, and calls that inline jobs offload. What each of
+them does is `child.Run`'s.
 
     TAKE -> limits -> run -> flush, look around -> RESULT or FAILURE, and DONE, in one piece -> TAKE …
 
@@ -89,7 +90,7 @@ class _Pooled:
                 _end_children()
             return wire.frame(wire.DONE, self._done(request["token"].encode(), changes))
 
-        copy_context().run(run.attempt, wire.RUN, job, farewell)
+        copy_context().run(run.attempt, wire.CALL if request.get("call") else wire.RUN, job, farewell)
 
     def _measured(self) -> tuple[int, int]:
         """See limits.statm."""

@@ -54,6 +54,8 @@ _HEADER: Final = struct.Struct(">IB")
 DONE_HEAD: Final = struct.Struct("<16sdddd")  # the token; then as child_frames.Done has them
 MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
 MAX_MESSAGE: Final = 64 * 1024  # to and from the template; a Linux socket buffer holds 208 KiB
+MAX_CALL: Final = 32 * 1024 * 1024  # the arguments of an offloaded call
+MAX_TOLD: Final = MAX_CALL + MAX_MESSAGE  # a frame from the supervisor, which a child believes
 
 
 class WireError(Exception):
@@ -102,7 +104,7 @@ class Frames:
 def read_frame(sock: socket.socket, kinds: Sequence[int]) -> tuple[int, bytes]:
     """Block until one whole frame came. EOFError when the other end is gone. For children."""
     length, kind = _HEADER.unpack(_read_exactly(sock, _HEADER.size))
-    if kind not in kinds or not 0 < length <= MAX_FRAME:
+    if kind not in kinds or not 0 < length <= MAX_TOLD:
         raise WireError(f"a frame of kind {kind} and length {length}")
     return kind, _read_exactly(sock, length - 1)
 
