@@ -121,9 +121,8 @@ def _encoded(text: str, name: str) -> bytes:
     return data
 
 
-def find_program(command: Command, path: str | None) -> str | None:
+def find_program(program: str, path: str | None) -> str | None:
     """The file that would run, looked for on `path` ($PATH); None: there is none."""
-    program = command.command[0]
     directories = [""] if "/" in program else (path or os.defpath).split(":")
     places = [os.path.join(directory, program) for directory in directories]
     return next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), None)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .dispatch import NewJob
     from .job import BoundJob
+    from .program import Program
 
 MAX_FOLLOW_UPS: Final = 500  # of one run: they have to fit one command of a broker, and the supervisor holds them meanwhile
 MAX_FOLLOW_UP_BYTES: Final = 4 * 1024 * 1024  # of all of them together
@@ -32,6 +33,9 @@ class Services(Protocol):
 
     def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a blocking call elsewhere; the generator returns its result."""
+
+    def run_program(self, program: Program) -> Any:
+        """Run it and end it with the job; the generator returns a ProgramEnd."""
 
     def progress(self, context: JobContext) -> None:
         """`context.fraction` and `context.note` have changed."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import TYPE_CHECKING, Any, Final
 
 from . import events as facts
 from .codec import decode
@@ -18,20 +19,26 @@ from .errors import JobCancelled, JobTimedOut
 from .job import BoundJob
 from .kernel import Park, Slots, Task, join
 from .options import check_option
+from .program import Program
 from .registry import registry
 
 if TYPE_CHECKING:
     from .runtime import KQueueRuntime
 
 Steps = Generator[Any, Any, Any]
+LATE_S: Final = 1.0
 
 
 class RuntimeServices:
-    """One for all jobs of a runtime. `offload_slots`: calls that run at once; `offload_memory_mib`: what each may have."""
+    """One for all jobs of a runtime.
+
+    `offload_slots`: calls that run at once, and as many programs; `offload_memory_mib`: what each may have.
+    """
 
     def __init__(self, runtime: KQueueRuntime, offload_slots: int, offload_memory_mib: int) -> None:
         self._runtime = runtime
         self._slots = Slots(offload_slots)
+        self._program_slots = Slots(offload_slots)
         self._memory_mib = offload_memory_mib
         self._apart: set[Task] = set()  # what runs in processes for inline jobs
         self._stopping: deque[Task] = deque()
@@ -68,6 +75,28 @@ class RuntimeServices:
             return result
         finally:
             self._slots.give()
+
+    def run_program(self, program: Program) -> Steps:
+        """In a child of the template, as few at a time as calls."""
+        return (yield from self._run_apart(self._run_program(current(), program)))
+
+    def _run_program(self, context: JobContext, program: Program) -> Steps:
+        runtime = self._runtime
+        yield from self._program_slots.take()
+        try:
+            left_s = self._left_s(context)
+            # The job's own deadline is told to the job, and then to us; here it is only for the case that nobody tells.
+            timeout_s = min(program.timeout_s or inf, left_s + LATE_S if left_s else inf)
+            runtime.isolated.link.configure(runtime.template())
+            max_memory_mib = program.max_memory_mib or self._memory_mib
+            limit_mib = runtime.security.max_memory_mib
+            end = yield from runtime.isolated.run_program(
+                program, context=context, timeout_s=0.0 if timeout_s == inf else timeout_s,
+                max_memory_mib=min(max_memory_mib, limit_mib) if limit_mib else max_memory_mib,
+            )  # fmt: skip
+            return end
+        finally:
+            self._program_slots.give()
 
     def _left_s(self, context: JobContext) -> float:
         """What is left of the job's time, in seconds; 0: it has no end. Raises JobTimedOut when it is over."""

@@ -33,6 +33,7 @@ from .execution.inline import InlineExecutionStrategy
 from .job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
 from .kernel import Kernel, VirtualClock, sleep
 from .kernel.traps import run as run_task
+from .program import Program, ProgramEnd
 from .registry import Registration, registry
 from .security import SecurityConfig, admit
 from .states import JobState
@@ -107,6 +108,18 @@ class _Services:
     def offload(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Any, Any, Any]:
         yield from ()
         return function(*args, **kwargs)
+
+    def run_program(self, program: Program) -> Generator[Any, Any, ProgramEnd]:
+        """For real, and in real time."""
+        from .execution.direct_program import run_directly
+
+        yield from ()
+        kernel = Kernel()
+        try:
+            end: ProgramEnd = kernel.run(run_directly(program))
+        finally:
+            kernel.close()
+        return end
 
     def progress(self, context: JobContext) -> None:
         """Kept in the context; nobody looks."""

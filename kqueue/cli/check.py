@@ -52,7 +52,7 @@ def check(config: Config, warnings: Sequence[str] = ()) -> int:
     for warning in [*warnings, *_refusals(privileges)]:
         print(f"{config.shown_file}: warning: {warning}", file=sys.stderr)
     for command in jobs.commands:
-        if find_program(command, os.environ.get("PATH")) is None:
+        if find_program(command.command[0], os.environ.get("PATH")) is None:
             line = line_of(config.lines, f"jobs.commands.{command.name}.command")
             place = f"{config.shown_file}:{line}" if line else config.shown_file
             what = f"there is no program {command.command[0]!r} here; job {command.name!r} will fail"

@@ -24,6 +24,7 @@ from ..events import Events, JobOutput
 from ..kernel import READ, Kernel, Task, wait_io
 from ..outcome import Outcome, command_outcome
 from ..process import signal_name
+from ..program import Capture
 from . import stack, wire
 from .child_frames import Backoff, Done, Failure, Progress, Result, Said, Then, parse
 from .handle import Child, ChildExit
@@ -39,7 +40,9 @@ LAST_WORDS: Final = 100
 DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
 
 # Over one of these there is no SIGTERM: a job that takes all the memory there is would only get the time to take more.
-_LIMITS: Final = ("memory", "processes")
+_LIMITS: Final = {  # what its error says then, and the cause
+    "memory": ("MemoryError", "memory"), "processes": ("TooManyProcesses", "signal"), "output": ("TooMuchOutput", "signal"),
+}  # fmt: skip
 
 # Who sends these when the supervisor did not: the kernel, for what the process did.
 _FROM_KERNEL: Final = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGXCPU", "SIGXFSZ", "SIGTRAP")
@@ -50,12 +53,13 @@ class Attempt:
     """A child while it runs. `request` is what the template was asked.
 
     `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
-    `kill`: it and all that it started. `token`: see wire.TAKE.
+    `kill`: it and all that it started. `token`: see wire.TAKE. `capture`: where its output goes; None: to the log.
     """
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
         enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, kill: Callable[[Child], None], token: bytes = b"",
+        capture: Capture | None = None,
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -66,6 +70,7 @@ class Attempt:
         self._check = check
         self._kill_grace_s = kill_grace_s
         self._kill = kill
+        self._capture = capture
         self._token = token  # what a pool process says when it is through with this run; b"": the process is for this run alone
         self._done: Done | None = None  # that it did
         self._is_drained = False  # of a pool process that is done: nothing more came out of it
@@ -76,9 +81,9 @@ class Attempt:
         self._said: Result | Failure | None = None  # the first of either, which decides
         self._backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
         self._garbage: str | None = None  # what was wrong with its frames; None: nothing
-        # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", "memory", "processes"; "": we are not.
+        # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", or one of _LIMITS; "": we are not.
         self._why = ""
-        self._too_much = ""  # "memory" or "processes": it is over that limit, and to be killed; "": it is not
+        self._too_much = ""  # one of _LIMITS: it is over that, and to be killed; "": it is not
         self._numbers = ""  # what there is to say of that
         self._asked = False  # it was asked where it stands; the next step is SIGKILL
         self._stack = stack.Stack()
@@ -221,6 +226,10 @@ class Attempt:
         except BlockingIOError:
             return True
         stream, lines = self._lines[fd]
+        if self._capture is not None:
+            if not self._capture.add(stream, data):
+                self.exceeds("output", "")
+            return bool(data)
         self._tail.add(data)
         if self._printed is not None and stream == "stdout":
             self._printed += data[: MAX_BYTES + 1 - len(self._printed)]
@@ -389,7 +398,7 @@ class Attempt:
         if isinstance(self._said, Failure):
             return self._failed(self._said, code)
         if self._why in _LIMITS:
-            kind, cause = ("MemoryError", "memory") if self._why == "memory" else ("TooManyProcesses", "signal")
+            kind, cause = _LIMITS[self._why]
             error = {"class": kind, "message": self._numbers}
             return Outcome(cause, "supervisor", error=error, exit_code=code, signal=signaled)
         if self._garbage is not None:

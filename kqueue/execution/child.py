@@ -30,6 +30,7 @@ from ..job import BoundJob, JobHandle, get_dispatcher, set_dispatcher
 from ..kernel import READ, Kernel, Task, wait_io
 from ..options import JobOptions
 from ..outcome import describe_error
+from ..program import Program
 from ..registry import Registration, registry
 from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
@@ -102,8 +103,10 @@ def _run_many(request: Mapping[str, Any]) -> int:
 
 
 def _run_elsewhere(request: Mapping[str, Any]) -> int:
-    from .exec_child import run_command, run_python
+    from .exec_child import run_command, run_program, run_python
 
+    if "has_input" in request:
+        return run_program(request)
     return run_command(request) if "command" in request else run_python(request)
 
 
@@ -254,6 +257,12 @@ class Run:
         """This process may block, so there is nowhere else to go."""
         yield from ()
         return function(*args, **kwargs)
+
+    def run_program(self, program: Program) -> Any:
+        """A child of this process, so it is ended with it."""
+        from .direct_program import run_directly
+
+        return run_directly(program)
 
     def progress(self, context: JobContext) -> None:
         self._send(wire.frame(wire.PROGRESS, codec.to_json([context.fraction, context.note])))

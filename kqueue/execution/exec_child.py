@@ -1,10 +1,11 @@
-"""What becomes of a forked child when a job starts by exec: a command, or a new interpreter for a Python job.
+"""What becomes of a forked child when a job starts by exec: a command, a program that an inline job runs (kqueue.io.run), or a
+new interpreter for a Python job.
 
-    fork, settling_in.py --------+-- a command ------------> execve
+    fork, settling_in.py ---------+-- command, program -----> execve
                                   +-- Python: a bundle at BUNDLE_FD, execve -> BOOT -> import the job's module -> Run (child.py)
 
-Limits, session, pidfd and pipes are those of any child, since they outlive execve. A command has no socket: how it exits is what
-there is to know. A Python job finds its socket where a forked one does, and all that its template was told at BUNDLE_FD.
+Limits, session, pidfd and pipes are those of any child, since they outlive execve. Commands and programs have no socket: how
+one exits is what there is to know. A Python job finds its socket where a forked one does, and all that its template was told at BUNDLE_FD.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from . import limits, wire
 from .base import unpacked
 from .child import Run, failure
 from .identity import user_name
+from .killing import JOB_ID, OWNER
 from .settling_in import name_process, tell_where_it_stands, tidy_streams
 
 BUNDLE_FD: Final = wire.STACK_FD + 1
@@ -62,11 +64,45 @@ def run_command(request: Mapping[str, Any]) -> int:
         try:
             _become(Command(**request["command"]), payload, request["limits"])
         except Exception as error:
-            fields = failure(error, request["limits"])
-            if isinstance(error, CommandNotRun):
-                fields |= {"cause": "exit", "exit_code": error.status}
-            supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json(fields)))
+            _say_why(supervisor, error, request["limits"])
     return 0
+
+
+def run_program(request: Mapping[str, Any]) -> int:
+    """Become the program that comes in an EXECUTE. Returns as `run_command` does."""
+    with socket.socket(fileno=wire.JOB_FD) as supervisor:
+        if request["has_input"]:
+            _, (fd,), _, _ = socket.recv_fds(supervisor, 1, 1)
+            os.dup2(fd, 0)
+            os.close(fd)
+        _, payload = wire.read_frame(supervisor, (wire.EXECUTE,))
+        try:
+            _become_program(codec.from_json(payload), request["limits"])
+        except Exception as error:
+            _say_why(supervisor, error, request["limits"])
+    return 0
+
+
+def _say_why(supervisor: socket.socket, error: Exception, run_limits: Mapping[str, float]) -> None:
+    fields = failure(error, run_limits)
+    if isinstance(error, CommandNotRun):
+        fields |= {"cause": "exit", "exit_code": error.status}
+    supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json(fields)))
+
+
+def _become_program(told: Mapping[str, Any], run_limits: Mapping[str, float]) -> NoReturn:
+    argv = [part.encode("latin-1") for part in told["argv"]]
+    environment: Mapping[bytes, bytes] = os.environb
+    if told["env"] is not None:
+        found = {name: os.environb[name] for name in (OWNER.encode(), JOB_ID.encode()) if name in os.environb}
+        environment = {k.encode("latin-1"): v.encode("latin-1") for k, v in told["env"].items()} | found
+    if told["cwd"]:
+        directory = told["cwd"].encode("latin-1")
+        try:
+            os.chdir(directory)
+        except OSError as error:
+            raise CommandNotRun(f"it cannot run in {os.fsdecode(directory)!r}: {error.strerror}", NOT_EXECUTABLE) from None
+    _execute(argv, environment, run_limits)
 
 
 def _become(command: Command, envelope_data: bytes, run_limits: Mapping[str, float]) -> NoReturn:
@@ -77,23 +113,37 @@ def _become(command: Command, envelope_data: bytes, run_limits: Mapping[str, flo
         argv = command.argv(given)
     except UsageError as error:
         raise ArgumentsDoNotFit(f"the arguments do not fit command {command.name!r}: {error}") from None
-    program = find_program(command, os.environ.get("PATH"))
-    if program is None:
-        place = "" if "/" in command.command[0] else f" on PATH ({os.environ.get('PATH', os.defpath)})"
-        raise CommandNotRun(f"there is no program {command.command[0]!r}{place} that this user may run", NOT_FOUND)
     if command.stdin == "json":
         raw = dict(zip(command.parameters.names, envelope.args, strict=False)) | dict(envelope.kwargs)
         _put_on_stdin(codec.to_json(raw))
+    _execute(argv, os.environb, run_limits)
+
+
+def _execute(argv: Sequence[bytes], environment: Mapping[bytes, bytes], run_limits: Mapping[str, float]) -> NoReturn:
+    name, path = os.fsdecode(argv[0]), os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath)))
+    program = find_program(name, path)
+    if program is None:
+        raise CommandNotRun(no_program(name, path), NOT_FOUND)
     _default_signals()
     before = _lower_memory(run_limits)
     try:
-        os.execve(program, argv, os.environ)
+        os.execve(program, list(argv), environment)
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_DATA, before)
         if error.errno == errno.E2BIG:
-            raise ArgumentsDoNotFit(f"the arguments are too long for a process; {command.name!r} takes more by stdin") from None
-        interpreter = ": the interpreter that its first line names" if error.errno == errno.ENOENT else ""
-        raise CommandNotRun(f"{program} cannot be run{interpreter}: {error.strerror}", NOT_EXECUTABLE) from None
+            raise ArgumentsDoNotFit(f"the arguments are too long for a process: let {name} read from stdin instead") from None
+        raise CommandNotRun(cannot_run(program, error), NOT_EXECUTABLE) from None
+
+
+def no_program(name: str, path: str) -> str:
+    """Why it was not started."""
+    return f"there is no program {name!r}{'' if '/' in name else f' on PATH ({path})'} that this user may run"
+
+
+def cannot_run(program: str, error: OSError) -> str:
+    """Why it was not started."""
+    interpreter = ": the interpreter that its first line names" if error.errno == errno.ENOENT else ""
+    return f"{program} cannot be run{interpreter}: {error.strerror}"
 
 
 def _put_on_stdin(data: bytes) -> None:

@@ -10,8 +10,9 @@ import select
 import signal
 import socket
 from collections import deque
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Generator
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from ..kernel import Task
@@ -103,6 +104,12 @@ class Child:
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
+    def give(self, fd: int) -> None:
+        """Send it `fd`, before anything else. -1: nothing."""
+        if fd >= 0:
+            with suppress(OSError):  # it has died, as will be seen
+                socket.send_fds(self.socket, [b"\0"], [fd])
+
     def kill(self, number: int) -> None:
         """Signal the process itself, by pidfd: never a number that somebody else may have by now."""
         if self.pidfd >= 0:
@@ -126,3 +133,21 @@ def pipe() -> tuple[int, int]:
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(read_fd, False)
     return read_fd, write_fd
+
+
+PIECE: Final = 1024 * 1024  # bytes that are copied in one turn of the loop
+
+
+def memory_file(data: bytes) -> Generator[Any, Any, int]:
+    """An fd from which `data` can be read, however much it is: no pipe has to be filled, and no reader waited for."""
+    fd = os.memfd_create("kqueue", os.MFD_CLOEXEC)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view[:PIECE]) :]
+            yield
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -18,13 +18,15 @@ from ..context import JobContext
 from ..errors import JobCancelled, OffloadError
 from ..events import Events, TemplateDied, Warned
 from ..kernel import Kernel
+from ..loading import ImportFailed
 from ..options import JobOptions
 from ..outcome import Outcome
+from ..program import NOT_STARTED, Capture, Program, ProgramEnd
 from ..registry import Registration
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
-from .handle import Child
+from .handle import Child, memory_file
 from .pool import DEFAULTS, Pool, PoolSettings, Worker
 from .privileges import DEFAULT, Privileges
 from .sampler import Sampler
@@ -123,7 +125,10 @@ class IsolatedExecutionStrategy:
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, context: JobContext,
         timeout_s: float, max_memory_mib: int,
     ) -> Steps:  # fmt: skip
-        """Run `function` in a process of the pool; returns its result or raises its error. TypeError when it cannot be sent there."""
+        """Run `function` in a process of the pool; returns its result or raises its error.
+
+        TypeError when it cannot be sent there.
+        """
         call = to_json({**_reference(function), "args": pack(list(args), "args"), "kwargs": pack(dict(kwargs), "kwargs")})
         if len(call) > wire.MAX_CALL:
             raise TypeError(f"the arguments of an offloaded call are {len(call)} bytes, allowed are {wire.MAX_CALL}: pass a path")
@@ -138,6 +143,35 @@ class IsolatedExecutionStrategy:
         if outcome.cause == "cancelled":
             raise JobCancelled(f"{context.name} was stopped")
         raise _offload_error(outcome)
+
+    def run_program(self, program: Program, *, context: JobContext, timeout_s: float, max_memory_mib: int) -> Steps:
+        """Run it in a child that becomes it; returns its ProgramEnd. `timeout_s` 0: no limit."""
+        options = JobOptions(timeout=timeout_s, max_memory=max_memory_mib)
+        request = {
+            "id": context.id, "job": f"{context.name}:{program.name:.40}", "attempt": 1, "limits": self._limits(options),
+            "keep_result": False, "start": "exec", "has_input": bool(program.input),
+            **self._privileges.of_job(options, max_memory_mib, by_operator=True),
+        }  # fmt: skip
+        stdin = (yield from memory_file(program.input)) if program.input else -1
+        try:
+            child: Child = yield from self.link.fork(request)
+            child.give(stdin)
+        except (NotStarted, ImportFailed) as error:
+            return ProgramEnd(NOT_STARTED, b"", b"", "lost", str(error))
+        finally:
+            if stdin >= 0:
+                os.close(stdin)
+        capture = Capture(program.max_output)
+        attempt = self._attempt_in(child, request, context, capture=capture)
+        try:
+            first = wire.frame(wire.EXECUTE, _execute(program))
+            outcome: Outcome = yield from self._watched(attempt, request, first, child, context)
+        finally:
+            self.link.forget(child)
+        if outcome.cause == "cancelled":
+            raise JobCancelled(f"{context.name} was stopped")
+        code = NOT_STARTED if child.exit is None else os.waitstatus_to_exitcode(child.exit.status)
+        return capture.end(code, *_why_ended(outcome))
 
     def _limits(self, options: JobOptions) -> dict[str, float]:
         """What limits.apply puts on the child, and what it is held to from here."""
@@ -187,10 +221,12 @@ class IsolatedExecutionStrategy:
                 return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)
         raise NotStarted(f"{POOL_TRIES} processes of the pool died before they began")
 
-    def _attempt_in(self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"") -> Attempt:
+    def _attempt_in(
+        self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"", capture: Capture | None = None
+    ) -> Attempt:
         return Attempt(
             self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
-            kill_grace_s=self._kill_grace_s, kill=self.link.kill, token=token,
+            kill_grace_s=self._kill_grace_s, kill=self.link.kill, token=token, capture=capture,
         )  # fmt: skip
 
     def _watched(
@@ -231,6 +267,28 @@ def _reference(function: Callable[..., Any]) -> dict[str, str]:
             f"offload() needs a function that a child can import, not {function!r:.80}: move it to the top level of a module"
         )
     return {"module": module, "qualname": qualname}
+
+
+def _execute(program: Program) -> bytes:
+    """What an EXECUTE says. JSON knows no bytes, but the first 256 characters."""
+    environment = program.environment
+    told = {
+        "argv": [part.decode("latin-1") for part in program.argv],
+        "env": None if environment is None else {k.decode("latin-1"): v.decode("latin-1") for k, v in environment.items()},
+        "cwd": program.directory.decode("latin-1"),
+    }
+    return to_json(told)
+
+
+def _why_ended(outcome: Outcome) -> tuple[str, str]:
+    """`why` and `message` of a ProgramEnd."""
+    if outcome.cause in ("timeout", "lost"):
+        return outcome.cause, "the process that starts programs died" if outcome.cause == "lost" else ""
+    if outcome.cause == "refused" or (outcome.cause == "exit" and outcome.error is not None):
+        return "refused", str((outcome.error or {}).get("message"))
+    if outcome.cause in ("memory", "cpu") or outcome.error is not None:
+        return "limit", outcome.summary()
+    return "", ""
 
 
 def _offload_error(outcome: Outcome) -> BaseException:

@@ -1,5 +1,5 @@
-"""A pool process: warm, forked from the template, runs many jobs one after another, and calls that inline jobs offload. What each of
-them does is `child.Run`'s.
+"""A pool process: warm, forked from the template, runs many jobs one after another, and calls that inline jobs offload. What
+each of them does is `child.Run`'s.
 
     TAKE -> limits -> run -> flush, look around -> RESULT or FAILURE, and DONE, in one piece -> TAKE …
 

@@ -35,6 +35,7 @@ WARNING: Final = 9
 RUN: Final = 16  # an envelope
 CALL: Final = 17  # an offloaded call
 REPLY: Final = 18  # to ENQUEUE and THEN
+EXECUTE: Final = 27  # a program to become; its stdin comes before that, as an fd with one byte
 TAKE: Final = 25  # to a pool process: what is particular to this run, what holds for all of its job, and an envelope; see take()
 # child -> supervisor
 RESULT: Final = 19  # JSON of the value

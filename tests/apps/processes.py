@@ -1,0 +1,239 @@
+"""Jobs that run programs, offload calls and send mail; each of them works inline, and the isolated ones in a child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from email.message import EmailMessage
+from typing import Any
+
+from kqueue import JobTimedOut, io, offload
+from kqueue import job as any_job
+from kqueue.io.process import Completed, ProgramError
+
+from .inline import mark
+
+PYTHON = sys.executable
+
+
+def job(**options: Any) -> Callable[[Any], Any]:
+    """As @job; names of jobs are one space for all apps of the tests."""
+    return lambda function: any_job(name=f"proc_{function.__name__}", **{"keep_result": 60, "max_attempts": 1, **options})(function)
+
+
+# -- programs -------------------------------------------------------------------------------------------------------------
+
+
+def told(end: Completed | ProgramError) -> dict[str, Any]:
+    kind = "" if isinstance(end, Completed) else type(end).__name__
+    return {"kind": kind, "code": end.returncode, "out": end.stdout, "err": end.stderr, "message": "" if kind == "" else str(end)}
+
+
+def _runs(argv: list[str], options: dict[str, Any]) -> Any:
+    try:
+        end = yield io.run(argv, **options)
+    except ProgramError as error:
+        return told(error)
+    return told(end)
+
+
+@job()
+def runs(argv: list[str], options: dict[str, Any]) -> Any:
+    return (yield from _runs(argv, options))
+
+
+@job(isolated=True)
+def runs_in_a_child(argv: list[str], options: dict[str, Any]) -> Any:
+    return (yield from _runs(argv, options))
+
+
+@job(isolated=True)
+async def runs_under_asyncio(argv: list[str], options: dict[str, Any]) -> Any:
+    try:
+        return told(await io.run(argv, **options))
+    except ProgramError as error:
+        return told(error)
+
+
+@job()
+async def runs_inline_async(argv: list[str], options: dict[str, Any]) -> Any:
+    try:
+        return told(await io.run(argv, **options))
+    except ProgramError as error:
+        return told(error)
+
+
+@job()
+def digests(size: int) -> Any:
+    """`size` bytes through a program and back."""
+    data = os.urandom(size)
+    end = yield io.run(["cat"], input=data, max_output=size)
+    return end.stdout == data
+
+
+@job()
+def waits(name: str) -> Any:
+    """A program with a child in a session of its own, both of which ignore SIGTERM."""
+    yield from _waits(name)
+
+
+@job(isolated=True)
+def waits_in_a_child(name: str) -> Any:
+    yield from _waits(name)
+
+
+@job(timeout=1)
+def waits_too_long(name: str) -> Any:
+    yield from _waits(name)
+
+
+@job(timeout=1, isolated=True)
+def waits_too_long_in_a_child(name: str) -> Any:
+    yield from _waits(name)
+
+
+STUBBORN = """
+import os, signal, socket, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def tell(what):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(f"{what} {os.getpid()}".encode(), os.environ["KQUEUE_TEST_MARKS"])
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        tell("grandchild")
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+tell("program")
+time.sleep(600)
+"""
+
+
+def _waits(name: str) -> Any:
+    yield io.run([PYTHON, "-c", STUBBORN, name])
+
+
+# -- offloaded calls ------------------------------------------------------------------------------------------------------
+
+
+def pid_of_process() -> int:
+    return os.getpid()
+
+
+def sleeps(seconds: float) -> int:
+    mark("sleeps", os.getpid())
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def is_stubborn() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    mark("stubborn", os.getpid())
+    time.sleep(600)
+
+
+def cleans_up() -> None:
+    mark("begun", os.getpid())
+    try:
+        time.sleep(600)
+    except JobTimedOut:
+        mark("timed-out")
+        raise
+    except BaseException as error:
+        mark("ended", type(error).__name__)
+        raise
+
+
+def eats(mib: int) -> int:
+    return len(bytearray(mib * 1048576))
+
+
+def raises(kind: str) -> None:
+    if kind == "exit":
+        os._exit(3)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise {"KeyError": KeyError, "OSError": OSError}[kind]("of the call")
+
+
+def measures(data: bytes) -> int:
+    return len(data)
+
+
+def dispatches() -> str:
+    return str(any_note.dispatch().id)
+
+
+@job()
+def any_note() -> Any:
+    yield
+    return "noted"
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (pid_of_process, sleeps, is_stubborn, cleans_up, eats, raises, measures, dispatches)
+}
+
+
+@job()
+def offloads_to(name: str, *args: Any) -> Any:
+    try:
+        return (yield offload(CALLS[name], *args))
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
+@job(timeout=1)
+def offloads_too_long(name: str, *args: Any) -> Any:
+    return (yield offload(CALLS[name], *args))
+
+
+@job()
+def offloads_much(size: int) -> Any:
+    try:
+        return (yield offload(measures, b"x" * size))
+    except TypeError as error:
+        return str(error)
+
+
+@job(isolated=True)
+def offloads_in_a_child() -> Any:
+    return [os.getpid(), (yield offload(pid_of_process))]
+
+
+@job(isolated=True, start="pool")
+def pooled_for_long(seconds: float) -> int:
+    mark("pooled", os.getpid())
+    time.sleep(seconds)
+    return os.getpid()
+
+
+# -- mail -----------------------------------------------------------------------------------------------------------------
+
+
+@job()
+def mails(subject: str, body: str, to: list[str], options: dict[str, Any]) -> Any:
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = "App <app@example.org>", ", ".join(to), subject
+    message.set_content(body)
+    return (yield from _mails(message, options))
+
+
+@job()
+def mails_bytes(data: bytes, options: dict[str, Any]) -> Any:
+    return (yield from _mails(data, options))
+
+
+def _mails(message: Any, options: dict[str, Any]) -> Any:
+    try:
+        return (yield io.send_mail(message, **options))
+    except OSError as error:
+        return {
+            "kind": type(error).__name__, "message": str(error), "code": getattr(error, "code", None),
+            "refused": getattr(error, "refused", None),
+        }  # fmt: skip
