@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent.parent / "kqueue"
 ROOMS = [
     (0, "ground", ["errors", "ids", "job", "codec", "context", "dispatch", "outcome", "events", "config", "security", "loading"]),
     (0, "ground", ["states", "options", "registry", "retries", "signing", "process", "disk", "instance", "settings"]),
-    (0, "ground", ["config_file", "commands", "environment"]),
+    (0, "ground", ["config_file", "commands", "environment", "program"]),
     (0, "ground", ["redact", "hostmemory"]),
     (1, "kernel", ["kernel"]),
     (1, "stores", ["brokers.base", "brokers.commands"]),  # the protocol and plain commands, which clients and daemon share

@@ -5,7 +5,8 @@ new interpreter for a Python job.
                                   +-- Python: a bundle at BUNDLE_FD, execve -> BOOT -> import the job's module -> Run (child.py)
 
 Limits, session, pidfd and pipes are those of any child, since they outlive execve. Commands and programs have no socket: how
-one exits is what there is to know. A Python job finds its socket where a forked one does, and all that its template was told at BUNDLE_FD.
+one exits is what there is to know. A Python job finds its socket where a forked one does, and all that its template was told at
+BUNDLE_FD.
 """
 
 from __future__ import annotations

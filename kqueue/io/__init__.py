@@ -25,7 +25,18 @@ if TYPE_CHECKING:
         Truncated,
     )
     from .listening import Listener, listen
+    from .mail import MailDeferred, MailFailed, MailRejected, send_mail
     from .operation import Operation
+    from .process import (
+        Completed,
+        ProgramError,
+        ProgramFailed,
+        ProgramLost,
+        ProgramNotRun,
+        ProgramTimedOut,
+        TooMuchOutput,
+        run,
+    )
     from .scopes import timeout
     from .sharing import Queue, Semaphore
     from .streams import Stream
@@ -38,7 +49,11 @@ _WHERE = {
         "StreamLimit", "TLSFailed", "TimedOut", "Truncated",
     ),
     ".listening": ("Listener", "listen"),
+    ".mail": ("MailDeferred", "MailFailed", "MailRejected", "send_mail"),
     ".operation": ("Operation",),  # the decorator has the name of its module, so it is imported from there
+    ".process": (
+        "Completed", "ProgramError", "ProgramFailed", "ProgramLost", "ProgramNotRun", "ProgramTimedOut", "TooMuchOutput", "run",
+    ),
     ".scopes": ("timeout",),
     ".sharing": ("Queue", "Semaphore"),
     ".streams": ("Stream",),
@@ -47,9 +62,10 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "Listener", "NameNotFound",
-    "Operation", "Queue", "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "Truncated", "connect", "gather",
-    "listen", "race", "timeout",
+    "CertificateRefused", "Closed", "Completed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "Listener",
+    "MailDeferred", "MailFailed", "MailRejected", "NameNotFound", "Operation", "ProgramError", "ProgramFailed", "ProgramLost",
+    "ProgramNotRun", "ProgramTimedOut", "Queue", "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "TooMuchOutput",
+    "Truncated", "connect", "gather", "listen", "race", "run", "send_mail", "timeout",
 ]  # fmt: skip
 
 

@@ -60,9 +60,10 @@ def send_mail(
     Returns the recipients that the server refused while it took the message for others: {} when it took it for all.
 
     `tls`: "starttls" (port 587), True from the first byte (port 465), or False (port 25), which takes no password to another
-    host. `port` 0: as `tls` has it. `sender`, `recipients`: of the envelope; None: those in the message's headers. Bcc is not sent.
-    `timeout`: seconds that the server may take for each answer. Raises MailDeferred, MailRejected, ConnectFailed, ConnectionLost,
-    TLSFailed, TimedOut; UsageError for a message that is none.
+    host. `port` 0: as `tls` has it. `sender`, `recipients`: of the envelope; None: those in the message's headers. Bcc is not
+    sent. `timeout`: seconds that the server may take for each answer.
+
+    Raises MailDeferred, MailRejected, ConnectFailed, ConnectionLost, TLSFailed, TimedOut; UsageError for a message that is none.
     """
     if tls not in PORTS:
         raise UsageError(f'tls must be "starttls", True or False, not {tls!r}')

@@ -1,7 +1,7 @@
 """`run`: a program with its output captured, ended together with the job that waits for it.
 
-Who starts and ends the process is not decided here. For an inline job it is a child of the template, with the limits, the mark and
-the cgroup of any job; inside a child it is that one's child.
+Who starts and ends the process is not decided here. For an inline job it is a child of the template, with the limits, the mark
+and the cgroup of any job; inside a child it is that one's child.
 """
 
 from __future__ import annotations

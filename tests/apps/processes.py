@@ -21,7 +21,8 @@ PYTHON = sys.executable
 
 def job(**options: Any) -> Callable[[Any], Any]:
     """As @job; names of jobs are one space for all apps of the tests."""
-    return lambda function: any_job(name=f"proc_{function.__name__}", **{"keep_result": 60, "max_attempts": 1, **options})(function)
+    given = {"keep_result": 60, "max_attempts": 1, **options}
+    return lambda function: any_job(name=f"proc_{function.__name__}", **given)(function)
 
 
 # -- programs -------------------------------------------------------------------------------------------------------------

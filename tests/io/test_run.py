@@ -133,7 +133,7 @@ def test_a_signal_is_told_as_one(daemon: Daemon, job: Any) -> None:
     assert "SIGSEGV" in ran["message"]
 
 
-# -- input and output --------------------------------------------------------------------------------------------------------------
+# -- input and output ---------------------------------------------------------------------------------------------------------
 
 
 def test_megabytes_go_through(daemon: Daemon) -> None:
@@ -178,7 +178,7 @@ def test_a_daemon_that_holds_the_pipes_keeps_nobody_waiting_and_is_ended(daemon:
     wait_gone([int(ran["out"])])
 
 
-# -- ending ------------------------------------------------------------------------------------------------------------------------
+# -- ending -------------------------------------------------------------------------------------------------------------------
 
 
 @everywhere
@@ -230,7 +230,7 @@ def test_thousands_of_programs_leave_nothing(daemon: Daemon) -> None:
     assert [int(handle.result(60)["out"]) for handle in handles] == list(range(300))
 
 
-# -- what is refused at once ------------------------------------------------------------------------------------------------------
+# -- what is refused at once --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
