@@ -321,6 +321,7 @@ class Certificates:
         self.directory = directory
         self.ca = str(directory / "ca.pem")
         key, request, certificate = (str(directory / f"server.{kind}") for kind in ("key", "csr", "pem"))
+        self.key, self.certificate = key, certificate
         (directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
         ca_key, days = str(directory / "ca.key"), ["-days", "30"]
         new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]

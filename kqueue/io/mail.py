@@ -53,7 +53,7 @@ _KINDS: Final[Mapping[str, type[IOFailed]]] = {
 def send_mail(
     message: EmailMessage | bytes, *, host: str = "localhost", port: int = 0, user: str | None = None,
     password: str | None = None, tls: bool | str = "starttls", sender: str | None = None, recipients: Sequence[str] | None = None,
-    timeout: float = 60.0,
+    timeout: float = 60.0, ca_file: str | None = None,
 ) -> Generator[Any, Any, dict[str, tuple[int, str]]]:  # fmt: skip
     """Send `message`: `yield io.send_mail(message, host="smtp.example.org", user="app", password=secret)`.
 
@@ -61,7 +61,8 @@ def send_mail(
 
     `tls`: "starttls" (port 587), True from the first byte (port 465), or False (port 25), which takes no password to another
     host. `port` 0: as `tls` has it. `sender`, `recipients`: of the envelope; None: those in the message's headers. Bcc is not
-    sent. `timeout`: seconds that the server may take for each answer.
+    sent. `timeout`: seconds that the server may take for each answer. `ca_file`: certificates that its own has to be signed by,
+    as PEM; None: those that the host trusts.
 
     Raises MailDeferred, MailRejected, ConnectFailed, ConnectionLost, TLSFailed, TimedOut; UsageError for a message that is none.
     """
@@ -71,7 +72,7 @@ def send_mail(
         raise UsageError(f"a password would go to {host} for everybody to read: use tls, or no password")
     given = {"sender": sender, "recipients": None if recipients is None else list(recipients)}
     login = None if user is None else [user, password or ""]
-    how = {"host": host, "port": port or PORTS[tls], "login": login, "tls": tls, "timeout_s": timeout}
+    how = {"host": host, "port": port or PORTS[tls], "login": login, "tls": tls, "timeout_s": timeout, "ca_file": ca_file}
     answer = yield from offload(deliver, _text(message), given, how)
     if "refused" in answer:
         return _refusals(answer["refused"])

@@ -35,6 +35,8 @@ def deliver(text: str, given: Mapping[str, Any], how: Mapping[str, Any]) -> Answ
     except smtplib.SMTPRecipientsRefused as error:
         return _all_refused(where, {address: _reply(*reply) for address, reply in error.recipients.items()})
     except smtplib.SMTPServerDisconnected as error:
+        if isinstance(error.__context__, TimeoutError):
+            return _failed("timeout", f"{where} has not answered in {how['timeout_s']:g} s")
         return _failed("lost", f"{where} hung up: {error}")
     except smtplib.SMTPNotSupportedError as error:
         kind = "tls" if "STARTTLS" in str(error) else "rejected"
@@ -56,7 +58,7 @@ def _connect(how: Mapping[str, Any]) -> smtplib.SMTP:
     import smtplib
     import ssl
 
-    context = ssl.create_default_context() if how["tls"] else None
+    context = ssl.create_default_context(cafile=how["ca_file"]) if how["tls"] else None
     if how["tls"] is True:
         return smtplib.SMTP_SSL(how["host"], how["port"], timeout=how["timeout_s"], context=context)
     server = smtplib.SMTP(how["host"], how["port"], timeout=how["timeout_s"])
