@@ -95,20 +95,25 @@ class OutboxSettled(NamedTuple):
 
 
 class SlowSlice(NamedTuple):
-    """An inline job kept the loop for `seconds`, longer than `inline.max_slice`. `where`: the line at which it then stood."""
+    """An inline job kept the loop for `seconds`, longer than `inline.max_slice`.
+
+    `where`: the line at which it stood at that moment, and the call that blocked, if one did. `instead`: what to write there.
+    """
 
     id: str
     job: str
     seconds: float
     where: str
+    instead: str = ""
 
 
 class JobPromoted(NamedTuple):
-    """A job class blocked the loop too often, for `seconds` the last time, and runs isolated now. `where`: see SlowSlice."""
+    """A job class blocked the loop too often, for `seconds` the last time, and runs isolated now. For the rest see SlowSlice."""
 
     job: str
     seconds: float
     where: str
+    instead: str = ""
 
 
 class BrokerLost(NamedTuple):

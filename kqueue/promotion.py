@@ -67,7 +67,7 @@ class Promotions:
         return "pinned" if registration.name in self._pins else "blocked"
 
     def details(self, name: str) -> Mapping[str, Any] | None:
-        """How a promoted class blocked: seconds, where, at, by; None: it is not promoted."""
+        """How a promoted class blocked: seconds, where, instead, at, by; None: it is not promoted."""
         return self._promoted.get(name)
 
     @property
@@ -76,8 +76,8 @@ class Promotions:
 
     # -- finding out ------------------------------------------------------------------------------------------------
 
-    def blocked(self, name: str, seconds: float, where: str) -> None:
-        """A slice of an inline job of this class took `seconds`, which is too long."""
+    def blocked(self, name: str, seconds: float, where: str, instead: str = "") -> None:
+        """A slice of an inline job of this class took `seconds`, which is too long. The rest as in events.SlowSlice."""
         registration = registry.get(name)
         if registration is None or registration.options.isolated is not None or registration.chosen:
             return
@@ -86,7 +86,10 @@ class Promotions:
         self._strikes[name] = self._strikes.get(name, 0) + 1
         if self._strikes[name] != STRIKES:
             return
-        found = {"seconds": round(seconds, 3), "where": where, "at": round(time.time(), 3), "by": os.uname().nodename}
+        found = {
+            "seconds": round(seconds, 3), "where": where, "instead": instead, "at": round(time.time(), 3),
+            "by": os.uname().nodename,
+        }  # fmt: skip
         if name in self._runtime.isolated.link.known:
             self._promote_here(name, found)  # at once: there may be hundreds more in this very turn of the loop
             self._runtime.background(self._tell(name, found))
@@ -111,7 +114,7 @@ class Promotions:
     def _promote_here(self, name: str, found: dict[str, Any]) -> None:
         self._busy += 1
         self._promote(name, found)
-        self._runtime.events.emit(facts.JobPromoted(name, found["seconds"], found["where"]))
+        self._runtime.events.emit(facts.JobPromoted(name, found["seconds"], found["where"], found["instead"]))
 
     def _tell(self, name: str, found: dict[str, Any]) -> Steps:
         """Tell other daemons, then clients."""
@@ -166,7 +169,7 @@ def read_promotion(document: bytes) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     numbers = {name: found.get(name) if is_number(found.get(name)) else 0 for name in ("seconds", "at")}
-    return {**numbers, **{name: str(found.get(name, ""))[:LONGEST] for name in ("where", "by")}}
+    return {**numbers, **{name: str(found.get(name, ""))[:LONGEST] for name in ("where", "instead", "by")}}
 
 
 def wrong_pin(name: str) -> str | None:

@@ -132,7 +132,9 @@ class KQueueRuntime:
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
-        self._guard = SliceGuard(self.kernel, hard_slice_s, self._give_up) if hard_slice_s else None
+        self._guard = SliceGuard(self.kernel, hard_slice_s, self._give_up, max_slice_s) if hard_slice_s else None
+        if self._guard is not None:
+            self.slices.standing = self._guard.standing
         # Where tasks wait: for slots or jobs, for the end, for the last job to end.
         self._feeder: deque[Task] = deque()
         self._stopper: deque[Task] = deque()

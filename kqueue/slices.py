@@ -25,6 +25,9 @@ from .execution.inline import GRACE_S
 from .process import PAGE, OwnStat
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .execution.instead import Standing
     from .kernel import Kernel, Task
     from .promotion import Promotions
 
@@ -46,6 +49,7 @@ class Slices:
         self._events = events
         self._promotions = promotions
         self._max_slice_s = max_slice_s
+        self.standing: Callable[[], Standing | None] = lambda: None  # where the slice that ended just now stood while it was long
         self._own: OwnStat | None = None  # None: not started, or closed
         self._charged_mib: dict[Task, float] = {}
         self._seen_mib = 0.0  # at the last look
@@ -145,9 +149,10 @@ class Slices:
         job = job_in(task.context)
         if job is None or self._own is None:
             return
-        where = task.where()
-        self._events.emit(facts.SlowSlice(job.id, job.name, seconds, where))
+        standing = self.standing()
+        where, instead = (task.where(), "") if standing is None else (str(standing), standing.instead)
+        self._events.emit(facts.SlowSlice(job.id, job.name, seconds, where, instead))
         waited_s, self._waited_s = self._waited_s, self._own.waited_s()
         was_stopped = self._kernel.resumed_at > self._kernel.clock.monotonic() - seconds
         if not was_stopped and seconds - (self._waited_s - waited_s) > self._max_slice_s:
-            self._promotions.blocked(job.name, seconds, where)
+            self._promotions.blocked(job.name, seconds, where, instead)

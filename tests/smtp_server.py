@@ -1,7 +1,8 @@
 """A real SMTP server (aiosmtpd) in a process of its own, for tests: python -m tests.smtp_server CERTIFICATE KEY
 
-Its first line says on which ports it listens: plain, with STARTTLS and a password (app, secret), with TLS from the first byte. Each
-further one is a message that it took. It refuses a recipient or a subject that is a number, with that as its code. Ends with stdin.
+Its first line says on which ports it listens: plain, with STARTTLS and a password (app, secret), with TLS from the first byte.
+Each further one is a message that it took. It refuses a recipient or a subject that is a number, with that as its code. It ends
+with its stdin.
 """
 
 from __future__ import annotations

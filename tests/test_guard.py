@@ -225,6 +225,51 @@ def test_a_step_of_a_job_arms_it_once(monkeypatch: pytest.MonkeyPatch, stage: St
     assert stage.set == [5.0, 5.0], "only the job's step did"
 
 
+def test_where_a_long_slice_stands_is_noted_on_the_way(stage: Stage) -> None:
+    stage.guard._first_s = 0.1
+    stage.look(100.05)
+    assert stage.guard.standing() is None
+    stage.look(100.11, ours("def f(function):\n    return function()")(sys._getframe))
+    assert stage.guard.standing() is None, "KQueue is at work"
+    stage.look(100.15)
+    assert stage.set == [5.0, 0.05, SOON_S, 0.1]
+    standing = stage.guard.standing()
+    assert standing is not None
+    assert "in <lambda>" in standing.line
+    stage.look(101.0)
+    assert stage.guard.standing() is standing, "once of a slice"
+    stage.kernel.slice_began = 102.0
+    assert stage.guard.standing() is None, "that was another slice"
+
+
+def test_what_blocks_is_reported_with_its_line_and_what_to_write_instead(make: Callable[..., Daemon]) -> None:
+    daemon = make("inline: {max_slice: 20ms, hard_slice: 5s}").start()
+    for blocker, text, call, advice in (
+        (blocking.stalls, "time.sleep(seconds)", "time.sleep", "`yield kqueue.sleep(…)`"),
+        (blocking.stalls_in_a_program, 'subprocess.run(["sleep", "0.15"]', "subprocess.run", "`yield kqueue.io.run([…])`"),
+    ):
+        advice = f"use {advice}, or declare the job isolated=True"
+        name = blocker.registration.name
+        for _ in range(2):
+            daemon.dispatch(blocker.job())[0].result(PATIENCE_S)
+        place = f"{blocking.__file__}:{line_of(text)} in {name} ({call})"
+        line = daemon.wait_log(f"{name} held up all others", 2)
+        assert place in line
+        assert advice in line
+        promoted = daemon.wait_log(f"{name} has blocked the loop twice")
+        assert f"at {place}, and runs isolated from now on. To have it inline, {advice}, then: kqueue demote {name}" in promoted
+        assert f"at {place}: {advice}, then kqueue demote {name}" in daemon.kqueue("status").stdout
+        assert place in daemon.kqueue("doctor").stdout
+        assert f"at {place}" in daemon.kqueue("demote").stdout
+    assert daemon.stop() == 0
+
+
+def line_of(text: str) -> int:
+    """The number of the line of tests.apps.blocking that has `text`."""
+    lines = Path(blocking.__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
 def test_who_comes_late_spares_the_job_once(stage: Stage) -> None:
     stage.look(105.0 + LATE_S + 30)
     assert stage.set[1:] == [5.0], "the process was stopped, perhaps"

@@ -171,7 +171,8 @@ def test_what_is_no_promotion_promotes_nothing(document: bytes) -> None:
 
 
 def test_what_somebody_else_wrote_harms_nobody() -> None:
-    assert read_promotion(b'{"seconds": "x", "at": [], "by": 7}') == {"seconds": 0, "at": 0, "where": "", "by": "7"}
+    nothing = {"seconds": 0, "at": 0, "where": "", "instead": ""}
+    assert read_promotion(b'{"seconds": "x", "at": [], "by": 7}') == {**nothing, "by": "7"}
 
 
 def test_where_no_child_could_find_it_a_job_stays_inline() -> None:

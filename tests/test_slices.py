@@ -99,7 +99,7 @@ class Promotions:
     def __init__(self) -> None:
         self.heard: list[tuple[str, float]] = []
 
-    def blocked(self, name: str, seconds: float, where: str) -> None:
+    def blocked(self, name: str, seconds: float, where: str, instead: str) -> None:
         self.heard.append((name, seconds))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from ..errors import UsageError
@@ -32,5 +35,10 @@ def demote(target: Target, jobs: tuple[str, ...]) -> None:
     elif target.json:
         click.echo(json_text(found))
     else:
-        lines = [f"{name}: blocked the loop of {how.get('by')} for {how.get('seconds')} s" for name, how in found.items()]
+        lines = [f"{name}: {_how(how)}" for name, how in found.items()]
         click.echo("\n".join(map(printable, lines)) or "none")
+
+
+def _how(found: Mapping[str, Any]) -> str:
+    place = f" at {found['where']}" if found.get("where") else ""
+    return f"blocked the loop of {found.get('by')} for {found.get('seconds')} s{place}"

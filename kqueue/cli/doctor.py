@@ -191,7 +191,9 @@ def _promotions(target: Target) -> Notes:
         found, name = read_promotion(document), key.removeprefix(PREFIX)
         if found is not None and name not in pins:
             what = f"{name} runs isolated since it blocked the loop of {found.get('by')} for {found.get('seconds')} s"
-            do = f"make it yield, or declare it isolated=True; then kqueue demote {shlex.quote(name)}"
+            what += f" at {found['where']}" if found.get("where") else ""
+            todo = found.get("instead") or "make it yield, or declare it isolated=True"
+            do = f"{todo}; then kqueue demote {shlex.quote(name)}"
             yield Note("warn", "jobs", what, do)
 
 

@@ -149,8 +149,9 @@ def advice(name: str, job: Mapping[str, Any]) -> list[str]:
     blocked = job["blocked"]
     if blocked is None or job["why"] != "blocked":
         return list(job["advice"])
-    what = f"blocked the loop for {duration(blocked.get('seconds', 0))}: make it yield, then kqueue demote {shlex.quote(name)}"
-    return [what, *job["advice"]]
+    place = f" at {blocked['where']}" if blocked.get("where") else ""
+    todo = f"{blocked.get('instead') or 'make it yield'}, then kqueue demote {shlex.quote(name)}"
+    return [f"blocked the loop for {duration(blocked.get('seconds', 0))}{place}: {todo}", *job["advice"]]
 
 
 def _sizes(job: Mapping[str, Any]) -> tuple[str | None, ...]:

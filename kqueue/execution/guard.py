@@ -2,7 +2,9 @@
 
 One timer (ITIMER_REAL) does it, and the hot path pays nothing for it. A step of a job arms it only when it is not armed; when it
 fires, the handler looks how long the slice that runs now has lasted, and arms it for what is left of that. So a busy daemon has
-one signal for each `hard_slice`, whatever its number of jobs, and an idle one has one more after its last job, then none.
+one signal for each `max_slice`, whatever its number of jobs, and an idle one has one more after its last job, then none.
+
+At `max_slice` it notes where the job stands, for whoever reports the slice (slices.py): afterwards nobody could tell.
 
 The handler runs between two bytecodes of whatever runs just then, and raises only in the job's own code, or in what that
 called. Where KQueue itself is at work for the job, it looks again soon. A blocking system call is interrupted, too, since PEP 475
@@ -28,7 +30,9 @@ from ..kernel import Kernel, Task
 from ..outcome import describe_error
 from ..registry import Registration, call_target
 from ..retries import ask_backoff
+from . import instead
 from .inline import GRACE_S, InlineExecutionStrategy
+from .instead import Standing
 
 MAX_THROWN: Final = 3  # in one slice, GRACE_S apart
 LATE_S: Final = 1.0  # after the time for which it was armed
@@ -40,11 +44,17 @@ GiveUp = Callable[[Task, JobBlocked], NoReturn]
 
 
 class SliceGuard:
-    """Interrupts marked tasks of `kernel` after `hard_slice_s` seconds; `give_up` ends the process. Main thread only."""
+    """Interrupts marked tasks of `kernel` after `hard_slice_s` seconds; `give_up` ends the process. Main thread only.
 
-    def __init__(self, kernel: Kernel, hard_slice_s: float, give_up: GiveUp) -> None:
+    `max_slice_s`: after so many seconds it notes where they stand; 0: it does not.
+    """
+
+    def __init__(self, kernel: Kernel, hard_slice_s: float, give_up: GiveUp, max_slice_s: float = 0.0) -> None:
         self._kernel = kernel
         self._hard_slice_s = hard_slice_s
+        self._first_s = min(max_slice_s, hard_slice_s) or hard_slice_s  # until the first look at a slice
+        self._noted = -1.0  # when the slice began of which this is known:
+        self._standing: Standing | None = None
         self._give_up = give_up
         self._due = 0.0  # by the kernel's clock: when the handler is to be called
         self._slice = -1.0  # when the slice began of which this is known:
@@ -69,10 +79,14 @@ class SliceGuard:
         """What was last thrown into `task`; None: nothing was, or it has ended long ago."""
         return self._blocked.get(task)
 
+    def standing(self) -> Standing | None:
+        """Where the slice that runs now, or ran last, stood at `max_slice`; None: it was shorter, or could not be looked at."""
+        return self._standing if self._noted == self._kernel.slice_began else None
+
     def _arm(self) -> None:
         """A job's step begins."""
         self._kernel.unwatched = False
-        self._set(self._hard_slice_s)
+        self._set(self._first_s)
 
     def _resumed(self, number: int, frame: FrameType | None) -> None:
         self._kernel.resumed_at = self._kernel.clock.monotonic()
@@ -89,8 +103,15 @@ class SliceGuard:
             kernel.unwatched = True  # the next step of a job arms it
             return
         now, began = kernel.clock.monotonic(), kernel.slice_began
+        if now - began < self._first_s:
+            self._set(self._first_s - (now - began))
+            return
+        where = _job_stands_at(frame)
+        if where is not None and self._noted != began:
+            self._noted, self._standing = began, where
         if now - began < self._hard_slice_s:
-            self._set(self._hard_slice_s - (now - began))
+            # Not later, since meanwhile another slice may begin that has to be looked at.
+            self._set(min(self._hard_slice_s - (now - began), self._first_s if self._noted == began else SOON_S))
             return
         if self._slice != began:
             self._slice, self._spared, self._thrown = began, False, 0
@@ -98,14 +119,10 @@ class SliceGuard:
             self._spared = True
             self._set(self._hard_slice_s)
             return
-        where = _job_stands_at(frame)
         if where is None:
             self._set(SOON_S)
             return
-        error = JobBlocked(
-            f"blocked the loop for {now - began:.3g} s at {where}: use kqueue.sleep, kqueue.offload or isolated=True",
-            self._hard_slice_s,
-        )
+        error = JobBlocked(f"blocked the loop for {now - began:.3g} s at {where}: {where.instead}", self._hard_slice_s)
         if self._thrown == MAX_THROWN:
             self._give_up(task, error)
         self._thrown += 1
@@ -117,7 +134,6 @@ class SliceGuard:
 
 
 _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
 
 # Those of our functions that call into a job, and are ready for whatever comes out of it.
 _CALLERS: Final[set[CodeType]] = {
@@ -133,23 +149,15 @@ def calls_jobs(function: F) -> F:
     return function
 
 
-def _job_stands_at(frame: FrameType | None) -> str | None:
-    """Where the job stands, as "file:line in function", when `frame` is its own code; None: it is KQueue's.
-
-    The innermost line that is neither Python's nor an installed package's: of `subprocess.run`, who called it.
-    """
-    innermost = application = ""
+def _job_stands_at(innermost: FrameType | None) -> Standing | None:
+    """Where the job stands, when `innermost` is of its own code, or of what that called; None: it is KQueue's."""
+    frame = innermost
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(_OURS):
-            if code is not _TRANSPARENT:
-                return application or innermost if innermost and code in _CALLERS else None
-            if not innermost:
+            if innermost is None or frame is innermost:
                 return None
-        else:
-            here = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-            innermost = innermost or here
-            if not application and not code.co_filename.startswith((_LIBRARY, "<frozen")) and "site-packages" not in here:
-                application = here
+            if code is not _TRANSPARENT:
+                return instead.standing(innermost, code) if code in _CALLERS else None
         frame = frame.f_back
     return None

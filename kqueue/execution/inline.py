@@ -17,9 +17,9 @@ from ..kernel import Kernel
 from ..outcome import Outcome, describe_error
 from ..retries import ask_backoff, asked_by, needs_backoff
 from .base import Work
+from .instead import asyncio_advice
 
 GRACE_S: Final = 1.0  # for a job to clean up after it was cancelled or timed out
-_ASYNCIO_WORDS: Final = ("no running event loop", "no current event loop")
 
 
 class InlineExecutionStrategy:
@@ -94,7 +94,7 @@ class InlineExecutionStrategy:
             code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
             return Outcome("exit", exit_code=code, error=described)
         asked, retry_in_s = asked_by(error)
-        return Outcome("exception", error=_explained(described), asked=asked, retry_in_s=retry_in_s)
+        return Outcome("exception", error=_explained(error, described), asked=asked, retry_in_s=retry_in_s)
 
     def _with_backoff(self, work: Work, error: BaseException, outcome: Outcome) -> Outcome:
         """With what the job's backoff function says, which is asked here, where the job ran."""
@@ -117,11 +117,9 @@ def result_json(value: Any, max_bytes: int = MAX_BYTES) -> bytes:
     return data
 
 
-def _explained(error: dict[str, Any]) -> dict[str, Any]:
+def _explained(error: BaseException, described: dict[str, Any]) -> dict[str, Any]:
     """asyncio's own words do not help whoever wrote an inline job: there is no asyncio loop, on purpose."""
-    if error["class"] == "RuntimeError" and any(words in error["message"] for words in _ASYNCIO_WORDS):
-        error["message"] += (
-            " (inline jobs do not run under asyncio: use kqueue.sleep, kqueue.offload until there is a kqueue.io, "
-            "or isolated=True)"
-        )
-    return error
+    advice = asyncio_advice(error, described["message"])
+    if advice:
+        described["message"] += f" ({advice})"
+    return described

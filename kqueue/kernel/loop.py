@@ -404,8 +404,8 @@ def _instead(thing: Any) -> str:
         return f"a job yielded {thing!r}; to wait that long write `yield sleep({thing!r})`"
     if type(thing).__module__.startswith(("asyncio", "_asyncio", "concurrent.futures")):
         return (
-            f"an inline job awaited {kind} of asyncio, which does not run here; use kqueue.sleep, "
-            f"and kqueue.offload until there is a kqueue.io, or declare the job isolated=True"
+            f"an inline job awaited {kind} of asyncio, which does not run here; use kqueue.sleep, kqueue.io, "
+            f"kqueue.offload, or declare the job isolated=True"
         )
     return (
         f"a job yielded {kind}; it may yield kqueue.sleep(...), kqueue.offload(...), another trap, "

@@ -179,14 +179,18 @@ def _outbox_settled(fact: facts.OutboxSettled) -> Line:
 
 
 def _slow_slice(fact: facts.SlowSlice) -> Line:
-    message = f"inline job held up all others for {fact.seconds:.2g} s: make it yield, or declare it isolated=True"
+    place = f" at {fact.where}" if fact.where else ""
+    todo = fact.instead or "make it yield, or declare it isolated=True"
+    message = f"{fact.job} held up all others for {fact.seconds:.2g} s{place}: {todo}"
     return Line(WARNING, message, _job(fact, seconds=round(fact.seconds, 3), where=fact.where or None))
 
 
 def _job_promoted(fact: facts.JobPromoted) -> Line:
+    place = f" at {fact.where}" if fact.where else ""
+    todo = fact.instead or "make it yield, or declare it isolated=True"
     message = (
-        f"{fact.job} has blocked the loop twice, for {fact.seconds:.2g} s just now, and runs isolated from now on. "
-        f"Make it yield, or declare it isolated=True, then: kqueue demote {fact.job}. jobs.pin keeps it inline"
+        f"{fact.job} has blocked the loop twice, for {fact.seconds:.2g} s just now{place}, and runs isolated from now on. "
+        f"To have it inline, {todo}, then: kqueue demote {fact.job}. jobs.pin keeps it inline as it is"
     )
     return Line(WARNING, message, {"job": fact.job, "seconds": round(fact.seconds, 3), "where": fact.where or None})
 

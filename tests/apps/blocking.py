@@ -86,6 +86,13 @@ def stalls(seconds: float = 0.15) -> Any:
 
 
 @job(keep_result=60)
+def stalls_in_a_program() -> Any:
+    subprocess.run(["sleep", "0.15"], check=True)
+    yield
+    return os.getpid()
+
+
+@job(keep_result=60)
 async def astalls() -> int:
     time.sleep(0.15)
     await sleep(0.01)

@@ -121,7 +121,7 @@ def test_tls_is_verified_and_a_password_goes_through_it(daemon: Daemon, servers:
     assert "unable to get local issuer certificate" in refused["message"]
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------------------
+# -- what is refused ----------------------------------------------------------------------------------------------------------
 
 
 def test_some_recipients_are_refused_and_the_others_get_it(daemon: Daemon, servers: Servers) -> None:
@@ -208,7 +208,7 @@ def test_servers_with_bad_manners(daemon: Daemon, greeting: bytes | None, option
     assert f"127.0.0.1:{port}" in failed["message"]
 
 
-# -- what is refused at once ------------------------------------------------------------------------------------------------------
+# -- what is refused at once --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ NONSENSE = [
     (sleep, "yielded type"),
     (a_generator, "yielded function"),
     (a_generator(), r"write `yield from a_generator\(\.\.\.\)`"),
-    (concurrent.futures.Future(), r"kqueue\.sleep, and kqueue\.offload until there is a kqueue\.io, or declare .*isolated=True"),
+    (concurrent.futures.Future(), r"kqueue\.sleep, kqueue\.io, kqueue\.offload, or declare .*isolated=True"),
     (asyncio.Future(loop=loopless), r"awaited (_asyncio\.)?Future of asyncio.*isolated=True"),
 ]
 
