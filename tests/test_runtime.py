@@ -12,6 +12,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -1194,6 +1195,7 @@ class Children:
         self.running = self.most = 0
         self.clock: Any = runtime.kernel.clock
         self.blocks_s = blocks_s
+        self.plainly = False  # True: the answer is the function's alone
         runtime.isolated.offload = self.offload  # type: ignore[assignment,method-assign]
 
     def offload(self, function: Any, args: Any, kwargs: Any, *, context: Any, timeout_s: float, max_memory_mib: int) -> Any:
@@ -1201,7 +1203,8 @@ class Children:
         self.most = max(self.most, self.running)
         try:
             yield sleep(10)
-            return function(*args, **kwargs), timeout_s
+            answer = function(*args, **kwargs)
+            return answer if self.plainly else (answer, timeout_s)
         finally:
             self.running -= 1
             self.clock.now += self.blocks_s
@@ -1238,6 +1241,63 @@ def test_who_is_timed_out_while_he_waits_for_a_slot_keeps_it_from_nobody(house: 
     Children(runtime, blocks_s=0.5)
     house.run(runtime)
     assert done == [("holds the slot", 10.5), ("waits behind", 21)]
+
+
+variable: ContextVar[str] = ContextVar("variable", default="nobody's")
+
+
+def test_context_variables_are_each_jobs_own(house: House) -> None:
+    """Whatever kind of job sets one, and wherever: it keeps its own across its waits, and nobody else has ever seen it."""
+    seen: list[tuple[str, str]] = []
+
+    def note(name: str) -> None:
+        seen.append((name, variable.get()))
+        variable.set(name)
+
+    def backoff(attempt: int, error: BaseException) -> float:
+        note("backoff")
+        return 0.0
+
+    @job(name="generator")
+    def generator(name: str) -> Any:
+        note(name)
+        for _ in range(3):
+            yield sleep(1)
+            assert variable.get() == name
+        assert (yield from inner(name)) == name
+        assert (yield offload(variable.get)) == name
+
+    def inner(name: str) -> Any:
+        yield enqueue(plain.job(f"plain of {name}"))
+        return variable.get()
+
+    @job(name="coroutine")
+    async def coroutine(name: str) -> None:
+        note(name)
+        await sleep(1)
+        assert variable.get() == name
+
+    @job(name="plain", isolated=False)
+    def plain(name: str) -> None:
+        note(name)
+
+    @job(name="fails", backoff=backoff, max_attempts=2)
+    def fails(name: str) -> Any:
+        note(name)
+        yield sleep(1)
+        raise ValueError(variable.get())
+
+    for number in range(3):
+        for each in (generator, coroutine, plain, fails):
+            house.dispatch(each.job(f"{each.registration.name} {number}"))  # type: ignore[attr-defined]
+    runtime = house.runtime()
+    Children(runtime).plainly = True
+    house.run(runtime)
+    assert len(seen) == 3 * (4 + 1 + 1 + 2), "each of four, the plain one of a generator, a retry, and two backoffs"
+    others = [(name, was) for name, was in seen if name != "backoff"]
+    assert others == [(name, "nobody's") for name, _ in others]
+    assert all(was.startswith("fails") for name, was in seen if name == "backoff"), "which is asked where its job ran"
+    assert variable.get() == "nobody's"
 
 
 def test_a_job_is_told_of_its_id_and_its_deadline(house: House) -> None:

@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from contextvars import Context
 from typing import Any, Final
 
 from .. import environment
@@ -103,7 +104,7 @@ class TemplateLink:
         Raises ImportFailed when it is known that there will be none.
         """
         if self._keeper is None:
-            self._keeper = self._kernel.spawn(self._keep(), name="template keeper")
+            self._keeper = self._kernel.spawn(self._keep(), name="template keeper", context=Context())  # no job's
         while not self.pid and not self.is_retired:
             if self._refusal is not None:
                 raise ImportFailed(*self._refusal)

@@ -24,6 +24,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, Final, Protocol
 
 from ..kernel import Kernel, Park, Task, sleep
@@ -118,7 +119,7 @@ class Sampler:
         """Look at the job whose first process is `pid`, which kept `kept_mib` of earlier jobs, until it is forgotten."""
         job = self._jobs[pid] = Job(attempt, id, pid, max_memory_mib, max_processes, kept_mib, self._kernel.clock.monotonic())
         if self._task is None:
-            self._task = self._kernel.spawn(self._run(), name="sampler")
+            self._task = self._kernel.spawn(self._run(), name="sampler", context=Context())  # no job's
         if self._idle or not self._tick:
             self.oom.look(job.began)
             self._kernel.unpark(self._idle)

@@ -123,7 +123,8 @@ class Kernel:
         """Make `generator` a task and put it at the back of the ready queue."""
         if not hasattr(generator, "send"):
             raise TypeError(f"spawn() takes a generator or a coroutine, not {type(generator).__name__}")
-        task = Task(generator, name or getattr(generator, "__name__", "task"), context or copy_context())
+        context = copy_context() if context is None else context  # an empty one is falsy
+        task = Task(generator, name or getattr(generator, "__name__", "task"), context)
         self._ready.append(task)
         return task
 

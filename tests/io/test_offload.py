@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 import kqueue
+from kqueue import events
+from kqueue.context import job_in
+from kqueue.dispatch import prepare
+from kqueue.loading import template_config
 from tests.apps import processes
-from tests.daemon import PATIENCE_S, Daemon, alive, tree, wait_gone
+from tests.daemon import PATIENCE_S, ROOT, Daemon, alive, tree, wait_gone
 
 MIB = 1048576
 Start = Callable[..., Daemon]
@@ -84,6 +88,20 @@ def test_an_isolated_job_calls_directly(start: Start) -> None:
     daemon = start()
     own, called = daemon.dispatch(processes.offloads_in_a_child.job())[0].result(PATIENCE_S)
     assert own == called
+
+
+def test_what_lives_on_after_a_call_is_no_part_of_its_job(tmp_path: Path) -> None:
+    """The template's keeper and the sampler start on behalf of the first job that needs them."""
+    runtime = kqueue.KQueueRuntime("memory://offload", template=template_config([str(ROOT)], [], ["tests.apps.processes"]))
+    job = processes.offloads_to.job("pid_of_process")
+    runtime.broker.store.enqueue([prepare(job, job.registration)])  # type: ignore[attr-defined]
+    kept: list[Any] = []
+    link = runtime.isolated.link.current
+    runtime.events.subscribe(
+        events.JobEnded, lambda fact: kept.extend([link._keeper.context, runtime.isolated.sampler._task.context])
+    )  # type: ignore[union-attr]
+    assert runtime.run(burst=True, handle_signals=False) == 0
+    assert [job_in(context) for context in kept] == [None, None]
 
 
 # -- how they end ------------------------------------------------------------------------------------------------------------
