@@ -62,6 +62,11 @@ FIGURES: Sequence[Figure] = (
     Figure("fresh_noop", "no-op Python jobs by exec", "/s"),
     Figure("dispatch_single", "dispatch, one at a time", "/s"),
     Figure("dispatch_batch", "dispatch, in batches of 1,000", "/s"),
+    # elsewhere.py
+    Figure("offload_p50", "an offloaded call, there and back, p50", "ms"),
+    Figure("offload_p99", "an offloaded call, there and back, p99", "ms"),
+    Figure("program_p50", "kqueue.io.run of `true`, p50", "ms"),
+    Figure("program_p99", "kqueue.io.run of `true`, p99", "ms"),
     # parked.py
     Figure("sleepers_1000", "1,000 jobs that wait 1 s: done after", "s"),
     Figure("sleepers_10000", "10,000 jobs that wait 1 s: done after", "s"),
