@@ -112,7 +112,7 @@ class Pool:
         done = attempt.done
         if done is not None:
             worker.memory_mib = done.memory_mib
-            self._tell(job, done)
+            self._tell(job, done, worker.is_of_line)
         if done is not None and attempt.is_reusable and self._may_go_on(worker, done.memory_mib):
             self._idle.append(worker)
         else:
@@ -169,16 +169,13 @@ class Pool:
         )
         return not spent and child.exit is None and self._link.is_current(child)
 
-    def _tell(self, job: str, done: Done) -> None:
-        """Once of each job and each thing that it changes."""
+    def _tell(self, job: str, done: Done, in_line: bool) -> None:
+        """Once of each job and each thing that it changes. `in_line` False: it was a call, which has no `start`."""
         new = [(what, detail) for what, detail in done.changed if (job, what) not in self._said]
         if not new:
             return
         self._said.update((job, what) for what, _ in new)
         listed = "; ".join(f"{what} ({detail})" if detail else what for what, detail in new)
-        self._events.emit(
-            Warned(
-                f"{job} leaves its pool process changed, so that each of its runs costs a process: {listed}. "
-                'Have it put things back, or declare it start="fork"'
-            )
-        )
+        do = 'Have it put things back, or declare it start="fork"' if in_line else "Have it put things back"
+        what = f"{job} leaves its pool process changed, so that each of its runs costs a process: {listed}"
+        self._events.emit(Warned(f"{what}. {do}"))

@@ -19,18 +19,19 @@ Answer = dict[str, Any]
 
 def deliver(text: str, given: Mapping[str, Any], how: Mapping[str, Any]) -> Answer:
     """Send the message `text`. `given`: sender and recipients, or None for those in its headers. `how`: see send_mail."""
-    import email.policy
     import smtplib
     import ssl
 
-    data = text.encode("latin-1")
-    message = email.message_from_bytes(data, policy=email.policy.SMTP.clone(refold_source="none"))
     where = f"{how['host']}:{how['port']}"
+    sender, recipients, data = _envelope(text.encode("latin-1"), given)
+    if not recipients:
+        return _failed("rejected", "the message has no recipient: neither To nor Cc nor Bcc, and none was given")
+    options = () if all(address.isascii() for address in (sender, *recipients)) else ("SMTPUTF8", "BODY=8BITMIME")
     try:
         with _connect(how) as server:
             if how["login"] is not None:
                 server.login(*how["login"])
-            refused = server.send_message(message, given["sender"], given["recipients"])
+            refused = server.sendmail(sender, recipients, data, options)
             return {"refused": {address: _reply(*reply) for address, reply in refused.items()}}
     except smtplib.SMTPRecipientsRefused as error:
         return _all_refused(where, {address: _reply(*reply) for address, reply in error.recipients.items()})
@@ -52,6 +53,26 @@ def deliver(text: str, given: Mapping[str, Any], how: Mapping[str, Any]) -> Answ
         return _failed("timeout", f"{where} has not answered in {how['timeout_s']:g} s")
     except OSError as error:
         return _failed("connect", f"{where} cannot be reached: {error.strerror or error}")
+
+
+def _envelope(message: bytes, given: Mapping[str, Any]) -> tuple[str, list[str], bytes]:
+    """Sender, recipients, and what is sent: the message as it is, with the line ends of RFC 5321 (2.3.8) and without Bcc."""
+    import re
+    from email.parser import BytesHeaderParser
+    from email.utils import getaddresses
+
+    data = re.sub(rb"\r\n|\r|\n", b"\r\n", message)
+    head, separator, body = data.partition(b"\r\n\r\n")
+    headers = BytesHeaderParser().parsebytes(head)
+
+    def found(*names: str) -> list[str]:
+        values = [str(value) for name in names for value in headers.get_all(name, [])]
+        return [address for _, address in getaddresses(values) if address]
+
+    kept = re.sub(rb"(?im)^bcc:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*(?:\r\n)?", b"", head + b"\r\n")
+    sender = given["sender"] if given["sender"] is not None else next(iter(found("Sender", "From")), "")
+    recipients = given["recipients"] if given["recipients"] is not None else found("To", "Cc", "Bcc")
+    return sender, recipients, kept + separator[2:] + body
 
 
 def _connect(how: Mapping[str, Any]) -> smtplib.SMTP:

@@ -97,6 +97,23 @@ def test_bytes_are_sent_as_they_are(daemon: Daemon, servers: Servers) -> None:
     assert took["to"] == ["b@example.org", "c@example.org"]
 
 
+def test_headers_of_every_shape(daemon: Daemon, servers: Servers) -> None:
+    head = 'from: "Last, First" <a@example.org>\nSENDER: s@example.org\nCC: "x, y" <c@example.org>,\n d@example.org\n'
+    rest = "To: undisclosed:;\nSubject: =?utf-8?q?=C3=BC?=\n\nBcc: in the body\n.\nend"
+    raw = f"{head}bcc: e@example.org,\n\tf@example.org\n{rest}"
+    assert daemon.dispatch(processes.mails_bytes.job(raw.encode(), servers.at("plain")))[0].result(PATIENCE_S) == {}
+    took = servers.took()
+    assert (took["from"], took["to"]) == ("s@example.org", ["c@example.org", "d@example.org", "e@example.org", "f@example.org"])
+    assert took["content"] == f"{head}{rest}\n".replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize("data", [b"Subject: to nobody\r\n\r\nx", b"", b"\n", b"no header at all"])
+def test_a_message_for_nobody_is_rejected(daemon: Daemon, servers: Servers, data: bytes) -> None:
+    failed = daemon.dispatch(processes.mails_bytes.job(data, servers.at("plain")))[0].result(PATIENCE_S)
+    assert (failed["kind"], failed["code"]) == ("MailRejected", 0)
+    assert "no recipient" in failed["message"]
+
+
 def test_the_envelope_may_differ_from_the_headers(daemon: Daemon, servers: Servers) -> None:
     options = servers.at("plain", sender="bounce@example.org", recipients=["else@example.org"])
     assert mail(daemon, options) == {}
