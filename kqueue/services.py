@@ -17,10 +17,11 @@ from .context import JobContext, current
 from .dispatch import NewJob, prepare
 from .errors import JobCancelled, JobTimedOut
 from .job import BoundJob
-from .kernel import Park, Slots, Task, join
+from .kernel import Abandoned, Park, Slots, Task, join
 from .options import check_option
 from .program import Program
 from .registry import registry
+from .upkeep import EXIT_RESTART
 
 if TYPE_CHECKING:
     from .runtime import KQueueRuntime
@@ -123,6 +124,9 @@ class RuntimeServices:
     def _ended(self, task: Task) -> None:
         self._apart.discard(task)
         self._runtime.kernel.unpark(self._stopping)
+        if isinstance(task.error, Abandoned):  # its place is lost, and its process lives
+            self._runtime.events.emit(facts.Warned(f"a call or a program would not end; restarting to end it ({task.error})"))
+            self._runtime.stop("a call that would not end", exit_code=EXIT_RESTART)
 
     def stop(self) -> Steps:
         """Wait for what is being ended. No job waits for any of it any more."""

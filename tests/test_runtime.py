@@ -12,6 +12,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
@@ -1224,6 +1225,26 @@ def test_offloaded_calls_wait_for_their_turn_within_their_own_time(house: House)
     house.run(runtime)
     assert answers == [(divmod(number, 2), 100 - 10 * (number // 2)) for number in range(6)]
     assert (children.most, house.clock.now, runtime.failed) == (2, 30, 0)
+
+
+def test_a_call_that_cannot_be_ended_is_left_to_the_next_start(house: House) -> None:
+    @job(name="asks", timeout=5, max_attempts=1)
+    def asks() -> Any:
+        yield offload(len, "")
+
+    def never_ends(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            with suppress(JobCancelled):
+                yield sleep(3600)
+
+    id = house.dispatch(asks.job())
+    runtime = house.runtime()
+    runtime.isolated.offload = never_ends  # type: ignore[method-assign]
+    assert house.run(runtime, burst=False) == 75
+    assert house.clock.now == 5 + runtime.isolated.cancel_grace_s
+    row = house.row(id)
+    assert row is not None
+    assert row.state == "dead", "the job itself has had its time"
 
 
 def test_who_is_timed_out_while_he_waits_for_a_slot_keeps_it_from_nobody(house: House) -> None:

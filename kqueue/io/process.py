@@ -130,7 +130,8 @@ def _error(name: str, end: ProgramEnd, timeout: float | None) -> ProgramError | 
     if end.why == "lost":
         return ProgramLost(f"{name} was lost: {end.message}")
     if end.why == "timeout":
-        return ProgramTimedOut(f"{name} was not done within its timeout of {timeout:g} s, and was ended", *end[:3])
+        time = f"its timeout of {timeout:g} s" if timeout else "the time of its job"
+        return ProgramTimedOut(f"{name} was not done within {time}, and was ended", *end[:3])
     kind = TooMuchOutput if end.why == "output" else ProgramFailed
     return kind(f"{name} was ended: {end.message}", *end[:3])
 
