@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from kqueue.registry import registry
 from tests.daemon import PATIENCE_S, ROOT, Daemon
 from tests.io.test_mail import Servers
 from tests.io.test_mail import servers as servers  # the fixture
@@ -20,8 +21,9 @@ Example = tuple[Daemon, ModuleType]
 
 
 @pytest.fixture
-def example(tmp_path: Path) -> Iterator[Callable[[str], Example]]:
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Example]]:
     """A daemon whose jobs are the example of a page, and that as a module."""
+    monkeypatch.setattr(registry, "_jobs", dict(registry._jobs))  # a later test's template would look for them
     daemons: list[Daemon] = []
 
     def start(page: str) -> Example:
