@@ -107,13 +107,14 @@ class Ask(NamedTuple):
 class Intake:
     """The books of what runs and of what may be reserved. `slots`: lane -> how many may run at once.
 
-    `room`: how many isolated jobs more there is memory for, with so many running; None: for any number.
+    `room`: how many isolated jobs more there is memory for, with so many running; None: for any number. `ahead`: how many may be
+    reserved beyond their slots now, since they have their turn as soon as those before them have ended.
     """
 
     def __init__(
         self, queues: Sequence[QueueSpec], slots: Mapping[str, int], *, strict_order: bool = False, concurrent: int = 0,
         per_minute: int = 0, max_jobs: int = 0, clock: Callable[[], float],
-        room: Callable[[int], int | None] = lambda running: None,
+        room: Callable[[int], int | None] = lambda running: None, ahead: Callable[[], int] = lambda: 0,
     ) -> None:  # fmt: skip
         self._queues = {spec.name: _Queue(spec) for spec in queues}
         self._slots = dict(slots)
@@ -123,6 +124,7 @@ class Intake:
         self._rate = RateWindow(per_minute)
         self._clock = clock
         self._room = room
+        self._ahead = ahead
         self.taken_at = 0.0  # when the last jobs were taken
         self.remaining = max_jobs or None  # jobs that may still be taken in this process's life; None: any number
         self.running = dict.fromkeys(LANES, 0)
@@ -134,6 +136,11 @@ class Intake:
     @property
     def total_running(self) -> int:
         return sum(self.running.values())
+
+    @property
+    def excess(self) -> int:
+        """Isolated jobs beyond their slots."""
+        return max(0, self.running["isolated"] - self._slots.get("isolated", 0))
 
     def started(self, queue: str, lane: str) -> None:
         """A job of `queue` took a slot of `lane`, at the expense of the others that want one."""
@@ -157,7 +164,7 @@ class Intake:
 
     def has_slots(self) -> bool:
         """Whether only the queues limit what can be had now: there is a slot in each lane, and some left of each limit."""
-        if any(self.running[lane] >= slots for lane, slots in self._slots.items() if slots):
+        if any(self.running[lane] >= self._slots_of(lane) for lane, slots in self._slots.items() if slots):
             return False
         if self._free("isolated") == 0 < self._slots.get("isolated", 0):
             return False
@@ -167,7 +174,7 @@ class Intake:
 
     def may_get_more(self, lane: str) -> bool:
         """Whether another round could bring something: `lane` has a free slot, for which not every queue has just had nothing."""
-        free = self.running[lane] < self._slots.get(lane, 0)
+        free = self.running[lane] < self._slots_of(lane)
         return free and any(not queue.shares[lane].empty for queue in self._queues.values())
 
     def order(self) -> list[str]:
@@ -235,9 +242,14 @@ class Intake:
 
     def _free(self, lane: str) -> int:
         """How many jobs of `lane` there are slots for, and memory."""
-        free = self._slots.get(lane, 0) - self.running[lane]
+        free = self._slots_of(lane) - self.running[lane]
         room = self._room(self.running[lane]) if lane == "isolated" else None
         return free if room is None else min(free, room)
+
+    def _slots_of(self, lane: str) -> int:
+        """With those for jobs that wait for their turn here."""
+        slots = self._slots.get(lane, 0)
+        return slots + self._ahead() if slots and lane == "isolated" else slots
 
     def _left(self, name: str) -> int:
         """How many jobs of `name` the limits that both lanes draw on let through now."""

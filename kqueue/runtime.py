@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Container, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -63,6 +63,7 @@ from .verdict import defer, exhausted, judge, keep_apart, move, postpone, put_ba
 
 Steps = Generator[Any, Any, Any]
 
+AHEAD_PATIENCE_S: Final = 1.0  # how long a job beyond the slots waits for its turn here
 SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays within grace + kill_grace + 5 s (INTERFACES)
 
 
@@ -129,6 +130,7 @@ class KQueueRuntime:
         self._burst = False
         self._nudged = False
         self._nudging = False  # a nudge is on its way
+        self._looks_ahead = False  # somebody looks after jobs that were reserved before their turn
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
@@ -180,6 +182,10 @@ class KQueueRuntime:
         attempt = lease.counters.runs + 1
         work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt, strategy.name)
         work = work._replace(alone=self._quarantine.suspects(held))
+        running = self._intake.running["isolated"]
+        if lease.lane == "isolated" and not self.isolated.may_start(work, running, self._slots["isolated"]):
+            self.isolated.pool.slow_down()
+            return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
         self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
         try:
@@ -187,6 +193,8 @@ class KQueueRuntime:
         except NotStarted as reason:
             self.events.emit(facts.Warned(f"{envelope.job} {envelope.id} could not start and is tried again in 5 s: {reason}"))
             return Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
+        if held.is_dismissed:
+            return Ended(held, outcome, put_back(lease), ran=False)
         return Ended(held, outcome, judge(lease, options, outcome, strategy.name, convicted=self._quarantine.convicts(held)))
 
     def _decode(self, lease: Lease) -> Any:
@@ -285,6 +293,7 @@ class KQueueRuntime:
             took, next_due_s = yield from self._reserve()
             if took:
                 yield  # let them run before more are taken
+                self._look_after_those_ahead()
                 if self._nudged or self._is_hungry():
                     continue
                 self._sated = False  # a slot that is freed is news
@@ -384,6 +393,30 @@ class KQueueRuntime:
         if self._feeder:
             self.kernel.unpark(self._feeder)
 
+    # -- ahead of their turn ----------------------------------------------------------------------------------------
+
+    def _look_after_those_ahead(self) -> None:
+        if not self._looks_ahead and self._intake.excess:
+            self._looks_ahead = True
+            self._loop(self._watch_those_ahead())
+
+    def _watch_those_ahead(self) -> Steps:
+        """Jobs beyond the slots that do not have their turn soon, since those before them take long, may have it elsewhere."""
+        while self._intake.excess:
+            waited = self.isolated.pool.waiting()
+            yield sleep(AHEAD_PATIENCE_S)
+            if waited & self.isolated.pool.waiting():
+                self.isolated.pool.slow_down()
+                self._dismiss(waited, self._intake.excess)
+        self._looks_ahead = False
+
+    def _dismiss(self, tasks: Container[Task], most: int | None = None) -> None:
+        """Put up to `most` (None: all) of `tasks` back that wait for their turn in the pool."""
+        held = {each.task: each for each in self.held if each.task in tasks}
+        for task in self.isolated.pool.dismiss(held, most):
+            held[task].is_dismissed = True
+            self._end(held[task], "it had not begun")
+
     # -- settling ---------------------------------------------------------------------------------------------------
 
     def _look_whether_drained(self) -> None:
@@ -464,6 +497,7 @@ class KQueueRuntime:
         self.state = "terminating"
         self.exit_code = exit_code
         self.events.emit(facts.DaemonStopping(why, len(self.held)))
+        self._dismiss(self.isolated.pool.waiting())
         self.kernel.unpark(self._stopper)
         self.nudge()
 
@@ -480,6 +514,7 @@ class KQueueRuntime:
         if self.state == "running":
             self.state = "quiet"
             self.events.emit(facts.Warned("quiet: no more jobs are reserved; those that run go on. SIGTERM ends the daemon"))
+            self._dismiss(self.isolated.pool.waiting())
             self.nudge()
 
     def execute_job(self, job: BoundJob) -> Task:
@@ -653,6 +688,7 @@ class KQueueRuntime:
         return Intake(
             self._specs, self._slots, strict_order=self._strict_order, concurrent=self.security.max_concurrent,
             per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic, room=self.memory.room,
+            ahead=lambda: self.isolated.pool.ahead,
         )  # fmt: skip
 
     def template(self) -> Mapping[str, Any]:

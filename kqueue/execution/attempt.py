@@ -14,6 +14,7 @@ import os
 import select
 import signal
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 from ..codec import MAX_BYTES, to_json
@@ -53,13 +54,15 @@ class Attempt:
     """A child while it runs. `request` is what the template was asked.
 
     `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
-    `kill`: it and all that it started. `token`: see wire.TAKE. `capture`: where its output goes; None: to the log.
+    `kill`: it and all that it started. `token`: see wire.TAKE. `capture`: where its output goes; None: to the log. `hold`: have
+    its process go on to no other run; False: it has, as it is about to say.
     """
 
     def __init__(
         self, kernel: Kernel, events: Events, child: Child, request: Mapping[str, Any], context: JobContext, *,
         enqueue: EnqueueFromChild, check: CheckFromChild, kill_grace_s: float, kill: Callable[[Child], None], token: bytes = b"",
         capture: Capture | None = None,
+        hold: Callable[[], bool] = lambda: True,
     ) -> None:  # fmt: skip
         self._kernel = kernel
         self._events = events
@@ -71,40 +74,70 @@ class Attempt:
         self._kill_grace_s = kill_grace_s
         self._kill = kill
         self._capture = capture
+        self._hold = hold
         self._token = token  # what a pool process says when it is through with this run; b"": the process is for this run alone
-        self._done: Done | None = None  # that it did
-        self._is_drained = False  # of a pool process that is done: nothing more came out of it
-        self.is_unread = False  # the process died before it read what it was to do
-        self._frames = wire.Frames()
-        self._listens = READ  # which events of the socket `ears` wait for
-        self._is_deaf = False  # nothing more can come from the socket
-        self._said: Result | Failure | None = None  # the first of either, which decides
-        self._backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
-        self._garbage: str | None = None  # what was wrong with its frames; None: nothing
-        # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", or one of _LIMITS; "": we are not.
-        self._why = ""
-        self._too_much = ""  # one of _LIMITS: it is over that, and to be killed; "": it is not
-        self._numbers = ""  # what there is to say of that
-        self._asked = False  # it was asked where it stands; the next step is SIGKILL
-        self._stack = stack.Stack()
-        self._lines = {child.stdout: ("stdout", Lines()), child.stderr: ("stderr", Lines())}
-        self._tail = Tail()
+        self._frames = child.frames
         command = request.get("command")  # None: it is no command, and speaks frames
         self._printed = bytearray() if command is not None and command["result"] == "json" else None  # what its result is made of
-        self._rate = Rate()
         self._outbox = bytearray()
-        self._enqueuing: Task | None = None  # what it dispatched is on its way; until then it is not listened to
-        self._watcher: Task | None = None
-        self._last_words: int | None = None  # how much more progress is heard, once the child has ended; None: it has not
 
-    def watch(self, first: bytes, exited: Callable[[Child], Steps]) -> Steps:
-        """Send it `first` and stay with it to its end. `exited`: waits until the template has reported that."""
+    # How it stands at first.
+    _done: Done | None = None  # that it did
+    _is_drained = False  # of a pool process that is done: nothing more came out of it
+    is_unread = False  # the process died before it read what it was to do
+    _awaits_reading = False  # it has been sent that
+    _heard = 0  # frames of this run
+    _listens = READ  # which events of the socket `ears` wait for
+    _is_deaf = False  # nothing more can come from the socket
+    _said: Result | Failure | None = None  # the first of either, which decides
+    _backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
+    _garbage: str | None = None  # what was wrong with its frames; None: nothing
+    # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", or one of _LIMITS; "": we are not.
+    _why = ""
+    _too_much = ""  # one of _LIMITS: it is over that, and to be killed; "": it is not
+    _numbers = ""  # what there is to say of that
+    _asked = False  # it was asked where it stands; the next step is SIGKILL
+    _has_printed = False
+    _enqueuing: Task | None = None  # what it dispatched is on its way; until then it is not listened to
+    _watcher: Task | None = None
+    _last_words: int | None = None  # how much more progress is heard, once the child has ended; None: it has not
+
+    # Most runs in a pool print nothing, and are not asked where they stand.
+
+    @cached_property
+    def _lines(self) -> dict[int, tuple[str, Lines]]:
+        return {self._child.stdout: ("stdout", Lines()), self._child.stderr: ("stderr", Lines())}
+
+    @cached_property
+    def _tail(self) -> Tail:
+        return Tail()
+
+    @cached_property
+    def _rate(self) -> Rate:
+        return Rate()
+
+    @cached_property
+    def _stack(self) -> stack.Stack:
+        return stack.Stack()
+
+    def watch(self, first: bytes, exited: Callable[[Child], Steps], is_unwanted: bool = False) -> Steps:
+        """Send it `first` (b"": it has begun) and stay with it to its end. `exited`: waits until the template has reported that.
+
+        `is_unwanted`: it was cancelled while it began.
+        """
         child, clock = self._child, self._kernel.clock
         self._watcher = self._kernel.current
-        self._outbox += first
-        self._send()
+        self._awaits_reading = bool(first)
+        child.unmute()
+        if first:
+            self._outbox += first
+            self._send()
+        elif self._frames.is_whole:
+            self._take_heard(b"")
         timeout_s = self._request["limits"]["timeout"]
         deadline = clock.monotonic() + timeout_s if timeout_s else None
+        if is_unwanted and self._done is None:
+            deadline = self._end("cancelled")
         while not child.lost and self._done is None:
             self._listen()
             try:
@@ -113,16 +146,20 @@ class Attempt:
                 if not self._asked and self._why != "timeout":  # which is counted, whatever comes after it
                     deadline = self._end("cancelled")
                 continue
-            if child.lost or self._serve(child.ears.poll(0)):
+            if child.lost or self._serve(child.ears.poll(0)) or self._done is not None:
                 break
             if self._asked and self._stack.came and deadline is not None:
                 deadline = min(deadline, clock.monotonic() + stack.QUIET_S)
             if self._too_much and not self._asked:
-                self._why = self._why or self._too_much
-                deadline = self._ask_where()
+                if self._hold():
+                    self._why = self._why or self._too_much
+                    deadline = self._ask_where()
+                else:  # that is the next one's
+                    self._too_much = ""
             elif self._garbage is not None and not self._why:
                 deadline = self._end("garbage")
             elif self._said is not None and not self._why:
+                self._hold()  # it is killed if it has nothing more to say by then
                 self._why, deadline = "lingering", clock.monotonic() + self._kill_grace_s
             elif deadline is not None and clock.monotonic() >= deadline:
                 if self._asked or self._said is not None:  # who has said what came of it need not say where it lingers
@@ -133,7 +170,8 @@ class Attempt:
                 else:
                     deadline = self._end("timeout")
         if self._done is not None:
-            self._take_rest()
+            if not self._done.next:
+                self._take_rest()
         else:
             yield from self._await_report(exited)
             self._drain()
@@ -149,9 +187,12 @@ class Attempt:
                 self._why = self._why or "cancelled"
 
     def _end(self, why: str) -> float:
-        """Ask it to end; when that must have happened."""
-        self._why = why
-        self._child.kill(signal.SIGTERM)
+        """Ask it to end; when that must have happened. One that has gone on to another run has ended, and is about to say so."""
+        if self._hold():
+            self._why = why
+            self._child.kill(signal.SIGTERM)
+        else:
+            self._why = "lingering"
         return self._kernel.clock.monotonic() + self._kill_grace_s
 
     def _ask_where(self) -> float:
@@ -191,8 +232,10 @@ class Attempt:
         child = self._child
         died = False
         for fd, events in ready:
-            if fd in self._lines:
-                if not self._take_output(fd):
+            if fd in (child.stdout, child.stderr):
+                if not self._hold():  # it is the output of the run that it has gone on to
+                    child.mute()
+                elif not self._take_output(fd):
                     child.ears.unregister(fd)
             elif fd == child.pidfd:
                 died = True
@@ -218,13 +261,14 @@ class Attempt:
 
     def _note_unread(self) -> None:
         """Something that we sent did not arrive. That was its job, if it has said nothing; else it was an answer."""
-        self.is_unread = self.is_unread or not self._frames.heard
+        self.is_unread = self.is_unread or (self._awaits_reading and not self._heard)
 
     def _take_output(self, fd: int) -> bool:
         try:
             data = os.read(fd, READ_SIZE)
         except BlockingIOError:
             return True
+        self._has_printed = True
         stream, lines = self._lines[fd]
         if self._capture is not None:
             if not self._capture.add(stream, data):
@@ -256,17 +300,22 @@ class Attempt:
             return False
         except OSError:
             return False
+        return self._take_heard(data) and bool(data)
+
+    def _take_heard(self, data: bytes) -> bool:
+        """The frames of this run that are whole with `data`; False for garbage."""
         try:
             for kind, payload in self._frames.feed(data):
+                self._heard += 1
                 self._hear(parse(kind, payload))
+                if self._done is not None:
+                    return True  # what follows is the next run's
         except wire.WireError as error:
             self._garbage = str(error)
             return False
-        return bool(data)
+        return True
 
     def _hear(self, said: Said) -> None:
-        if self._done is not None:
-            raise wire.WireError("more, after it was done")
         if isinstance(said, (Result, Failure)):
             if not self._asked:  # else it is too late: the question may have woken it
                 self._said = self._said or said
@@ -320,8 +369,8 @@ class Attempt:
         """Of a process that will run other jobs: what this one wrote is all there, since it flushed before it was done."""
         for _ in range(2 * 65536 // READ_SIZE):
             ready = self._child.ears.poll(0)
-            output = [event for event in ready if event[0] in self._lines]
             self._is_drained = not ready  # whatever else there is, such as its death, has to be seen by somebody
+            output = [event for event in ready if event[0] in (self._child.stdout, self._child.stderr)]
             if not output:
                 break
             self._serve(output)
@@ -340,14 +389,15 @@ class Attempt:
         self._end_lines()
 
     def _end_lines(self) -> None:
-        for stream, lines in self._lines.values():
-            for line in lines.rest():
-                self._log(stream, line)
+        if self._has_printed:
+            for stream, lines in self._lines.values():
+                for line in lines.rest():
+                    self._log(stream, line)
+            if self._rate.held_back:
+                self._log("stderr", f"… {self._rate.held_back} more lines were not logged")
         for _ in range(8):
             if not self._stack.read(self._child.stack) or not _readable(self._child.stack):
                 break
-        if self._rate.held_back:
-            self._log("stderr", f"… {self._rate.held_back} more lines were not logged")
 
     @property
     def is_reusable(self) -> bool:
@@ -355,10 +405,13 @@ class Attempt:
 
         Not one that was interrupted, since an exception out of nowhere may have left a lock held or a library half-way.
         """
-        undisturbed = self._done is not None and not self._done.changed and self._why in ("", "lingering")
-        memory = isinstance(self._said, Failure) and self._said.cause == "memory"
-        heard_out = self._garbage is None and self._is_drained and self._listens == READ
-        return undisturbed and not memory and heard_out and not self._outbox and self._frames.is_empty
+        done = self._done
+        if done is None or done.changed or self._why not in ("", "lingering") or self._garbage is not None:
+            return False
+        if isinstance(self._said, Failure) and self._said.cause == "memory":
+            return False
+        heard_out = bool(done.next) or (self._is_drained and self._frames.is_empty)
+        return heard_out and self._listens == READ and not self._outbox
 
     @property
     def done(self) -> Done | None:
@@ -372,20 +425,23 @@ class Attempt:
 
     # -- what came of it --------------------------------------------------------------------------------------------
 
-    def outcome(self, killer: Killer, roots: Sequence[str]) -> Outcome:
+    def outcome(self, killer: Killer, roots: Sequence[str], duration_s: float, seen_mib: float) -> Outcome:
         """What it said and how it exited amount to this.
 
         `killer` says who sent a SIGKILL that was not ours. `roots`: where the job's modules are found, so how files are named.
+        `duration_s`: that we waited for it. `seen_mib`: what it was seen to have.
         """
-        exit = self._done or self._child.exit
-        limits = {name: value for name, value in self._request["limits"].items() if value}
-        outcome = self._verdict(killer)._replace(pid=self._child.pid or None, limits=limits, output=self._tail.text())
-        if not outcome.ok and self._stack.came:
-            outcome = outcome._replace(stack=self._stack.text(roots))
-        if exit is None:
-            return outcome
-        return outcome._replace(
-            cpu_user_s=exit.cpu_user_s, cpu_system_s=exit.cpu_system_s, max_memory_mib=exit.max_memory_mib
+        done, exit = self._done, self._done or self._child.exit
+        verdict = self._verdict(killer)
+        return verdict._replace(
+            pid=self._child.pid or None,
+            limits={name: value for name, value in self._request["limits"].items() if value},
+            output=self._tail.text() if self._has_printed else "",
+            stack=self._stack.text(roots) if not verdict.ok and self._stack.came else "",
+            duration_s=duration_s if done is None else done.duration_s,
+            cpu_user_s=0.0 if exit is None else exit.cpu_user_s,
+            cpu_system_s=0.0 if exit is None else exit.cpu_system_s,
+            max_memory_mib=seen_mib if exit is None else max(seen_mib, exit.max_memory_mib),
         )
 
     def _verdict(self, killer: Killer) -> Outcome:

@@ -99,7 +99,7 @@ def _run_one(request: Mapping[str, Any]) -> int:
 def _run_many(request: Mapping[str, Any]) -> int:
     from .pooled_child import serve
 
-    return serve(socket.socket(fileno=wire.JOB_FD))
+    return serve(socket.socket(fileno=wire.JOB_FD), request["until"])
 
 
 def _run_elsewhere(request: Mapping[str, Any]) -> int:
@@ -136,6 +136,8 @@ class Run:
         # Into a cooperative job, of which the frame given was interrupted; None: there is none, raise where it is.
         self._cancel: Callable[[BaseException, FrameType | None], None] | None = None
         self._is_over = False
+        self.was_interrupted = False
+        self.ran_out_of_memory = False
         self.kept_sigterm = True  # the job left the handler of SIGTERM alone
 
     def attempt(self, kind: int, payload: bytes, farewell: Callable[[], bytes] = bytes) -> None:
@@ -148,6 +150,7 @@ class Run:
         except BaseException as error:
             fields = failure(error, self._request["limits"])
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
+            self.ran_out_of_memory = fields["cause"] == "memory"
             answer = wire.frame(wire.FAILURE, codec.to_json(fields))
         self._is_over = True  # what is left is to say so
         self.kept_sigterm = _signal.signal(signal.SIGTERM, _signal.SIG_IGN) == self.terminated
@@ -237,6 +240,7 @@ class Run:
     def terminated(self, number: int, frame: FrameType | None) -> None:
         if self._is_over:
             return
+        self.was_interrupted = True
         name = self._request["job"]
         if self._deadline is not None and time.monotonic() >= self._deadline - 0.05:
             timeout_s = self._request["limits"]["timeout"]

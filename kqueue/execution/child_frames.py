@@ -7,7 +7,7 @@ nothing behind this file need doubt a type or a length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, Final, NamedTuple
 
 from ..codec import LANES, MAX_BYTES, decode, from_json
@@ -48,14 +48,16 @@ class Backoff(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A pool process has run what it took, and waits for the next. `token`: of the TAKE that it answers."""
+    """A pool process has run what it took. `token`: of the TAKE that it answers."""
 
     token: bytes
+    duration_s: float
     cpu_user_s: float
     cpu_system_s: float
     max_memory_mib: float  # what it had at the most, if that was in this run; else what it has now
     memory_mib: float  # what it has now
     changed: Sequence[tuple[str, str]]  # (what of the process, in detail) that is not as it was before
+    next: bytes = b""  # the token of what it has taken from its tray and begun; b"": it waits to be told
 
 
 class Progress(NamedTuple):
@@ -114,14 +116,19 @@ def _backoff(payload: bytes) -> Backoff:
 def _done(payload: bytes) -> Done:
     size = wire.DONE_HEAD.size
     _wanted(size <= len(payload) <= MAX_FAILURE, "an end of the wrong size")
-    token, *numbers = wire.DONE_HEAD.unpack_from(payload)
-    user_s, system_s, peak_mib, memory_mib = numbers
-    _wanted(all(0 <= number < inf for number in numbers), "an end without its figures")
-    changed = from_json(payload[size:]) if len(payload) > size else []
+    token, following, *figures = wire.DONE_HEAD.unpack_from(payload)
+    duration_s, user_s, system_s, peak_mib, memory_mib = figures
+    _wanted(min(figures) >= 0 and isfinite(sum(figures)), "an end without its figures")
+    if len(payload) == size:
+        following = b"" if following == wire.NO_TOKEN else following
+        return Done(token, duration_s, user_s, system_s, peak_mib, memory_mib, (), following)
+    _wanted(following == wire.NO_TOKEN, "an end that left something changed, and goes on")
+    changed = from_json(payload[size:])
     _wanted(isinstance(changed, list), "an end of the wrong shape")
     pairs = [(what, detail) for what, detail in changed[:MAX_CHANGES]]
     _wanted(all(isinstance(text, str) for pair in pairs for text in pair), "an end that tells of no text")
-    return Done(token, user_s, system_s, peak_mib, memory_mib, [(what[:100], detail[:200]) for what, detail in pairs])
+    told = [(what[:100], detail[:200]) for what, detail in pairs]
+    return Done(token, duration_s, user_s, system_s, peak_mib, memory_mib, told)
 
 
 def _progress(payload: bytes) -> Progress:

@@ -14,6 +14,8 @@ from collections.abc import Generator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .wire import Frames
+
 if TYPE_CHECKING:
     from ..kernel import Task
     from .link import TemplateLink
@@ -41,6 +43,8 @@ class Child:
         self.lost = False  # the template died first
         self.news: deque[Task] = deque()  # who waits for any of the above
         self.unsent = b""  # what it was told before it started, and its socket had no room for
+        self.frames = Frames()  # what came through its socket; after one run's last there may be the next one's first
+        self.is_muted = False  # `ears` do not listen to stdout and stderr
         with ExitStack() as opened:  # all or nothing: fds may run out between two of them
             self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             opened.callback(self.socket.close)
@@ -108,7 +112,21 @@ class Child:
         """Send it `fd`, before anything else. -1: nothing."""
         if fd >= 0:
             with suppress(OSError):  # it has died, as will be seen
-                socket.send_fds(self.socket, [b"\0"], [fd])
+                socket.send_fds(self.socket, [b"\0"], [fd], socket.MSG_NOSIGNAL)
+
+    def mute(self) -> None:
+        """Do not wait for output: what there is concerns a run that is not at its turn yet."""
+        if not self.is_muted:
+            self.is_muted = True
+            for fd in (self.stdout, self.stderr):
+                with suppress(FileNotFoundError):  # it has come to its end
+                    self.ears.unregister(fd)
+
+    def unmute(self) -> None:
+        if self.is_muted:
+            self.is_muted = False
+            for fd in (self.stdout, self.stderr):
+                self.ears.register(fd, select.EPOLLIN)
 
     def kill(self, number: int) -> None:
         """Signal the process itself, by pidfd: never a number that somebody else may have by now."""

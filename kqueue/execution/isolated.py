@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from .. import environment
@@ -66,7 +67,7 @@ class IsolatedExecutionStrategy:
         self.link = Templates(kernel, events, identity, cgroups, privileges)
         self._privileges = privileges
         self.pool = Pool(kernel, events, self.link, pool)
-        self.link.on_replaced = self.pool.retire_idle
+        self.link.on_replaced = self.pool.renew
         events.subscribe(TemplateDied, lambda fact: self.pool.forget_lost())
         self._default_start = default_start
         self._general: dict[str, _General] = {}  # by job
@@ -92,11 +93,10 @@ class IsolatedExecutionStrategy:
     def execute(self, work: Work) -> Steps:
         """Run one attempt in a child; returns the Outcome. Raises NotStarted when there can be no child now."""
         general = self._general_of(work.registration, work.options)
-        particular = {"id": work.envelope.id, "attempt": work.attempt}
-        request = {**general.request, **particular}
+        request = {**general.request, "id": work.envelope.id, "attempt": work.attempt}
         start = self._start_of(work)
         if start == "pool":
-            outcome: Outcome = yield from self._pooled(request, particular, general.json, work.data, work.context)
+            outcome: Outcome = yield from self._pooled(request, general.json, work.data, work.context)
             return outcome
         if start == "exec":
             request["start"] = start
@@ -117,6 +117,14 @@ class IsolatedExecutionStrategy:
             known = self._general[name] = _General(options, request, to_json(request))
         return known
 
+    def may_start(self, work: Work, running: int, slots: int) -> bool:
+        """Whether it keeps to `slots` jobs at once to start `work` as well, which is one of `running`.
+
+        Those that wait in the pool do not count: they begin only when another of its jobs has ended. See `Pool.ahead`.
+        """
+        held, size = self.pool.held, self.pool.size
+        return running <= slots or self._start_of(work) == "pool" or running - held + min(held, size) <= slots
+
     def _start_of(self, work: Work) -> str:
         start = work.options.start or self._default_start
         return "fork" if start == "pool" and work.alone else start
@@ -134,10 +142,10 @@ class IsolatedExecutionStrategy:
             raise TypeError(f"the arguments of an offloaded call are {len(call)} bytes, allowed are {wire.MAX_CALL}: pass a path")
         options = JobOptions(timeout=timeout_s, max_memory=max_memory_mib)
         lasting = self._privileges.of_job(options, max_memory_mib, by_operator=True)
-        general = {"job": f"{context.name}:offload", "keep_result": True, "call": True, **lasting}
-        particular = {"id": context.id, "attempt": 1, "limits": self._limits(options)}
-        request = {**general, **particular}
-        outcome: Outcome = yield from self._pooled(request, particular, to_json(general), call, context, in_line=False)
+        limits = self._limits(options)
+        general = {"job": f"{context.name}:offload", "keep_result": True, "call": True, "limits": limits, **lasting}
+        request = {**general, "id": context.id, "attempt": 1}
+        outcome: Outcome = yield from self._pooled(request, to_json(general), call, context, in_line=False)
         if outcome.ok:
             return unpack(from_json(outcome.result or b"null"))
         if outcome.cause == "cancelled":
@@ -152,6 +160,7 @@ class IsolatedExecutionStrategy:
             "keep_result": False, "start": "exec", "has_input": bool(program.input),
             **self._privileges.of_job(options, max_memory_mib, by_operator=True),
         }  # fmt: skip
+        began = self._kernel.clock.monotonic()
         stdin = (yield from memory_file(program.input)) if program.input else -1
         try:
             child: Child = yield from self.link.fork(request)
@@ -165,7 +174,7 @@ class IsolatedExecutionStrategy:
         attempt = self._attempt_in(child, request, context, capture=capture)
         try:
             first = wire.frame(wire.EXECUTE, _execute(program))
-            outcome: Outcome = yield from self._watched(attempt, request, first, child, context)
+            outcome: Outcome = yield from self._watched(attempt, request, first, child, context, began)
         finally:
             self.link.forget(child)
         if outcome.cause == "cancelled":
@@ -192,62 +201,67 @@ class IsolatedExecutionStrategy:
             return Outcome("cancelled", "shutdown")
         attempt = self._attempt_in(child, request, context)
         try:
-            outcome: Outcome = yield from self._watched(attempt, request, child.unsent, child, context)
+            outcome: Outcome = yield from self._watched(attempt, request, child.unsent, child, context, began)
         finally:
             self.link.forget(child)
-        return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)
+        return outcome
 
     def _pooled(
-        self, request: Mapping[str, Any], particular: Mapping[str, Any], general: bytes, data: bytes, context: JobContext,
-        in_line: bool = True,
-    ) -> Steps:  # fmt: skip
+        self, request: Mapping[str, Any], general: bytes, data: bytes, context: JobContext, in_line: bool = True
+    ) -> Steps:
         """In a process of the pool; in another one when that was dead already."""
+        token = os.urandom(8).hex().encode()
+        message = wire.Take(token, request["attempt"], request["id"], general, data).frame()
         for _ in range(POOL_TRIES):
             try:
-                worker: Worker = yield from self.pool.take(request, in_line)
+                worker: Worker = yield from self.pool.take(request, message, token, in_line)
             except JobCancelled:
                 return Outcome("cancelled", "shutdown")
             began = self._kernel.clock.monotonic()
-            token = os.urandom(8).hex()
-            attempt = self._attempt_in(worker.child, request, context, token.encode())
-            first = wire.take({**particular, "token": token}, general, data)
+            attempt = self._attempt_in(worker.child, request, context, token, partial(self.pool.hold, worker))
             try:
-                outcome: Outcome = yield from self._watched(
-                    attempt, request, first, worker.child, context, has_mib=worker.retained_mib
-                )
+                outcome: Outcome = yield from self._watched(attempt, request, message, worker.child, context, began, worker)
             finally:
                 self.pool.give_back(worker, attempt, request["job"])
             if not attempt.is_unread or attempt.is_ending:
-                return outcome._replace(duration_s=self._kernel.clock.monotonic() - began)
+                return outcome
         raise NotStarted(f"{POOL_TRIES} processes of the pool died before they began")
 
     def _attempt_in(
-        self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"", capture: Capture | None = None
-    ) -> Attempt:
+        self, child: Child, request: Mapping[str, Any], context: JobContext, token: bytes = b"",
+        hold: Callable[[], bool] = lambda: True, capture: Capture | None = None,
+    ) -> Attempt:  # fmt: skip
         return Attempt(
             self._kernel, self._events, child, request, context, enqueue=self._enqueue, check=self._check,
-            kill_grace_s=self._kill_grace_s, kill=self.link.kill, token=token, capture=capture,
+            kill_grace_s=self._kill_grace_s, kill=self.link.kill, token=token, hold=hold, capture=capture,
         )  # fmt: skip
 
     def _watched(
-        self, attempt: Attempt, request: Mapping[str, Any], first: bytes, child: Child, context: JobContext, has_mib: float = 0.0
+        self, attempt: Attempt, request: Mapping[str, Any], first: bytes, child: Child, context: JobContext, began: float,
+        worker: Worker | None = None,
     ) -> Steps:  # fmt: skip
-        """The Outcome of `attempt`, but for how long it took. `has_mib`: what its process kept of earlier jobs."""
+        """The Outcome of `attempt`. `first`: what to tell its process. `began`: by the clock. `worker`: that is of the pool."""
         if not context.inline:  # else it is a call that an inline job offloaded
             context.pid = child.pid
         limits = request["limits"]
+        turn, kept_mib = (worker.turn, worker.retained_mib) if worker is not None else (None, 0.0)
         sampled = self.sampler.watch(
-            attempt, request["id"], child.pid, limits["max_memory"], limits["max_processes"], has_mib
+            attempt, request["id"], child.pid, limits["max_memory"], limits["max_processes"], kept_mib
         )
         try:
-            yield from attempt.watch(first, self.link.exited)
+            if turn is not None and turn.has_begun:
+                yield from attempt.watch(b"", self.link.exited, turn.is_unwanted)
+            else:
+                yield from attempt.watch(first, self.link.exited)
         finally:
             context.pid = None
             self.sampler.forget(sampled)
-        outcome: Outcome = attempt.outcome(lambda: self.sampler.oom.killer(sampled.oom_mark), child.link.roots)
+        killer = partial(self.sampler.oom.killer, sampled.oom_mark)
+        duration_s = self._kernel.clock.monotonic() - began
+        outcome: Outcome = attempt.outcome(killer, child.link.roots, duration_s, sampled.peak_mib)
         if outcome.error is not None:
             self._hint_at_environment(request["job"], outcome.error)
-        return outcome._replace(max_memory_mib=max(outcome.max_memory_mib, sampled.peak_mib))
+        return outcome
 
     def _hint_at_environment(self, job: str, error: Mapping[str, Any]) -> None:
         """Say so, once, when a job missed a variable that the daemon has."""

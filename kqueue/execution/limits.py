@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from math import ceil
-from typing import Final
+from typing import Any, Final
 
 MIB: Final = 1024 * 1024
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -99,16 +99,23 @@ class RunLimits:
     def __init__(self) -> None:
         self._hard = {which: resource.getrlimit(which)[1] for which in (resource.RLIMIT_DATA, *_SET_ONCE)}
         self._soft: dict[int, int] = {}
+        self._applied: tuple[Any, int] = (None, 0)  # what `apply` had last
+        self._stand: dict[int, tuple[int, int]] = {}  # and what it said
 
     def apply(self, limits: Mapping[str, float], data_bytes: int) -> dict[int, tuple[int, int]]:
-        """Before a run. `data_bytes`: what RLIMIT_DATA counts now. What stands then, by number."""
+        """Before a run. `data_bytes`: what RLIMIT_DATA counts now. What stands then, by number: the same dict while that does."""
+        if limits is self._applied[0] and data_bytes == self._applied[1] and not limits.get("max_cpu"):
+            self._set(resource.RLIMIT_DATA, self._stand[resource.RLIMIT_DATA][0])
+            return self._stand
+        self._applied = limits, data_bytes
         wanted = {
             resource.RLIMIT_DATA: data_bytes + int((limits["max_memory"] + limits["memory_headroom"]) * MIB),
             resource.RLIMIT_NOFILE: int(limits["max_files"]),
             resource.RLIMIT_FSIZE: int(limits["max_file_size"] * MIB) or resource.RLIM_INFINITY,
             resource.RLIMIT_CPU: _cpu_end(limits["max_cpu"]) if limits.get("max_cpu") else resource.RLIM_INFINITY,
         }
-        return {which: self._set(which, soft) for which, soft in wanted.items()}
+        self._stand = {which: self._set(which, soft) for which, soft in wanted.items()}
+        return self._stand
 
     def lift_memory(self) -> None:
         """The run is over: what is said of it is not to fail for want of memory."""

@@ -1,27 +1,37 @@
 """The pool: warm processes, forked from the template, that run one job after another; who runs in which, and how long one lives.
 
-    forked --take--> busy --give_back--> idle --take--> busy …
-                      |                    |
-                      +----- retired ------+     by jobs, age, memory, a trace that a job left, an interruption, a new template
+    forked --> busy --its tray is empty--> idle --> busy …
+                |                           |
+                +--------- retired ---------+     by jobs, age, memory, a trace that a job left, an interruption, a new template
 
-A process is forked when a job wants one and none is idle; the one that ran last is taken first, since its caches are warm. One
-that is retired is killed: between two jobs it has nothing that could be lost. What happens in a run is `attempt.py`'s business.
+    a run:  in line --> in the tray of a process that is busy --> begun
+               |  <------ taken back ------+                       |
+               +------------------------- a process is free ------>+
+
+A process is forked when a job wants one and none is idle; the one that ran last is taken first, since its caches are warm. While
+all are busy, those that are first in line go into their trays (tray.py), so that neither side has to wait for the other between
+two jobs. What is in a tray has not begun: it is taken back when a process is free, when its own dies or is retired, and before
+anything is done about the run before it (`hold`). What happens in a run is `attempt.py`'s business.
+
+A process that is retired is killed: between two jobs it has nothing that could be lost.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Container, Generator, Mapping
 from typing import Any, Final, NamedTuple
 
 from ..events import Events, Warned
 from ..kernel import Kernel, Park, Task
 from ..process import resident_mib
 from .attempt import Attempt
+from .base import NotStarted
 from .child_frames import Done
 from .handle import Child
 from .privileges import FIELDS
 from .templates import Templates
+from .tray import DEPTH, Tray
 
 Steps = Generator[Any, Any, Any]
 
@@ -38,22 +48,54 @@ class PoolSettings(NamedTuple):
     max_age_s: float = 3600.0
 
 
-LINE: Final = 4  # jobs that wait for a process, for each
+LINE: Final = 4  # jobs that have not begun, for each process, from which on there is no hurry with more
+MOST_AHEAD: Final = 32  # jobs that are to be reserved before their turn, for each process
+AHEAD_S: Final = 0.02  # and those only that have their turn within so long
+SLOW_S: Final = 1.0  # how long jobs take, as long as nothing is known
 DEFAULTS: Final = PoolSettings()
 
 
-class Worker:
-    """One process of the pool."""
+class Turn:
+    """A run that wants a process, and how far it has come."""
 
-    __slots__ = ("began", "child", "fresh_mib", "is_of_line", "jobs", "key", "memory_mib")
+    __slots__ = (
+        "forks", "has_begun", "in_line", "is_dismissed", "is_unwanted", "key", "message", "task", "token", "tray_of", "worker",
+    )  # fmt: skip
+
+    def __init__(self, key: tuple[Any, ...], message: bytes, token: bytes, task: Task, in_line: bool) -> None:
+        self.key = key
+        self.message = message  # a TAKE frame; b"": it goes into no tray
+        self.token = token
+        self.task = task
+        self.in_line = in_line  # it takes one of the `size` places; False: it is beside them, and begins at once
+        self.tray_of: Worker | None = None  # in whose tray it is, or was until that process took it; None: it is in line
+        self.worker: Worker | None = None  # that runs it; None: none yet
+        self.forks = False  # there is a place for it, and a process is to be forked
+        self.has_begun = False  # its process has taken it from its tray
+        self.is_dismissed = False  # it is out of line
+        self.is_unwanted = False  # it was cancelled when that had happened, and we had not heard of it
+
+
+class Worker:
+    """One process of the pool. OSError: no fd is left."""
+
+    __slots__ = ("began", "child", "fresh_mib", "is_held", "jobs", "key", "memory_mib", "next", "tray", "turn")
 
     def __init__(self, child: Child, key: tuple[Any, ...], began: float) -> None:
         self.child = child
         self.key = key
         self.began = began
         self.jobs = 0  # that it has begun
-        self.is_of_line = True  # who has it stood in line for it, and holds one of `size` places
+        self.turn: Turn | None = None  # the run that it is at, as far as it has told
+        self.next: deque[Turn] = deque()  # in its tray, or taken from it and not told of
+        self.is_held = False  # nothing may follow the run that it is at
         self.fresh_mib = self.memory_mib = resident_mib(child.pid)  # at first, and after its last job
+        self.tray = Tray()
+
+    @property
+    def is_of_line(self) -> bool:
+        """Whether what it is at has one of the pool's places."""
+        return self.turn is not None and self.turn.in_line
 
     @property
     def retained_mib(self) -> float:
@@ -69,81 +111,280 @@ class Pool:
         self._events = events
         self._link = link
         self._settings = settings
-        self._busy = 0  # processes that run a job, or are being forked for one
-        self._waiting: deque[Task] = deque()
+        self._busy = 0  # places that are taken: processes that run a job, or are being forked for one
+        self._line: deque[Turn] = deque()  # without a place, and in no tray
+        self._parked: deque[Task] = deque()  # of those in line and in trays
+        self._running: list[Worker] = []
         self._idle: list[Worker] = []
         self._numbers = 0  # of processes so far
+        self._usual_s = SLOW_S  # what a run takes, of late
         self._said: set[tuple[str, str]] = set()  # (job, what it changes) that the operator has been told of
+
+    @property
+    def size(self) -> int:
+        return self._settings.size
 
     @property
     def has_a_line(self) -> bool:
         """Whether so many jobs wait for a process that none will be without a job within the next milliseconds."""
-        return len(self._waiting) > LINE * self._settings.size
+        return len(self._parked) > LINE * self._settings.size
 
-    def take(self, request: Mapping[str, Any], in_line: bool = True) -> Steps:
-        """A Worker for `request`, to be given back. Waits for one that is free. Raises NotStarted.
+    @property
+    def held(self) -> int:
+        """Jobs that run, and those that wait for their turn."""
+        return self._busy + len(self._parked)
 
-        `in_line` False: at once, beside the `size` that jobs may have. For calls of jobs that run already, and would wait for
-        jobs that may take hours; whoever asks sees to it that they are few.
+    @property
+    def ahead(self) -> int:
+        """How many jobs it could do with beyond those that run, so that none of its processes has to wait for the queue.
+
+        0 as long as one is free, since whoever comes then runs at once, and where runs take so long that there is no hurry.
         """
+        size = self._settings.size
+        return min(MOST_AHEAD, int(AHEAD_S / self._usual_s)) * size if self.held >= size else 0
+
+    def slow_down(self) -> None:
+        """What was reserved ahead was not for here."""
+        self._usual_s = SLOW_S
+
+    def take(self, request: Mapping[str, Any], message: bytes = b"", token: bytes = b"", in_line: bool = True) -> Steps:
+        """A Worker for `request`, to be given back. Waits for one that is free, or takes it up. Raises NotStarted.
+
+        `message` with `token`: what it is told to begin; when `Worker.turn.has_begun` then, it has been. `in_line` False: at
+        once, beside the `size` that jobs may have. For calls of jobs that run already, and would wait for jobs that may take
+        hours; whoever asks sees to it that they are few.
+        """
+        turn = Turn(tuple(request.get(name) for name in LASTING), message, token, self._current(), in_line)
         if in_line:
-            yield from self._wait()
-            self._busy += 1
-        try:
-            key = tuple(request.get(name) for name in LASTING)
-            worker = self._idle_one(key)
-            if worker is None:
-                self._make_room()
-                self._numbers += 1
-                lasting = dict(zip(LASTING, key, strict=True))
-                name = {"id": f"pool-{self._numbers}", "job": "(pool)", "limits": {}, "start": "pool"}
-                child = yield from self._link.fork({**name, **lasting})
-                worker = Worker(child, key, self._kernel.clock.monotonic())
-        except BaseException:
-            if in_line:
-                self._leave()
-            raise
-        worker.jobs += 1
-        worker.is_of_line = in_line
-        return worker
+            yield from self._wait(turn)
+        else:
+            self._begin(turn)
+        if turn.worker is None:
+            yield from self._fork(turn)
+        return turn.worker
 
     def give_back(self, worker: Worker, attempt: Attempt, job: str) -> None:
-        """`worker` has run `job`, as `attempt` knows: keep it for the next, or retire it."""
+        """`worker` has run `job`, as `attempt` knows: it goes on with the next, is kept for it, or is retired."""
         done = attempt.done
+        if worker.is_of_line:
+            self._usual_s += ((SLOW_S if done is None else done.duration_s) - self._usual_s) / 8
         if done is not None:
             worker.memory_mib = done.memory_mib
             self._tell(job, done, worker.is_of_line)
-        if done is not None and attempt.is_reusable and self._may_go_on(worker, done.memory_mib):
-            self._idle.append(worker)
-        else:
-            self._link.forget(worker.child)
-        if worker.is_of_line:
-            self._leave()
+            if done.next and attempt.is_reusable and self._goes_on(worker, done.next):
+                return
+        undisturbed = done is not None and not done.next and attempt.is_reusable
+        self._leave(worker, undisturbed and self._may_go_on(worker, worker.memory_mib))
+
+    def hold(self, worker: Worker) -> bool:
+        """Let nothing follow the run that `worker` is at. False: something has already, as its process is about to say."""
+        if not worker.is_held:
+            worker.is_held = True
+            self._take_back(worker)
+            self._assign()
+        return not worker.next
+
+    def waiting(self) -> set[Task]:
+        """Those whose runs have not begun, as far as we know."""
+        return set(self._parked)
+
+    def dismiss(self, tasks: Container[Task], most: int | None = None) -> list[Task]:
+        """Take up to `most` (None: all) of `tasks` that have not begun out of line, the last first: they are to be cancelled."""
+        self._take_all_back()
+        out: list[Task] = []
+        for turn in [turn for turn in self._line if turn.task in tasks][::-1][:most]:
+            self._line.remove(turn)
+            turn.is_dismissed = True
+            out.append(turn.task)
+        self._assign()
+        return out
+
+    def renew(self) -> None:
+        """There is a new template: what has not begun begins in processes of it."""
+        self.retire_idle()
+        self._take_all_back()
+        self._assign()
 
     def retire_idle(self) -> None:
         """Retire all that run nothing now."""
         while self._idle:
-            self._link.forget(self._idle.pop().child)
+            self._retire(self._idle.pop())
 
     def forget_lost(self) -> None:
         """Let go of those that died idle with their template."""
         for worker in [worker for worker in self._idle if worker.child.lost]:
             self._idle.remove(worker)
-            self._link.forget(worker.child)
+            self._retire(worker)
 
-    def _wait(self) -> Steps:
-        """Until fewer are busy than may be."""
-        try:
-            while self._busy >= self._settings.size:
-                yield Park(self._waiting)
-        except BaseException:  # cancelled; the place that may have woken us is the next one's
+    def _wait(self, turn: Turn) -> Steps:
+        """Until it has a process, or is to fork one."""
+        self._line.append(turn)
+        self._assign()
+        while turn.worker is None and not turn.forks:
+            try:
+                yield Park(self._parked)
+            except BaseException:
+                if self._withdraw(turn):
+                    raise
+                turn.is_unwanted = True
+
+    # -- who is next ------------------------------------------------------------------------------------------------
+
+    def _assign(self) -> None:
+        """Give those in line a free place, or room in the tray of a process that is busy: in their order, without overtaking."""
+        line = self._line
+        while line:
+            turn = line[0]
             if self._busy < self._settings.size:
-                self._kernel.unpark(self._waiting, count=1)
-            raise
+                self._busy += 1
+                self._begin(line.popleft())
+            elif not self._put_into_a_tray(turn):
+                return
+            else:
+                line.popleft()
+        if self._busy < self._settings.size:
+            self._share()
 
-    def _leave(self) -> None:
-        self._busy -= 1
-        self._kernel.unpark(self._waiting, count=1)
+    def _share(self) -> None:
+        """A place is free, and nobody is in line: then nobody is to wait in a tray behind a run that may take long.
+
+        Half of the fullest tray is taken, so that two with short runs do not take everything from each other all the time.
+        """
+        fullest = max(self._running, key=lambda worker: len(worker.next), default=None)
+        if fullest is not None and fullest.next:
+            self._take_back(fullest, (len(fullest.next) + 1) // 2)
+            if self._line:
+                self._assign()
+
+    def _begin(self, turn: Turn) -> None:
+        """It has a place: in a process that is idle, or in one that its own task has to fork."""
+        worker = self._idle_one(turn.key)
+        if worker is None:
+            self._make_room()
+            turn.forks = True
+        else:
+            self._run(worker, turn)
+        self._kernel.wake(turn.task)
+
+    def _run(self, worker: Worker, turn: Turn) -> None:
+        worker.turn, turn.worker = turn, worker
+        worker.is_held = not turn.in_line
+        worker.jobs += 1
+        self._running.append(worker)
+
+    def _put_into_a_tray(self, turn: Turn) -> bool:
+        """Into the one that has the fewest; False: there is no room for it."""
+        if not turn.message:
+            return False
+        emptiest: Worker | None = None
+        for worker in self._running:
+            if (
+                len(worker.next) < (DEPTH if emptiest is None else len(emptiest.next))
+                and worker.key == turn.key and not worker.is_held and self._link.is_current(worker.child)
+            ):  # fmt: skip
+                emptiest = worker
+        if emptiest is None or not emptiest.tray.put(turn.message):
+            return False
+        emptiest.next.append(turn)
+        turn.tray_of = emptiest
+        return True
+
+    def _take_back(self, worker: Worker, most: int = DEPTH) -> None:
+        """What its process has not taken from its tray is first in line again."""
+        if worker.next:
+            messages = worker.tray.take_back(most)
+            for turn in reversed([turn for turn in worker.next if turn.message in messages]):
+                worker.next.remove(turn)
+                self._back_in_line(turn)
+
+    def _take_all_back(self) -> None:
+        for worker in self._running:
+            self._take_back(worker)
+
+    def _back_in_line(self, turn: Turn) -> None:
+        turn.tray_of = None
+        self._line.appendleft(turn)
+
+    def _goes_on(self, worker: Worker, token: bytes) -> bool:
+        """It has begun the run of `token`, as it says; False: it cannot have."""
+        if not worker.next or worker.next[0].token != token:
+            return False
+        turn = worker.next.popleft()
+        worker.turn, turn.worker = turn, worker
+        turn.has_begun = True
+        worker.is_held = False
+        worker.jobs += 1
+        self._kernel.wake(turn.task)
+        self._assign()
+        return True
+
+    def _withdraw(self, turn: Turn) -> bool:
+        """It is not to begin; False: it has."""
+        if turn.is_dismissed or turn.has_begun:
+            return turn.is_dismissed
+        if turn.tray_of is not None and turn.worker is None:
+            self._take_back(turn.tray_of)
+        if turn.worker is not None:
+            self._leave(turn.worker, is_reusable=True)
+        elif turn.forks:
+            self._busy -= 1
+        elif turn.tray_of is None:
+            self._line.remove(turn)
+        else:  # its process has it, and has not said so yet
+            self._assign()
+            return False
+        self._assign()
+        return True
+
+    def _leave(self, worker: Worker, is_reusable: bool) -> None:
+        """It runs nothing now. What it has not said to have begun it has not: the one that it took last, when it died then."""
+        self._running.remove(worker)
+        self._busy -= worker.is_of_line
+        worker.turn = None
+        self._take_back(worker)
+        is_reusable = is_reusable and not worker.next
+        while worker.next:
+            self._back_in_line(worker.next.pop())
+        if is_reusable:
+            self._idle.append(worker)
+        else:
+            self._retire(worker)
+        self._assign()
+
+    # -- its processes ----------------------------------------------------------------------------------------------
+
+    def _fork(self, turn: Turn) -> Steps:
+        """A process for `turn`, which has a place for it."""
+        self._numbers += 1
+        settings = self._settings
+        request = {
+            **dict(zip(LASTING, turn.key, strict=True)),
+            "id": f"pool-{self._numbers}", "job": "(pool)", "limits": {}, "start": "pool",
+            "until": {"jobs": settings.max_jobs, "memory_mib": settings.max_memory_mib, "age_s": settings.max_age_s},
+        }  # fmt: skip
+        try:
+            child: Child = yield from self._link.fork(request)
+            try:
+                worker = Worker(child, turn.key, self._kernel.clock.monotonic())
+            except OSError as error:
+                self._link.forget(child)
+                raise NotStarted(f"no tray for a process of the pool: {error.strerror}") from None
+        except BaseException:
+            self._busy -= turn.in_line
+            self._assign()
+            raise
+        child.give(worker.tray.its_fd)
+        self._run(worker, turn)
+        self._assign()
+
+    def _retire(self, worker: Worker) -> None:
+        self._link.forget(worker.child)
+        worker.tray.close()
+
+    def _current(self) -> Task:
+        task = self._kernel.current
+        assert task is not None
+        return task
 
     def _idle_one(self, key: tuple[Any, ...]) -> Worker | None:
         for worker in reversed(self._idle):
@@ -151,13 +392,13 @@ class Pool:
                 self._idle.remove(worker)
                 if self._may_go_on(worker, 0.0):
                     return worker
-                self._link.forget(worker.child)
+                self._retire(worker)
         return None
 
     def _make_room(self) -> None:
         """Idle processes of another key give way, the one that has been idle longest first."""
         while self._idle and self._busy + len(self._idle) > self._settings.size:
-            self._link.forget(self._idle.pop(0).child)
+            self._retire(self._idle.pop(0))
 
     def _may_go_on(self, worker: Worker, memory_mib: float) -> bool:
         settings, child = self._settings, worker.child
@@ -171,6 +412,8 @@ class Pool:
 
     def _tell(self, job: str, done: Done, in_line: bool) -> None:
         """Once of each job and each thing that it changes. `in_line` False: it was a call, which has no `start`."""
+        if not done.changed:
+            return
         new = [(what, detail) for what, detail in done.changed if (job, what) not in self._said]
         if not new:
             return

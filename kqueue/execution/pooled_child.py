@@ -1,10 +1,11 @@
 """A pool process: warm, forked from the template, runs many jobs one after another, and calls that inline jobs offload. What
 each of them does is `child.Run`'s.
 
-    TAKE -> limits -> run -> flush, look around -> RESULT or FAILURE, and DONE, in one piece -> TAKE …
+    TAKE -> limits -> run -> flush, look around -> take the next from the tray -> RESULT or FAILURE, and DONE, in one piece -> …
 
-DONE says what the run has cost, and what it left changed for the next; whether there is a next one is the supervisor's decision,
-who kills this process when there is not. Jobs of one pool share a process and trust each other: one could lie for the next.
+DONE says what the run has cost, what it left changed for the next, and which one is next. This process goes on by itself only
+where nothing is to be decided (`_may_go_on`); else it waits for another TAKE, or to be killed, as the supervisor sees fit. Jobs
+of one pool share a process and trust each other: one could lie for the next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import copy_context
@@ -19,27 +21,42 @@ from signal import SIG_IGN, SIGKILL, SIGTERM
 from typing import Any, Final, NamedTuple
 
 from .. import codec
-from . import limits, wire
+from . import limits, tray, wire
 from .child import Run
 from .killing import JOB_ID
-from .process_state import CHILDREN, Changes, ProcessState
+from .process_state import CHILDREN, ProcessState
 from .settling_in import name_process
 
 KNOWN: Final = 100  # kinds of runs that are remembered
 PASSES: Final = 100  # over the processes that a job has left; then the supervisor's kill has to do
 
 
-def serve(supervisor: socket.socket) -> int:
-    """Run what it is given until the supervisor is gone. Returns the exit status."""
+def serve(supervisor: socket.socket, until: Mapping[str, float]) -> int:
+    """Run what it is given until the supervisor is gone. Returns the exit status.
+
+    `until`: so many `jobs`, so old as `age_s`, or so large as `memory_mib`, it goes on by itself. 0: for ever.
+    """
     limits.prctl(limits.PR_SET_CHILD_SUBREAPER, 1)  # what a job leaves behind, at whatever depth, is to be seen here
-    pool = _Pooled(supervisor)
-    while True:
-        try:
+    try:
+        pool = _Pooled(supervisor, _receive_tray(supervisor), until)
+        while True:
             _, payload = wire.read_frame(supervisor, (wire.TAKE,))
-        except (EOFError, ConnectionError):
-            return 0
-        particular, general, job = payload.split(b"\n", 2)
-        pool.run({**pool.general(general), **codec.from_json(particular)}, job)
+            following: wire.Take | None = wire.read_take(payload)
+            while following is not None:
+                following = pool.run(following)
+    except (EOFError, ConnectionError):
+        return 0
+
+
+def _receive_tray(supervisor: socket.socket) -> socket.socket:
+    _, fds, _, _ = socket.recv_fds(supervisor, 1, 1)
+    if not fds:
+        raise EOFError("the supervisor is gone")
+    if fds[0] != wire.TRAY_FD:
+        os.dup2(fds[0], wire.TRAY_FD)
+        os.close(fds[0])
+    os.set_inheritable(wire.TRAY_FD, False)
+    return socket.socket(fileno=wire.TRAY_FD)
 
 
 class _Used(NamedTuple):
@@ -51,8 +68,12 @@ class _Used(NamedTuple):
 
 
 class _Pooled:
-    def __init__(self, supervisor: socket.socket) -> None:
+    def __init__(self, supervisor: socket.socket, its_tray: socket.socket, until: Mapping[str, float]) -> None:
         self._socket = supervisor
+        self._tray = its_tray
+        self._until = until
+        self._began = time.monotonic()
+        self._runs = 0
         self._limits = limits.RunLimits()
         self._used = _used()  # until the end of the last run
         self._statm_fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # a fifth of the price of opening it each time
@@ -69,17 +90,21 @@ class _Pooled:
             known = self._known[data] = codec.from_json(data)
         return known
 
-    def run(self, request: Mapping[str, Any], job: bytes) -> None:
-        """One job, from its limits to its last frame."""
+    def run(self, take: wire.Take) -> wire.Take | None:
+        """One job, from its limits to its last frame. Returns the next; None: that is to be waited for."""
+        began = time.monotonic()
+        request = {**self.general(take.general), "id": take.id, "attempt": take.attempt}
+        following: wire.Take | None = None
         state = self._state
-        os.environ[JOB_ID] = request["id"]
-        state.expect_environment(JOB_ID, request["id"])
+        os.environ[JOB_ID] = take.id
+        state.expect_environment(JOB_ID, take.id)
         name_process(request)
         run = Run(request, self._socket)
         state.expect_handler(SIGTERM, SIG_IGN)
         state.expect_rlimits(self._limits.apply(request["limits"], self._data))
 
         def farewell() -> bytes:
+            nonlocal following
             try:
                 changes = state.changes() + ([] if run.kept_sigterm else [("the handler of SIGTERM", "")])
             except (OSError, MemoryError) as error:  # the job has left nothing to look with, and its result is one all the same
@@ -88,9 +113,15 @@ class _Pooled:
             self._limits.lift_memory()
             if any(what == CHILDREN for what, _ in changes):
                 _end_children()
-            return wire.frame(wire.DONE, self._done(request["token"].encode(), changes))
+            used = self._look_at_use()
+            if not changes and self._may_go_on(run):
+                following = self._take_next()
+            next_token = wire.NO_TOKEN if following is None else following.token
+            head = wire.DONE_HEAD.pack(take.token, next_token, time.monotonic() - began, *used)
+            return wire.frame(wire.DONE, head + codec.to_json(changes) if changes else head)
 
-        copy_context().run(run.attempt, wire.CALL if request.get("call") else wire.RUN, job, farewell)
+        copy_context().run(run.attempt, wire.CALL if request.get("call") else wire.RUN, take.envelope, farewell)
+        return following
 
     def _measured(self) -> tuple[int, int]:
         """See limits.statm."""
@@ -99,7 +130,26 @@ class _Pooled:
         except (OSError, ValueError, IndexError):  # the job has closed it, or put something else there; that is told as a change
             return limits.statm()
 
-    def _done(self, token: bytes, changes: Changes) -> bytes:
+    def _take_next(self) -> wire.Take | None:
+        message = tray.take(self._tray)
+        return wire.read_take(wire.payload_of(message)) if message else None
+
+    def _may_go_on(self, run: Run) -> bool:
+        """Whether there is nothing for the supervisor to decide. What it reads while this run lasts, it takes for this run's."""
+        if run.was_interrupted or run.ran_out_of_memory:
+            return False
+        until = self._until
+        spent = (
+            (until["jobs"] and self._runs >= until["jobs"])
+            or (until["memory_mib"] and self._memory > until["memory_mib"] * limits.MIB)
+            or (until["age_s"] and time.monotonic() - self._began >= until["age_s"])
+        )
+        try:
+            return not spent and not tray.unread(1) and not tray.unread(2)
+        except OSError:
+            return False
+
+    def _look_at_use(self) -> tuple[float, float, float, float]:
         """See child_frames.Done. The peak is that of a life: it is this run's where it has risen.
 
         What a job keeps counts for RLIMIT_DATA although it was never touched, so it is looked at after each: the next one has its
@@ -107,12 +157,12 @@ class _Pooled:
         """
         before, after = self._used, _used()
         self._used = after
+        self._runs += 1
         rose = after.peak_kib > before.peak_kib
         self._memory, self._data = self._measured()
         peak_mib = after.peak_kib / 1024 if rose else self._memory / limits.MIB
         used = (max(0.0, after.user_s - before.user_s), max(0.0, after.system_s - before.system_s))
-        head = wire.DONE_HEAD.pack(token, *used, peak_mib, self._memory / limits.MIB)
-        return head + codec.to_json(changes) if changes else head
+        return *used, peak_mib, self._memory / limits.MIB
 
 
 def _end_children() -> None:

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from ..kernel import Kernel, Park, Task, sleep
@@ -55,6 +57,20 @@ class Sampled(Protocol):
 class Job:
     """What the sampler knows of one job. Memory in bytes."""
 
+    # As long as nobody has looked at it, which is never for most.
+    peak_mib = 0.0  # the most it was seen to have, all its processes together; 0: that was not looked at
+    oom_mark: Any = None  # of oom.OomKills
+    template = 0  # its parent's pid; 0: not looked up yet
+    stat_fd = statm_fd = children_fd = -1
+    is_simple = False  # one process of one thread, far from its limit, when it was last looked at fully
+    faults: Mapping[int, int] = MappingProxyType({})  # pid -> minor faults, of all processes that were seen at the last tick
+    orphans: Sequence[int] = ()
+    resident = 0
+    faulted = 0  # bytes that faults may have brought since `known`
+    known = 0  # what counts, and what was resident, when smaps_rollup was last looked at; 0: it never was
+    known_resident = 0
+    shared_before = 0  # the least shared memory that the host had since it began
+
     def __init__(
         self, attempt: Sampled, id: str, pid: int, max_memory_mib: float, max_processes: float, kept_mib: float, began: float
     ) -> None:  # fmt: skip
@@ -66,19 +82,11 @@ class Job:
         self.max_memory = int(max_memory_mib) * MIB  # 0: no limit
         self.ceiling = self.max_memory and self.max_memory + self.kept  # 0: there is none
         self.max_processes = int(max_processes)  # 0: no limit
-        self.peak_mib = 0.0  # the most it was seen to have, all its processes together; 0: that was not looked at
-        self.oom_mark: Any = None  # of oom.OomKills
-        self.template = 0  # its parent's pid; 0: not looked up yet
-        self.stat_fd = self.statm_fd = self.children_fd = -1
-        self.is_simple = False  # one process of one thread, far from its limit, when it was last looked at fully
-        self.faults: dict[int, int] = {}  # pid -> minor faults, of all processes that were seen at the last tick
-        self.by_thread: dict[int, list[int]] = {}  # pid -> children of its threads but the first
-        self.orphans: list[int] = []
-        self.resident = 0
-        self.faulted = 0  # bytes that faults may have brought since `known`
-        self.known = 0  # what counts, and what was resident, when smaps_rollup was last looked at; 0: it never was
-        self.known_resident = 0
-        self.shared_before = 0  # the least shared memory that the host had since it began
+
+    @cached_property
+    def by_thread(self) -> dict[int, list[int]]:
+        """pid -> children of its threads but the first."""
+        return {}
 
     def open(self) -> None:
         """Keep its files open: reading them again is half as dear, and they can never be another process's."""
@@ -87,6 +95,8 @@ class Job:
         self.children_fd = os.open(f"/proc/{self.pid}/task/{self.pid}/children", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
+        if self.stat_fd < 0:
+            return
         for fd in (self.stat_fd, self.statm_fd, self.children_fd):
             if fd >= 0:
                 os.close(fd)
@@ -242,7 +252,7 @@ class Sampler:
     def _find_strays(self, jobs: list[Job]) -> None:
         """Give each job the processes whose parents died, and that its template has now."""
         for job in jobs:
-            job.orphans = []
+            job.orphans = ()
         by_id = {job.id: job for job in jobs}
         strays: dict[int, Job | None] = {}
         for template in {job.template for job in jobs if job.template}:
@@ -254,7 +264,7 @@ class Sampler:
                 if pid not in self._jobs:
                     owner = strays[pid] = self._strays[pid] if pid in self._strays else self._owner(pid, jobs, by_id)
                     if owner is not None and self._jobs.get(owner.pid) is owner:
-                        owner.orphans.append(pid)
+                        owner.orphans = (*owner.orphans, pid)
         self._strays = strays
 
     def _owner(self, pid: int, jobs: list[Job], by_id: dict[str, Job]) -> Job | None:

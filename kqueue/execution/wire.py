@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..codec import from_json, to_json
 from ..errors import EnvelopeError
@@ -36,7 +36,7 @@ RUN: Final = 16  # an envelope
 CALL: Final = 17  # an offloaded call
 REPLY: Final = 18  # to ENQUEUE and THEN
 EXECUTE: Final = 27  # a program to become; its stdin comes before that, as an fd with one byte
-TAKE: Final = 25  # to a pool process: what is particular to this run, what holds for all of its job, and an envelope; see take()
+TAKE: Final = 25  # to a pool process: what is particular to this run, what holds for all of its job, and an envelope; see Take
 # child -> supervisor
 RESULT: Final = 19  # JSON of the value
 FAILURE: Final = 20
@@ -49,10 +49,12 @@ DONE: Final = 26  # a pool process is through with a TAKE, what that has cost, a
 CONTROL_FD: Final = 3  # where the template finds its end of its socket
 JOB_FD: Final = 3  # where a child finds its own
 STACK_FD: Final = 4  # and the pipe into which it says where it stands, when it is asked or crashes
+TRAY_FD: Final = 5  # and, in a process of the pool, its end of its tray
 
 _FROM_CHILD: Final = (RESULT, FAILURE, PROGRESS, ENQUEUE, THEN, BACKOFF, DONE)
 _HEADER: Final = struct.Struct(">IB")
-DONE_HEAD: Final = struct.Struct("<16sdddd")  # the token; then as child_frames.Done has them
+DONE_HEAD: Final = struct.Struct("<16s16sddddd")  # the token, that of the run it goes on with; then as child_frames.Done has them
+NO_TOKEN: Final = bytes(16)  # it goes on with none
 MAX_FRAME: Final = 8 * 1024 * 1024  # a batch of envelopes from a child; anything larger is garbage
 MAX_MESSAGE: Final = 64 * 1024  # to and from the template; a Linux socket buffer holds 208 KiB
 MAX_CALL: Final = 32 * 1024 * 1024  # the arguments of an offloaded call
@@ -68,9 +70,23 @@ def frame(kind: int, payload: bytes) -> bytes:
     return _HEADER.pack(len(payload) + 1, kind) + payload
 
 
-def take(particular: Any, general: bytes, envelope: bytes) -> bytes:
-    """A TAKE. `general` is JSON that most runs of a job share, so that each side makes and reads it once. JSON has no newline."""
-    return frame(TAKE, b"%s\n%s\n%s" % (to_json(particular), general, envelope))
+class Take(NamedTuple):
+    """What a TAKE says. `general` is JSON that most runs of a job share, so that each side makes and reads it once."""
+
+    token: bytes  # of this run; 16 letters or digits
+    attempt: int
+    id: str
+    general: bytes
+    envelope: bytes
+
+    def frame(self) -> bytes:
+        return frame(TAKE, b"%b %d %b\n%b\n%b" % (self.token, self.attempt, self.id.encode(), self.general, self.envelope))
+
+
+def read_take(payload: bytes) -> Take:
+    particular, general, envelope = payload.split(b"\n", 2)  # JSON has no newline, and an id no blank
+    token, attempt, id = particular.split(b" ")
+    return Take(token, int(attempt), id.decode(), general, envelope)
 
 
 class Frames:
@@ -97,9 +113,19 @@ class Frames:
             yield kind, payload
 
     @property
+    def is_whole(self) -> bool:
+        """Whether something has come that was not given out: it may be a whole frame."""
+        return len(self._buffer) >= _HEADER.size
+
+    @property
     def is_empty(self) -> bool:
         """Whether no part of another frame has come."""
         return not self._buffer
+
+
+def payload_of(message: bytes) -> bytes:
+    """Of one whole frame, as it lies in a tray."""
+    return message[_HEADER.size :]
 
 
 def read_frame(sock: socket.socket, kinds: Sequence[int]) -> tuple[int, bytes]:

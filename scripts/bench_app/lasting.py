@@ -13,7 +13,7 @@ import procfs
 from bench import Bench
 from forked import forked_noop
 from kqueued import Failure, Kqueued, connect
-from throughput import READ_AHEAD, fill
+from throughput import fill
 from warm import pooled_noop
 
 PARTS = 5  # the memory is read after the first and after the last
@@ -25,7 +25,7 @@ def measure(bench: Bench) -> dict[str, float]:
     pooled, forked = bench.pick((90_000, 10_000), (4_500, 500))
     room, url = bench.empty_queue()
     client = connect(url)
-    with Kqueued(room, url, ["light"], ["forked", "warm"], more=READ_AHEAD) as daemon:
+    with Kqueued(room, url, ["light"], ["forked", "warm"]) as daemon:
         readings = []
         for part in range(1, PARTS + 1):
             fill(pooled_noop, pooled // PARTS)

@@ -20,7 +20,6 @@ from warm import fresh_noop, pooled_noop
 from kqueue import dispatch_many
 
 BATCH = 1_000
-READ_AHEAD = 32  # isolated jobs at once, so that the two processes of the pool need not wait for the queue
 
 
 def measure_inline(bench: Bench) -> dict[str, float]:
@@ -42,21 +41,21 @@ def measure_forked(bench: Bench) -> dict[str, float]:
 
 
 def measure_pooled(bench: Bench) -> dict[str, float]:
-    return _rate_of(bench, pooled_noop, bench.pick(20_000, 4_000), "warm", READ_AHEAD)
+    return _rate_of(bench, pooled_noop, bench.pick(20_000, 4_000), "warm")
 
 
 def measure_exec(bench: Bench) -> dict[str, float]:
     return _rate_of(bench, fresh_noop, bench.pick(100, 20), "warm")
 
 
-def _rate_of(bench: Bench, job: Any, count: int, module: str, isolated: int = 4) -> dict[str, float]:
+def _rate_of(bench: Bench, job: Any, count: int, module: str) -> dict[str, float]:
     """How many of `count` isolated jobs are done a second, from the first to the last, when all of them wait already."""
     room, url = bench.empty_queue()
     client = connect(url)
     fill(job, count)
     expect_ready(client, count)
     name = job.registration.name
-    with Kqueued(room, url, ["light"], [module], isolated=isolated) as daemon:
+    with Kqueued(room, url, ["light"], [module]) as daemon:
         daemon.finished(client, **{name: count})
         return {name: marks.rate(marks.read(daemon.marks, name))}
 

@@ -266,7 +266,7 @@ def forges(data: str) -> int:
 
 
 FORGED_RESULT = wire.frame(wire.RESULT, b'"forged"').hex()
-FORGED_DONE = wire.frame(wire.DONE, wire.DONE_HEAD.pack(b"0123456789abcdef", 0, 0, 1, 1)).hex()
+FORGED_DONE = wire.frame(wire.DONE, wire.DONE_HEAD.pack(b"0123456789abcdef", wire.NO_TOKEN, 0, 0, 0, 1, 1)).hex()
 
 
 # -- output ---------------------------------------------------------------------------------------------------------------
@@ -288,3 +288,45 @@ def floods() -> int:
     for _ in range(160):
         os.write(1, piece)
     return os.getpid()
+
+
+# -- behind one another in a tray -----------------------------------------------------------------------------------------
+
+
+@job()
+def notes(path: str, number: int, ballast: str = "") -> int:
+    """Tells that it ran, and where, in one write."""
+    _append(path, f"{number} {os.getpid()} {os.getppid()}")
+    return os.getpid()
+
+
+@job(timeout=60)
+def waits_for(path: str, leave: bool = False) -> int:
+    _append(f"{path} is waited for", "")
+    while not os.path.exists(path):
+        time.sleep(0.002)
+    if leave:
+        os.chdir("/usr")
+    return os.getppid()
+
+
+@job(max_attempts=100, backoff=0)
+def begins_and_ends(path: str, number: int) -> None:
+    _append(path, f"b {number}")
+    _append(path, f"e {number}")
+
+
+@job()
+def chatters(number: int) -> int:
+    for _ in range(number % 7):
+        print(number)
+        os.write(2, b"%d\n" % number * 20)
+    return os.getpid()
+
+
+def _append(path: str, line: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(fd, f"{line}\n".encode())
+    finally:
+        os.close(fd)
