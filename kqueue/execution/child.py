@@ -113,7 +113,9 @@ def _run_elsewhere(request: Mapping[str, Any]) -> int:
 def _refuse(request: Mapping[str, Any], error: Refused) -> None:
     """Take the job, so that it is not said to be unread, and say why it does not run."""
     with socket.socket(fileno=wire.JOB_FD) as supervisor:
-        wire.read_frame(supervisor, (wire.RUN, wire.CALL, wire.TAKE))
+        if request.get("start") == "pool" or request.get("has_input"):
+            supervisor.recv(1)  # which an fd comes with
+        wire.read_frame(supervisor, (wire.RUN, wire.CALL, wire.TAKE, wire.EXECUTE))
         supervisor.sendall(wire.frame(wire.FAILURE, codec.to_json({**failure(error, request["limits"]), "cause": "refused"})))
 
 
