@@ -43,7 +43,7 @@ Order = tuple[Mapping[str, Any], Sequence[int]]  # a request, and the fds that c
 PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE, which JSON may make longer
 
 
-def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orders: socket.socket) -> NoReturn:
+def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orders: socket.socket | None) -> NoReturn:
     """Everything after the fork. Never returns, and runs no exit handler of the template.
 
     `config`: what the template was told to import. `order`: what to do; None: it will come through `orders`.
@@ -69,8 +69,9 @@ def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orde
             os._exit(status)
 
 
-def _wait(orders: socket.socket) -> Order:
+def _wait(orders: socket.socket | None) -> Order:
     """As a spare, which has the time to prepare for whatever comes."""
+    assert orders is not None
     orders = settling_in.keep_only(orders)
     _rehearse()
     settling_in.name_spare()

@@ -22,7 +22,6 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
@@ -102,16 +101,19 @@ MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must 
 END_PATIENCE_S: Final = 60.0  # for what was killed at our own end; a supervisor that lives has less, and kills us
 
 
+QUIET_MS: Final = 5  # after which a child is forked ahead: where jobs come faster, it would only cost more than it saves
+
+
+class Forked(NamedTuple):
+    pid: int
+    pidfd: int
+
+
 class Spare(NamedTuple):
     """A child that waits for its job."""
 
-    pid: int
-    pidfd: int
+    child: Forked
     orders: socket.socket  # what it is to do goes here
-
-    def close(self) -> None:
-        os.close(self.pidfd)
-        self.orders.close()
 
 
 class Template:
@@ -136,7 +138,7 @@ class Template:
         poll.register(self._wake_fd, select.POLLIN)
         try:
             while True:
-                if self._spare is None and self._may_fork and not poll.poll(0):
+                if self._spare is None and self._may_fork and not poll.poll(QUIET_MS):
                     self._fork_ahead()
                 pause_s = self._leftovers.pause_s
                 ready = [fd for fd, _ in poll.poll(None if pause_s is None else pause_s * 1000)]
@@ -171,48 +173,49 @@ class Template:
         job = self._running[child.pid]
         job.serial, job.id = serial, request["id"]
         wire.send_message(self._control, wire.STARTED, {"serial": serial, "pid": child.pid}, [child.pidfd])
-        child.close()
+        os.close(child.pidfd)
 
-    def _order(self, request: dict[str, Any], fds: list[int]) -> Spare:
+    def _order(self, request: dict[str, Any], fds: list[int]) -> Forked:
         """The child that has got `request`: the spare, or a new one. OSError when there can be none."""
         fields, more_fds = self._preparations.of(request)
         request, fds = {**request, **fields}, [*fds, *more_fds]
-        child, self._spare = self._spare, None
-        if child is not None:
-            try:
-                wire.send_message(child.orders, wire.FORK, request, fds)
-                return child
-            except OSError:  # it has died, as _reap is about to see
-                child.close()
-        return self._fork((request, fds))
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with spare.orders:
+                try:
+                    wire.send_message(spare.orders, wire.FORK, request, fds)
+                    return spare.child
+                except OSError:  # it has died, as _reap is about to see
+                    os.close(spare.child.pidfd)
+        return self._fork((request, fds), None)
 
     def _fork_ahead(self) -> None:
         try:
-            self._spare = self._fork(None)
+            orders, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with its:
+                self._spare = Spare(self._fork(None, its), orders)
         except OSError:
             self._may_fork = False
 
-    def _fork(self, order: Order | None) -> Spare:
-        """A new child, for `order` or for one to come. OSError when there can be none."""
+    def _fork(self, order: Order | None, orders: socket.socket | None) -> Forked:
+        """A new child, for `order`, or for one that will come through `orders`. OSError when there can be none."""
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
         job = self._leftovers.start()
-        with ExitStack() as undo:
-            undo.callback(self._leftovers.over, job)
-            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with its:
-                undo.callback(ours.close)
-                pid = os.fork()
-                if pid == 0:
-                    try:
-                        self._leftovers.enter(job)
-                        child_main(parent, self._config, order, its)
-                    finally:  # whatever happens, a child is never a second template
-                        os._exit(70)
-            self._running[pid] = job
-            undo.pop_all()
-        return Spare(pid, os.pidfd_open(pid), ours)
+        try:
+            pid = os.fork()
+        except OSError:
+            self._leftovers.over(job)
+            raise
+        if pid == 0:
+            try:
+                self._leftovers.enter(job)
+                child_main(parent, self._config, order, orders)
+            finally:  # whatever happens, a child is never a second template
+                os._exit(70)
+        self._running[pid] = job
+        return Forked(pid, os.pidfd_open(pid))
 
     def _reap(self) -> int:
         """Report every child that ended; how many of them were jobs.
@@ -238,8 +241,9 @@ class Template:
                 continue
             ended_jobs += 1
             self._leftovers.over(job)
-            if self._spare is not None and self._spare.pid == pid:
-                self._spare.close()
+            if self._spare is not None and self._spare.child.pid == pid:
+                os.close(self._spare.child.pidfd)
+                self._spare.orders.close()
                 self._spare, self._may_fork = None, False
             if not job.serial:
                 continue
