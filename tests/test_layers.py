@@ -48,7 +48,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 THIRD_PARTY = {
     "yaml": ["config_file"],
     "redis": ["client"],
-    "hiredis": ["brokers.redis_wire", "brokers.redis_transport", "brokers.commands.redis_asking"],
+    "psycopg": ["io.data"],
+    "hiredis": ["brokers.redis_wire", "brokers.redis_transport", "brokers.commands.redis_asking", "io.data.redis_wire",
+                "io.data.redis"],
     "click": ["cli"],
     "setproctitle": ["observe.titles", "execution.settling_in"],
     "psutil": ["cli"],

@@ -10,6 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data.errors import (
+        OutcomeUnknown,
+        PostgresAborted,
+        PostgresError,
+        PostgresRefused,
+        PostgresTryAgain,
+        RedisError,
+        RedisRedirected,
+        RedisTryAgain,
+    )
+    from .data.postgres import postgres
+    from .data.redis import redis
     from .dialing import connect
     from .errors import (
         CertificateRefused,
@@ -43,6 +55,12 @@ if TYPE_CHECKING:
     from .tasks import gather, race
 
 _WHERE = {
+    ".data.errors": (
+        "OutcomeUnknown", "PostgresAborted", "PostgresError", "PostgresRefused", "PostgresTryAgain", "RedisError",
+        "RedisRedirected", "RedisTryAgain",
+    ),
+    ".data.postgres": ("postgres",),
+    ".data.redis": ("redis",),
     ".dialing": ("connect",),
     ".errors": (
         "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "NameNotFound",
@@ -62,10 +80,12 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "CertificateRefused", "Closed", "Completed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "Listener",
-    "MailDeferred", "MailFailed", "MailRejected", "NameNotFound", "Operation", "ProgramError", "ProgramFailed", "ProgramLost",
-    "ProgramNotRun", "ProgramTimedOut", "Queue", "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "TooMuchOutput",
-    "Truncated", "connect", "gather", "listen", "race", "run", "send_mail", "timeout",
+    "CertificateRefused", "Closed", "Completed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead",
+    "Listener", "MailDeferred", "MailFailed", "MailRejected", "NameNotFound", "Operation", "OutcomeUnknown",
+    "PostgresAborted", "PostgresError", "PostgresRefused", "PostgresTryAgain", "ProgramError", "ProgramFailed",
+    "ProgramLost", "ProgramNotRun", "ProgramTimedOut", "Queue", "RedisError", "RedisRedirected", "RedisTryAgain",
+    "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "TooMuchOutput", "Truncated", "connect", "gather",
+    "listen", "postgres", "race", "redis", "run", "send_mail", "timeout",
 ]  # fmt: skip
 
 
