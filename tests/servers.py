@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -301,6 +302,130 @@ class Cluster:
     def end_move(self, key: str, to: RedisServer) -> None:
         for node in (to, *(node for node in self.nodes[: self.masters] if node is not to)):
             node.command("CLUSTER", "SETSLOT", self.slot(key), "NODE", self.id_of(to))
+
+
+def postgres_program(name: str) -> str:
+    """Debian keeps the server's programs out of PATH, those of each version by themselves."""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[-3]))
+    return str(found[-1]) if found else shutil.which(name) or lack("postgresql")
+
+
+class PostgresServer:
+    """A PostgreSQL of one's own: superuser "postgres", password "secret", in a new directory that goes with it.
+
+    It does not run as root, so root starts it as the user "postgres", who cannot get into pytest's own directories.
+    """
+
+    def __init__(self, *options: str, tls: Certificates | None = None) -> None:
+        self.options = options
+        self.port = free_port()
+        self.directory = Path(tempfile.mkdtemp(prefix="kq-postgres-"))
+        self.tls = tls
+        self.process: subprocess.Popen[bytes] | None = None
+        self._user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+
+    @property
+    def dsn(self) -> str:
+        return self.dsn_for()
+
+    def dsn_for(
+        self, user: str = "postgres", password: str = "secret", db: str = "postgres", port: int = 0, query: str = ""
+    ) -> str:
+        return f"postgresql://{user}:{password}@127.0.0.1:{port or self.port}/{db}{query}"
+
+    def start(self) -> PostgresServer:
+        data = self.directory / "data"
+        if not data.exists():
+            self._init(data)
+        settings = [
+            "listen_addresses=127.0.0.1", f"port={self.port}", f"unix_socket_directories={self.directory}", "fsync=off",
+            "max_connections=60", "shared_buffers=16MB", *(self._tls() if self.tls else []), *self.options,
+        ]  # fmt: skip
+        command = [postgres_program("postgres"), "-D", str(data), *(part for each in settings for part in ("-c", each))]
+        with self._log() as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us, **self._user
+            )
+        self._await()
+        return self
+
+    def _init(self, data: Path) -> None:
+        password = self.directory / "password"
+        password.write_text("secret")
+        if self._user:
+            for path in (self.directory, password):
+                shutil.chown(path, "postgres", "postgres")
+        options = ["-U", "postgres", "-A", "scram-sha-256", f"--pwfile={password}", "--locale=C", "-E", "UTF8", "--no-sync"]
+        command = [postgres_program("initdb"), "-D", str(data), *options]
+        subprocess.run(command, check=True, capture_output=True, cwd=self.directory, **self._user)
+
+    def _tls(self) -> list[str]:
+        assert self.tls is not None
+        for name in ("server.key", "server.pem"):
+            path = self.directory / name
+            shutil.copy(self.tls.directory / name, path)
+            path.chmod(0o600)
+            if self._user:
+                shutil.chown(path, "postgres", "postgres")
+        files = (f"ssl_key_file={self.directory}/server.key", f"ssl_cert_file={self.directory}/server.pem")
+        return ["ssl=on", *files]
+
+    def _log(self) -> Any:
+        return (self.directory / "log").open("ab")
+
+    def _await(self) -> None:
+        """Until it lets us in."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                break
+            ready = [postgres_program("pg_isready"), "-q", "-h", str(self.directory), "-p", str(self.port)]
+            if subprocess.run(ready, check=False).returncode == 0:
+                return
+            time.sleep(0.02)
+        raise RuntimeError(f"PostgreSQL did not start:\n{(self.directory / 'log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL; and wait until the processes that served its clients have noticed."""
+        if self.process is not None:
+            family = [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            for pid in family:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while any(Path(f"/proc/{pid}/fd").exists() and _is_alive(pid) for pid in family) and time.monotonic() < deadline:
+                time.sleep(0.005)
+
+    def stop(self) -> None:
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def sql(self, text: str, *params: Any) -> list[Any]:
+        """Rows, by psycopg itself."""
+        import psycopg
+
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            cursor = connection.execute(text, params or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def busy(self) -> list[Any]:
+        """Clients that are not idle, with what they do; those of `sql` are not among them."""
+        return self.sql(
+            "select state, query from pg_stat_activity "
+            "where backend_type = 'client backend' and pid <> pg_backend_pid() and state <> 'idle'"
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    """Neither gone nor a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _port_with_a_bus() -> int:

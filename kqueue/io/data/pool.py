@@ -42,12 +42,13 @@ Open = Callable[[float | None], Generator[Any, Any, C]]  # by a deadline
 class Lease(Generic[C]):
     """A connection that is lent. `give` it back when it is clean, else `close` it; only the first counts."""
 
-    __slots__ = ("__weakref__", "_pool", "born", "connection")
+    __slots__ = ("__weakref__", "_pool", "born", "connection", "is_handed_over")
 
     def __init__(self, pool: Pool[C], connection: C, born: float) -> None:
         self._pool: Pool[C] | None = pool  # None: it has ended
         self.connection = connection
         self.born = born
+        self.is_handed_over = False  # a task of its own sees to its end
         job = current_or_none()
         if job is not None:
             job.keep(self)
@@ -58,17 +59,21 @@ class Lease(Generic[C]):
     def close(self) -> None:
         self._end(is_clean=False)
 
-    def disown(self) -> None:
-        """Let it outlive the job: somebody else sees to it."""
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+    def hand_over(self) -> None:
+        """Let it outlive the job: a task of its own sees to it from now on."""
+        self.is_handed_over = True
+        self._disown()
 
     def _end(self, is_clean: bool) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
-            self.disown()
+            self._disown()
             pool.take_back(self, is_clean)
+
+    def _disown(self) -> None:
+        job = current_or_none()
+        if job is not None:
+            job.forget(self)
 
 
 class Pool(Generic[C]):

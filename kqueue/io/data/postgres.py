@@ -188,18 +188,23 @@ class Postgres(Statements):
         return Operation(transact(lambda: Transaction(self, begin, timeout), function, args, attempts))
 
     @operation
-    def copy_in(self, sql: Any, params: Params = None, *, timeout: float | None = None) -> Steps[CopyIn]:
-        """Begin a `COPY … FROM STDIN`. Nothing of it counts until `finish` has answered."""
+    def copy_in(
+        self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
+    ) -> Steps[CopyIn]:
+        """Begin a `COPY … FROM STDIN`. Nothing of it counts until `finish` has answered. `types`: see copy_out."""
         from .postgres_copy import CopyIn
 
-        copy: CopyIn = yield from self._copy(CopyIn, sql, params, timeout)
+        copy: CopyIn = yield from self._copy(CopyIn, sql, params, timeout, types)
         return copy
 
     @operation
     def copy_out(
         self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
     ) -> Steps[CopyOut]:
-        """Begin a `COPY … TO STDOUT`. `types` ("int4", "text[]") of the columns, or all come as str."""
+        """Begin a `COPY … TO STDOUT`. `types` of the columns ("int4", "text[]"): else all come as str.
+
+        A COPY in binary needs them both ways.
+        """
         from .postgres_copy import CopyOut
 
         copy: CopyOut = yield from self._copy(CopyOut, sql, params, timeout, types)
@@ -293,6 +298,8 @@ def leave(lease: Lease[Link], error: BaseException | None) -> Steps[None]:
     that, so there it is waited for.
     """
     yield from ()
+    if lease.is_handed_over:
+        return
     if lease.connection.is_idle or lease.connection.closed:
         put_back(lease)
     elif isinstance(error, GeneratorExit) or _outlives_the_job():
@@ -304,10 +311,12 @@ def leave(lease: Lease[Link], error: BaseException | None) -> Steps[None]:
 def leave_to_others(lease: Lease[Link]) -> None:
     """The same, where nobody can wait."""
     kernel = running()
+    if lease.is_handed_over:
+        return
     if kernel is None or not _outlives_the_job():
         lease.close()
         return
-    lease.disown()
+    lease.hand_over()
     kernel.spawn(_mend(lease), name=f"mending a connection to {lease.connection.address}", context=Context())
 
 

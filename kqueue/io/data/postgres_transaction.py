@@ -61,11 +61,13 @@ class Transaction(Trap, Statements):
         return Operation(transact(lambda: Transaction(self._db, "", None, self), function, args, 1))
 
     @operation
-    def copy_in(self, sql: Any, params: Params = None, *, timeout: float | None = None) -> Steps[CopyIn]:
+    def copy_in(
+        self, sql: Any, params: Params = None, *, types: Any = (), timeout: float | None = None
+    ) -> Steps[CopyIn]:
         """As that of a database."""
         from .postgres_copy import CopyIn
 
-        copy: CopyIn = yield from CopyIn.begin(self._link(), None, sql, params, self._until(timeout))
+        copy: CopyIn = yield from CopyIn.begin(self._link(), None, sql, params, self._until(timeout), types)
         return copy
 
     @operation
