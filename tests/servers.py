@@ -408,7 +408,7 @@ class PostgresServer:
         """Rows, by psycopg itself."""
         import psycopg
 
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
+        with psycopg.connect(self.dsn, autocommit=True, options="-c lock_timeout=5000") as connection:
             cursor = connection.execute(text, params or None)
             return cursor.fetchall() if cursor.description else []
 

@@ -313,18 +313,14 @@ def test_errors_of_the_server_keep_their_code(kernel: Kernel, table: PostgresSer
             yield db.execute("insert into t values (1)")
         assert caught.value.diag.constraint_name == "t_pkey"
         with pytest.raises(io.PostgresTryAgain) as caught:
-            yield db.transaction(locked)
+            yield db.transaction(locks)
         assert caught.value.sqlstate == "55P03"
 
-    def locked(tx: Any) -> Any:
+    def locks(tx: Any) -> Any:
         yield tx.execute("lock table t")
-        yield io.postgres(table.dsn).execute("lock_timeout", None) if False else tx.transaction(other)
+        yield io.postgres(table.dsn).transaction(wants_it, attempts=2)
 
-    def other(tx: Any) -> Any:
-        db = io.postgres(table.dsn)
-        yield db.transaction(nowait)
-
-    def nowait(tx: Any) -> Any:
+    def wants_it(tx: Any) -> Any:
         yield tx.execute("lock table t nowait")
 
     kernel.run(job())
@@ -367,7 +363,7 @@ def test_a_server_that_says_nothing(kernel: Kernel, server: PostgresServer) -> N
         proxy.mute = True
         with pytest.raises(io.TimedOut, match="did not answer in 0.2"):
             yield db.value("select 1", timeout=0.2)
-        proxy.mute = False
+        proxy.cut_all()
 
     try:
         kernel.run(job())
@@ -498,7 +494,7 @@ def test_a_cancellation_at_every_wait_leaves_the_pool_clean(
         copy = yield db.copy_in("copy t from stdin")
         with copy:
             yield copy.row((30, "x"))
-            yield copy.write(b"31\ty\n" * 1)
+            yield copy.write(b"31\ty\n")
             yield copy.finish()
         with (yield db.copy_out("copy t to stdout")) as copy:
             while (yield copy.row()):

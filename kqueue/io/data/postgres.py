@@ -118,7 +118,10 @@ class Statements:
 
     @operation
     def executemany(self, sql: Any, many: Iterable[Any], *, timeout: float | None = None) -> Steps[int]:
-        """The same statement for each of `many` params, all or nothing; how many rows all of them concerned."""
+        """The same statement for each of `many` params, all or nothing; how many rows all of them concerned.
+
+        Each is a message there and back. Thousands of rows come faster by copy_in.
+        """
 
         def work(link: Link, deadline: float | None) -> Steps[int]:
             return (yield from link.execute_many(sql, many, deadline))

@@ -217,9 +217,13 @@ class Link:
             yield
 
     def execute_many(self, sql: Any, many: Any, deadline: float | None) -> Steps[int]:
+        """One after the other. (psycopg's executemany pipelines, and cannot be interrupted in that without a sound.)"""
         cursor = self.connection.cursor()
-        yield from self.run(lambda connection: cursor.executemany(sql, many), deadline)
-        return max(0, cursor.rowcount)
+        count = 0
+        for params in many:
+            yield from self.run(lambda connection, params=params: cursor.execute(sql, params, prepare=self.spec.prepare), deadline)
+            count += max(0, cursor.rowcount)
+        return count
 
     def _look_at(self, cursor: Any, sql: Any) -> None:
         tag = cursor.statusmessage or ""
