@@ -34,6 +34,9 @@ class Connection(Protocol):
     def close(self) -> None:
         """At once. More than once does no harm."""
 
+    def abandon(self) -> None:
+        """The same when its loop has ended, so that nobody will see to what it was in the middle of."""
+
 
 C = TypeVar("C", bound=Connection)
 Open = Callable[[float | None], Generator[Any, Any, C]]  # by a deadline
@@ -134,7 +137,7 @@ class Pool(Generic[C]):
         while self._idle:
             self._idle.pop()[0].close()
         for connection in tuple(self._out):
-            connection.close()
+            connection.abandon()
 
     def _place(self, deadline: float | None) -> Generator[Any, Any, None]:
         if self._is_closed:

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any, Final, TypeVar
 
 import psycopg
-from psycopg import capabilities, generators, pq
+from psycopg import capabilities, generators, pq, waiting
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ...errors import UsageError
@@ -36,6 +36,7 @@ Steps = Generator[Any, Any, T]
 
 CONNECT_S: Final = 10.0  # for all addresses, unless connect_timeout= says otherwise
 MEND_S: Final = 5.0
+LAST_S: Final = 0.5  # for telling the server to stop when the loop has ended; this one blocks
 FAIR: Final = 64  # waits that had nothing to wait for, until others may run
 ROWS: Final = 1000  # that are made of what the server sent, until others may run
 
@@ -114,6 +115,7 @@ class Link:
         self._gate: Gate | None = gate  # None: closed
         self._fd = connection.pgconn.socket
         self._busy = False
+        self._cancelling: Any = None  # what tells the server to stop, while it does
 
     @property
     def closed(self) -> bool:
@@ -151,9 +153,24 @@ class Link:
     def close(self) -> None:
         gate, self._gate = self._gate, None
         if gate is not None:
+            if self._cancelling is not None:
+                self._cancelling.finish()
             release(self._fd)
             self.connection.pgconn.finish()
             gate.give()
+
+    def abandon(self) -> None:
+        if not self.closed and self.connection.pgconn.transaction_status == _ACTIVE and capabilities.has_cancel_safe():
+            cancelling = self._cancelling or self.connection.pgconn.cancel_conn()
+            try:
+                if cancelling is not self._cancelling:
+                    cancelling.start()
+                waiting.wait_conn(generators.cancel(cancelling), interval=LAST_S, timeout=LAST_S)
+            except (psycopg.Error, OSError):
+                pass  # nobody is left to be told
+            finally:
+                cancelling.finish()
+        self.close()
 
     # -- doing something ----------------------------------------------------------------------------------------------
 
@@ -255,12 +272,11 @@ class Link:
 
     def _cancel(self, deadline: float) -> Steps[None]:
         if capabilities.has_cancel_safe():
-            cancelling = self.connection.pgconn.cancel_conn()
-            cancelling.start()
-            try:
-                yield from drive_connecting(generators.cancel(cancelling), deadline)
-            finally:
-                cancelling.finish()
+            self._cancelling = self.connection.pgconn.cancel_conn()
+            self._cancelling.start()
+            yield from drive_connecting(generators.cancel(self._cancelling), deadline)
+            self._cancelling.finish()
+            self._cancelling = None
             return
         # Before libpq 17, cancelling blocks. So we ask as anybody would.
         other = yield from open_link(self.spec, deadline)

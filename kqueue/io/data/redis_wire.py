@@ -96,6 +96,8 @@ class Wire:
     def close(self) -> None:
         self.stream.close()
 
+    abandon = close
+
     def exchange(self, commands: Iterable[Command], deadline: float | None) -> Generator[Any, Any, list[Any]]:
         """The replies, errors among them as RedisError. Sent in pieces, so that neither side holds more than one of them."""
         names: list[str] = []
