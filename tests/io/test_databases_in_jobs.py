@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
@@ -18,10 +17,8 @@ from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.memory import MemoryClient
 from kqueue.codec import from_json, unpack
 from kqueue.dispatch import prepare
-from kqueue.io.data import errors
 from kqueue.loading import template_config
 from tests.apps import databases
-from tests.daemon import tree, wait_gone
 from tests.io.conftest import open_fds
 from tests.servers import PostgresServer, RedisServer
 

@@ -84,7 +84,10 @@ def test_types(kernel: Kernel, server: PostgresServer) -> None:
         7, 2**40, 1.5, decimal.Decimal("1.25"), "žluťoučký", b"\x00\xff", True, None, moment, datetime.date(2026, 2, 3),
         uuid.UUID(int=5), [1, None, 3], ["a", 'b"c'], {"k": [1, {"x": None}]},
     ]  # fmt: skip
-    columns = "int4 int8 float8 numeric text bytea bool text timestamptz date uuid int4[] text[] jsonb".split()
+    columns = [
+        "int4", "int8", "float8", "numeric", "text", "bytea", "bool", "text", "timestamptz", "date", "uuid", "int4[]", "text[]",
+        "jsonb",
+    ]  # fmt: skip
 
     def job() -> Any:
         from psycopg.types.json import Jsonb
@@ -179,28 +182,32 @@ def test_a_transaction_by_async_with_and_savepoints(kernel: Kernel, table: Postg
         async with db.transaction() as tx:
             await tx.execute("insert into t values (1)")
             with pytest.raises(ZeroDivisionError):
-                async with tx.transaction() as inner:
-                    await inner.execute("insert into t values (2)")
-                    raise ZeroDivisionError
+                await inserts_and_raises(tx, 2)
             with pytest.raises(io.PostgresError, match="duplicate"):
-                async with tx.transaction() as inner:
-                    await inner.execute("insert into t values (3)")
-                    await inner.execute("insert into t values (1)")
+                await inserts_twice(tx, 3)
             async with tx.transaction() as inner, inner.transaction() as innermost:
                 await innermost.execute("insert into t values (4)")
             assert await tx.transaction(insert, 5) == 1
             assert await tx.query("select id from t order by id") == [(1,), (4,), (5,)]
             assert await db.value("select count(*) from t") == 0, "nobody else sees it yet"
-        with pytest.raises(KeyError):
-            async with db.transaction() as tx:
-                await tx.execute("insert into t values (6)")
-                raise KeyError
+        with pytest.raises(ZeroDivisionError):
+            await inserts_and_raises(db, 6)
         with pytest.raises(UsageError, match="has ended"):
             await tx.execute("select 1")
         assert await db.query("select id from t order by id") == [(1,), (4,), (5,)]
 
     def insert(tx: Any, id: int) -> Any:
         return (yield tx.execute("insert into t values (%s)", [id]))
+
+    async def inserts_and_raises(outer: Any, id: int) -> None:
+        async with outer.transaction() as inner:
+            await inner.execute("insert into t values (%s)", [id])
+            raise ZeroDivisionError
+
+    async def inserts_twice(outer: Any, id: int) -> None:
+        async with outer.transaction() as inner:
+            await inner.execute("insert into t values (%s)", [id])
+            await inner.execute("insert into t values (%s)", [id])
 
     kernel.run(job())
     all_is_quiet(table)
@@ -235,9 +242,9 @@ def test_what_cannot_be_committed_says_so(kernel: Kernel, table: PostgresServer)
         with pytest.raises(UsageError, match=r"began a transaction, which was rolled back: use db.transaction"):
             yield db.execute("begin; insert into t values (4)")
         assert (yield db.value("select count(*) from t")) == 0
-        with pytest.raises(UsageError, match="yield db.transaction"), db.transaction():
+        with pytest.raises(UsageError, match=r"yield db\.transaction"), db.transaction():
             pass
-        with pytest.raises(UsageError, match="yield db.transaction"):
+        with pytest.raises(UsageError, match=r"yield db\.transaction"):
             yield db.transaction()
 
     kernel.run(job())
@@ -361,7 +368,7 @@ def test_a_server_that_says_nothing(kernel: Kernel, server: PostgresServer) -> N
         proxy.mute = False
         yield db.value("select 1")
         proxy.mute = True
-        with pytest.raises(io.TimedOut, match="did not answer in 0.2"):
+        with pytest.raises(io.TimedOut, match=r"did not answer in 0\.2"):
             yield db.value("select 1", timeout=0.2)
         proxy.cut_all()
 
@@ -508,7 +515,7 @@ def test_a_cancellation_at_every_wait_leaves_the_pool_clean(
         rows = {id for (id,) in table.sql("select id from t")}
         assert rows in (set(), {1, 2}, {1, 2, *range(10, 20)}, {1, 2, *range(10, 20), 30, 31}), "a part of something"
         table.sql("delete from t")
-        assert len(table.sql("select from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()")) <= 2
+        assert len(table.sql("select from pg_stat_activity where application_name = 'kqueue'")) <= 2
 
     assert cut_everywhere(kernel, job, after) > 15
     table.sql("delete from t")
@@ -581,37 +588,43 @@ def test_copy_of_100_000_rows_both_ways(kernel: Kernel, server: PostgresServer) 
 
 
 def test_a_copy_that_is_not_finished_does_not_count(kernel: Kernel, table: PostgresServer) -> None:
-    def forgets(tx: Any) -> Any:
+    def copies(db: Any, *rows: Any, finish: bool = True) -> Any:
+        with (yield db.copy_in("copy t from stdin")) as copy:
+            for row in rows:
+                yield copy.row(row) if isinstance(row, tuple) else copy.write(row)
+            if not rows:
+                raise ZeroDivisionError
+            if finish:
+                yield copy.finish()
+        with pytest.raises(io.Closed, match="is over"):
+            yield copy.finish()
+
+    def swallows(tx: Any) -> Any:
         yield tx.execute("insert into t values (1)")
         with pytest.raises(ZeroDivisionError):
-            with (yield tx.copy_in("copy t from stdin")) as copy:
-                yield copy.row((2, "x"))
-                raise ZeroDivisionError
+            yield from copies(tx)
 
     def job() -> Any:
         db = io.postgres(table.dsn, max_connections=1)
         with pytest.raises(UsageError, match="not finished, so it does not count"):
-            with (yield db.copy_in("copy t from stdin")) as copy:
-                yield copy.row((1, "x"))
+            yield from copies(db, (1, "x"), finish=False)
         with pytest.raises(io.PostgresError, match="duplicate key"):
-            with (yield db.copy_in("copy t from stdin")) as copy:
-                yield copy.rows([(1, "x"), (1, "y")])
-                yield copy.finish()
-        with pytest.raises(io.Closed, match="is over"):
-            yield copy.finish()
+            yield from copies(db, (1, "x"), (1, "y"))
         with pytest.raises(io.PostgresError, match="invalid input syntax"):
-            with (yield db.copy_in("copy t from stdin")) as copy:
-                yield copy.write("nonsense\tx\n")
-                yield copy.finish()
+            yield from copies(db, "nonsense\tx\n")
+        with pytest.raises(ZeroDivisionError):
+            yield from copies(db)
         with (yield db.copy_out("copy (select * from generate_series(1, 1000000)) to stdout")) as copy:
             assert (yield copy.read()) == b"1\n"
         assert (yield db.value("select count(*) from t")) == 0
         for wrong in (db.copy_in("copy t to stdout"), db.copy_out("copy t from stdin"), db.copy_in("select 1")):
-            with pytest.raises((UsageError, io.PostgresError), match="copy"):
+            with pytest.raises((UsageError, io.PostgresError), match=r"copy|COPY"):
                 yield wrong
         with pytest.raises(io.PostgresAborted):
-            yield db.transaction(forgets)
+            yield db.transaction(swallows)
         assert (yield db.value("select count(*) from t")) == 0
+        yield from copies(db, (1, "x"), "2\ty\n")
+        assert (yield db.value("select count(*) from t")) == 2
 
     kernel.run(job())
     settle(kernel)
@@ -625,7 +638,7 @@ def test_listen(kernel: Kernel, server: PostgresServer) -> None:
     def job() -> Any:
         db = io.postgres(server.dsn)
         with (yield db.listen("news", 'odd "name"')) as inbox:
-            with pytest.raises(io.TimedOut, match="nothing came in 0.05 s"):
+            with pytest.raises(io.TimedOut, match=r"nothing came in 0\.05 s"):
                 yield inbox.next(timeout=0.05)
             yield db.execute("select pg_notify('news', 'one'), pg_notify('odd \"name\"', 'two'), pg_notify('other', 'no')")
             first, second = (yield inbox.next(timeout=5)), (yield inbox.next(timeout=5))
@@ -676,7 +689,7 @@ def test_who_waits_for_the_pool_waits_in_his_own_time(kernel: Kernel, server: Po
             yield db.value("select 1", timeout=0.05)
         timed_out = kernel.spawn(late(db))
         kernel.throw_at(timed_out, kernel.clock.monotonic() + 0.05, JobTimedOut("over its 0.05 s"), 1.0)
-        with pytest.raises(JobTimedOut, match="no connection to .* was free in time"):
+        with pytest.raises(JobTimedOut, match=r"no connection to .* was free in time"):
             yield join(timed_out)
         assert (yield db.value("select 1")) == 1
         yield join(task)

@@ -152,9 +152,8 @@ def test_pipelines(kernel: Kernel, empty: RedisServer) -> None:
             assert len((yield pipe.run())) == 100_000
         with pytest.raises(UsageError, match="1 commands of a pipeline were never sent"), redis.pipeline() as pipe:
             pipe.get("k")
-        with pytest.raises(ZeroDivisionError), redis.pipeline() as pipe:
-            pipe.get("k")
-            raise ZeroDivisionError
+        with pytest.raises(UsageError, match="argument 1 of GET"), redis.pipeline() as pipe:
+            pipe.get(None)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="BLPOP waits at the server"):
             redis.pipeline().command("BLPOP", "k", 0)
 
@@ -179,7 +178,7 @@ def test_what_cannot_be_sent(kernel: Kernel, empty: RedisServer) -> None:
         with pytest.raises(UsageError, match="takes a command"):
             redis.command()
         for url in ("http://x", "redis://u:secret@h/notanumber", "redis://h?nonsense=1", "redis://h?sync_replicas=1"):
-            with pytest.raises(UsageError, match="of io.redis") as refused:
+            with pytest.raises(UsageError, match=r"of io\.redis") as refused:
                 io.redis(url)
             assert "secret" not in str(refused.value)
 
@@ -232,7 +231,7 @@ def test_every_form_of_url(kernel: Kernel, tmp_path: Path) -> None:
             yield io.redis(secured.url_for(query="ssl_ca_certs=/nowhere.pem")).command("PING")
         with pytest.raises((io.TLSFailed, io.TimedOut)):  # Redis takes a ClientHello for the beginning of a command
             yield io.redis(plain.url.replace("redis:", "rediss:")).command("PING", timeout=0.2)
-        assert (yield io.redis(plain.url_for("app", "p%40ss", db=3)).command("CLIENT", "INFO")).split(b" db=")[1].startswith(b"3 ")
+        assert b" db=3 " in (yield io.redis(plain.url_for("app", "p%40ss", db=3)).command("CLIENT", "INFO"))
         assert (yield io.redis(f"unix://:main@{plain.socket_path}?db=2").command("PING")) == b"PONG"
         with pytest.raises(io.RedisError, match="check user and password") as refused:
             yield io.redis(plain.url_for("app", "secret")).command("PING")
@@ -322,7 +321,7 @@ def test_a_blocking_command_that_is_given_up_takes_nothing(kernel: Kernel, empty
         kernel.cancel(task, JobCancelled("stop"))
         with pytest.raises(JobCancelled):
             yield join(task)
-        with pytest.raises(io.TimedOut, match="did not answer BLPOP in 0.05"):
+        with pytest.raises(io.TimedOut, match=r"did not answer BLPOP in 0\.05"):
             yield redis.command("BLPOP", "list", 0, timeout=0.05)
         while "blpop" in clients(empty):
             yield sleep(0.005)
@@ -339,7 +338,7 @@ def test_subscriptions(kernel: Kernel, empty: RedisServer) -> None:
     def job() -> Any:
         redis = io.redis(empty.url, decode=True)
         with (yield redis.subscribe("news", "more", patterns=["n*", "x*"])) as inbox:
-            with pytest.raises(io.TimedOut, match="no message came in 0.05 s"):
+            with pytest.raises(io.TimedOut, match=r"no message came in 0\.05 s"):
                 yield inbox.next(timeout=0.05)
             assert (yield redis.publish("news", "one")) == 2
             assert [(yield inbox.next()), (yield inbox.next())] == [("news", "one", None), ("news", "one", "n*")]

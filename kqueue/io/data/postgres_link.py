@@ -24,9 +24,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ...errors import UsageError
 from ...kernel.traps import wait_io
-from ..dialing import addresses_of
 from ..errors import ConnectFailed, ConnectionLost, NameNotFound, TimedOut
 from ..gate import Gate, gate
+from ..names import addresses_of
 from ..operation import Operation
 from ..surroundings import left, now, release
 from .errors import PostgresError, PostgresRefused, PostgresTryAgain
@@ -235,10 +235,10 @@ class Link:
 
     def execute_many(self, sql: Any, many: Any, deadline: float | None) -> Steps[int]:
         """One after the other. (psycopg's executemany pipelines, and cannot be interrupted in that without a sound.)"""
-        cursor = self.connection.cursor()
+        cursor, prepare = self.connection.cursor(), self.spec.prepare
         count = 0
         for params in many:
-            yield from self.run(lambda connection, params=params: cursor.execute(sql, params, prepare=self.spec.prepare), deadline)
+            yield from self.run(lambda connection, params=params: cursor.execute(sql, params, prepare=prepare), deadline)
             count += max(0, cursor.rowcount)
         return count
 
@@ -369,7 +369,7 @@ def open_link(spec: Spec, deadline: float | None) -> Steps[Link]:
     trouble: list[Exception] = []
     for host, address, port in spec.hosts():
         try:
-            found = yield from _look_up(host, address, int(port or _PORT))
+            found = yield from _look_up(host, address, int(port or _PORT), limit)
         except NameNotFound as error:
             trouble.append(error)
             continue
@@ -385,11 +385,11 @@ def open_link(spec: Spec, deadline: float | None) -> Steps[Link]:
     raise trouble[-1]
 
 
-def _look_up(host: str, address: str, port: int) -> Steps[Sequence[str]]:
+def _look_up(host: str, address: str, port: int, deadline: float) -> Steps[Sequence[str]]:
     """The addresses of a host; [""]: libpq needs none."""
     if address or not host or host.startswith(("/", "@")):
         return [address]
-    found = yield from addresses_of(host, port)
+    found = yield from addresses_of(host, port, deadline)
     return [str(at[0]) for _, at in found]
 
 

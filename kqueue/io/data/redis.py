@@ -34,7 +34,7 @@ from ..surroundings import deadline_in, left
 from .errors import RedisError
 from .pool import Pool, pool_of
 from .redis_commands import ELSEWHERE, Commands, blocks
-from .redis_wire import Arg, Command, Wire, name_of, open_wire, packed, read_error, tls_of
+from .redis_wire import Arg, Command, Wire, check, name_of, open_wire, packed, read_error, tls_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -205,6 +205,7 @@ class Pipeline(Commands):
             raise UsageError("command() takes a command and its arguments")
         if blocks(args, name):
             raise UsageError(f"{name} waits at the server, and so would all behind it: send it by redis.command(…)")
+        check(args)
         self._commands.append(args)
 
     @operation

@@ -44,14 +44,19 @@ _ADVICE: Final = {
 _REDIRECT: Final = re.compile(r"(?:MOVED|ASK) \d+ (\S+)")
 
 
-def packed(command: Command) -> bytes:
-    """As it goes over the wire. UsageError when there is something in it that Redis has no form for."""
+def check(command: Command) -> None:
+    """UsageError when there is something in it that Redis has no form for."""
     for place, arg in enumerate(command):
         if isinstance(arg, bool) or not isinstance(arg, (str, bytes, int, float, bytearray, memoryview)):
             raise UsageError(
                 f"argument {place} of {name_of(command)} is {type(arg).__name__}: Redis takes str, bytes, int and float; "
                 "say how it is to be written, such as json.dumps(…)"
             )
+
+
+def packed(command: Command) -> bytes:
+    """As it goes over the wire. UsageError as of `check`."""
+    check(command)
     plain = tuple(bytes(arg) if isinstance(arg, (bytearray, memoryview)) else arg for arg in command)
     try:
         return pack_command(plain)  # type: ignore[no-any-return,arg-type]  # its stub means a 1-tuple
