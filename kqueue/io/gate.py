@@ -12,7 +12,7 @@ import errno
 import resource
 import socket
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Final
 
 from ..errors import JobTimedOut
@@ -37,6 +37,7 @@ class Gate:
     def __init__(self) -> None:
         self.taken = 0
         self._waiting: deque[Signal] = deque()  # the longest waiting first; who is woken has the place already
+        self.spare: list[Callable[[], bool]] = []  # of pools: each closes one that lies idle, and says whether there was one
 
     @property
     def waiting(self) -> int:
@@ -55,6 +56,7 @@ class Gate:
         signal = Signal()
         self._waiting.append(signal)
         try:
+            any(close() for close in self.spare)
             yield from signal.within(left(deadline))
         except BaseException as error:
             self._leave(signal)

@@ -545,6 +545,40 @@ def test_what_a_job_left_open_ends_with_it(kernel: Kernel, table: PostgresServer
     assert table.sql("select count(*) from t") == [(0,)]
 
 
+def test_scopes_and_gathers_of_kqueue_io(kernel: Kernel, table: PostgresServer) -> None:
+    def inserts(tx: Any) -> Any:
+        yield tx.execute("insert into t values (1)")
+        with pytest.raises(io.TimedOut), io.timeout(0.05):
+            yield tx.query("select pg_sleep(60)")
+
+    def sleeps(db: Any, n: int) -> Any:
+        yield db.query("select pg_sleep(0.02)")
+        if n == 7:
+            raise ZeroDivisionError
+        yield db.transaction(stores, n)
+
+    def stores(tx: Any, n: int) -> Any:
+        yield tx.execute("insert into t values (%s)", [n])
+        yield tx.query("select pg_sleep(60)")
+
+    def job() -> Any:
+        db = io.postgres(table.dsn, max_connections=3)
+        with pytest.raises(io.TimedOut), io.timeout(0.05):
+            yield db.query("select pg_sleep(60)")
+        with pytest.raises(io.PostgresAborted, match="nothing was committed"):
+            yield db.transaction(inserts)
+        with pytest.raises(ZeroDivisionError):
+            yield io.gather(*(sleeps(db, n) for n in range(9)))
+        assert (yield io.gather(*(db.value("select %s::int", [n]) for n in range(20)))) == list(range(20))
+        winner = yield io.race(db.query("select pg_sleep(60)"), db.value("select 2"))
+        assert winner == 2 or winner[1] == 2
+        assert (yield db.value("select count(*) from t")) == 0
+
+    kernel.run(job())
+    settle(kernel)
+    all_is_quiet(table)
+
+
 # -- COPY -------------------------------------------------------------------------------------------------------------------
 
 

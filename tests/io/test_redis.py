@@ -539,3 +539,21 @@ def test_what_a_job_left_open_ends_with_it(kernel: Kernel, empty: RedisServer) -
     assert [each.closed for each in kept] == [True, True]
     settle(kernel)
     assert pools(kernel)[0].idle == 1, "what the pool has outlives the job"
+
+
+def test_what_lies_idle_makes_room_for_who_needs_an_fd(
+    kernel: Kernel, empty: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kqueue.io.gate.room", lambda: 3)
+
+    def one(n: int) -> Any:
+        return (yield io.redis(empty.url_for(db=n % 10)).command("ECHO", n))
+
+    def job() -> Any:
+        answers = []
+        for task in [kernel.spawn(one(n)) for n in range(200)]:
+            answers.append(int((yield join(task))))
+        return answers
+
+    assert kernel.run(job()) == list(range(200))
+    assert len(clients(empty)) <= 3

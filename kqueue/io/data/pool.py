@@ -89,6 +89,7 @@ class Pool(Generic[C]):
         self._open = open
         self._idle_s, self._life_s = idle_s, life_s
         self._gate = gate()
+        self._gate.spare.append(self._close_one)
         self._idle: deque[tuple[C, float, float]] = deque()  # with when it was made, and came back; the longest idle first
         self._out: set[C] = set()  # those that are lent
         self._waiting: deque[Signal] = deque()  # who is woken has the place already
@@ -138,6 +139,13 @@ class Pool(Generic[C]):
             self._idle.pop()[0].close()
         for connection in tuple(self._out):
             connection.abandon()
+
+    def _close_one(self) -> bool:
+        """Close the one that has been idle for the longest; False: none is."""
+        if not self._idle:
+            return False
+        self._idle.popleft()[0].close()
+        return True
 
     def _place(self, deadline: float | None) -> Generator[Any, Any, None]:
         if self._is_closed:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -85,6 +86,10 @@ class _Driven(psycopg.AsyncConnection[Any]):
         except BaseException as error:
             self.torn = error
             raise _Torn from None
+
+
+def _execute(cursor: Any, sql: Any, params: Any, prepare: bool, connection: _Driven) -> Awaitable[Any]:
+    return cursor.execute(sql, params, prepare=prepare)  # type: ignore[no-any-return]
 
 
 def drive(gen: Any, fd: int, deadline: float | None, whose: _Driven | None = None) -> Steps[Any]:
@@ -235,10 +240,9 @@ class Link:
 
     def execute_many(self, sql: Any, many: Any, deadline: float | None) -> Steps[int]:
         """One after the other. (psycopg's executemany pipelines, and cannot be interrupted in that without a sound.)"""
-        cursor, prepare = self.connection.cursor(), self.spec.prepare
-        count = 0
+        cursor, count = self.connection.cursor(), 0
         for params in many:
-            yield from self.run(lambda connection, params=params: cursor.execute(sql, params, prepare=prepare), deadline)
+            yield from self.run(partial(_execute, cursor, sql, params, self.spec.prepare), deadline)
             count += max(0, cursor.rowcount)
         return count
 
