@@ -87,15 +87,22 @@ import sys
 sys.modules["psycopg"] = None
 from kqueue import io
 from kqueue.kernel import Kernel
-def job():
-    yield io.postgres("postgresql://127.0.0.1/x").value("select 1")
-try:
-    Kernel().run(job())
-except Exception as error:
-    print(type(error).__name__, error)
+def job(what):
+    yield what(io.postgres("postgresql://127.0.0.1/x"))
+def steps(tx):
+    yield tx.value("select 1")
+for what in (
+    lambda db: db.value("select 1"), lambda db: db.transaction(steps), lambda db: db.copy_in("copy t from stdin"),
+    lambda db: db.listen("x"), lambda db: db.executemany("select", []),
+):
+    try:
+        Kernel().run(job(what))
+    except Exception as error:
+        print(type(error).__name__, error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.startswith("UsageError io.postgres needs psycopg 3: pip install 'kqueue[postgres]'")
+    told = "UsageError io.postgres needs psycopg 3: pip install 'kqueue[postgres]'"
+    assert [line.startswith(told) for line in done.stdout.splitlines()] == [True] * 5
 
 
 def test_naming_a_database_costs_nothing_before_it_is_used() -> None:

@@ -195,9 +195,7 @@ class Postgres(Statements):
         self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
     ) -> Steps[CopyIn]:
         """Begin a `COPY … FROM STDIN`. Nothing of it counts until `finish` has answered. `types`: see copy_out."""
-        from .postgres_copy import CopyIn
-
-        copy: CopyIn = yield from self._copy(CopyIn, sql, params, timeout, types)
+        copy: CopyIn = yield from self._copy("CopyIn", sql, params, timeout, types)
         return copy
 
     @operation
@@ -208,16 +206,17 @@ class Postgres(Statements):
 
         A COPY in binary needs them both ways.
         """
-        from .postgres_copy import CopyOut
-
-        copy: CopyOut = yield from self._copy(CopyOut, sql, params, timeout, types)
+        copy: CopyOut = yield from self._copy("CopyOut", sql, params, timeout, types)
         return copy
 
-    def _copy(self, kind: Any, sql: Any, params: Params, timeout: float | None, *more: Any) -> Steps[Any]:
+    def _copy(self, kind: str, sql: Any, params: Params, timeout: float | None, types: Sequence[str]) -> Steps[Any]:
         deadline = self._deadline(timeout)
         lease = yield from self._pool().take(deadline)
+        from . import postgres_copy  # which needs psycopg, so after a connection has found that it is there
+
         try:
-            return (yield from kind.begin(lease.connection, lease, sql, params, deadline, *more))
+            begin = getattr(postgres_copy, kind).begin
+            return (yield from begin(lease.connection, lease, sql, params, deadline, types))
         except BaseException as error:
             yield from leave(lease, error)
             raise
@@ -225,12 +224,12 @@ class Postgres(Statements):
     @operation
     def listen(self, *channels: str, timeout: float | None = None) -> Steps[Notifications]:
         """What is sent by NOTIFY to `channels` from now on, over a connection of its own."""
-        from psycopg import sql
-
         if not channels:
             raise UsageError('listen() takes channels: db.listen("orders")')
         deadline = self._deadline(timeout)
         link = yield from self._open(deadline)
+        from psycopg import sql
+
         try:
             notifications = Notifications(link)
             for channel in channels:

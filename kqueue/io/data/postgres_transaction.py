@@ -11,11 +11,11 @@ Rule 3. Nested ones are savepoints: what they roll back is theirs alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from ...errors import UsageError
 from ...kernel import traps
-from ...kernel.traps import Trap
+from ...kernel.traps import Trap, sleep
 from ..errors import ConnectionLost, TimedOut
 from ..operation import Operation, operation
 from ..surroundings import deadline_in
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Steps = Generator[Any, Any, T]
+
+FIRST_PAUSE_S: Final = 0.005  # before a transaction is tried again, and twice as long each time
 
 
 class Transaction(Trap, Statements):
@@ -213,6 +215,7 @@ def transact(
     make: Callable[[], Transaction], function: Callable[..., Any], args: tuple[Any, ...], attempts: int
 ) -> Steps[Any]:
     """Run function(tx, *args) in a transaction; again, up to `attempts` times in all, when that may help."""
+    pause_s = FIRST_PAUSE_S
     while True:
         attempts -= 1
         try:
@@ -220,6 +223,8 @@ def transact(
         except PostgresTryAgain:
             if attempts < 1:
                 raise
+        yield from sleep(pause_s)
+        pause_s *= 2
 
 
 def _attempt(tx: Transaction, function: Callable[..., Any], args: tuple[Any, ...]) -> Steps[Any]:
