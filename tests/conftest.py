@@ -10,11 +10,11 @@ import pytest
 from tests.cli_home import home as home
 from tests.cli_home import make_home as make_home
 from tests.cli_home import sqlite_home as sqlite_home
-from tests.servers import Cluster, RedisServer, redis_version
+from tests.servers import Cluster, RedisServer, postgres_version, redis_version
 
 
 def pytest_report_header() -> list[str]:
-    return [redis_version(), f"sqlite: {sqlite3.sqlite_version}"]
+    return [redis_version(), postgres_version(), f"sqlite: {sqlite3.sqlite_version}"]
 
 
 @pytest.fixture(scope="session")

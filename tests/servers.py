@@ -43,6 +43,12 @@ def redis_version() -> str:
     return next((f"redis-server: {word[2:]}" for word in words if word.startswith("v=")), "redis-server: of unknown version")
 
 
+def postgres_version() -> str:
+    """For the header of pytest's report."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    return f"postgresql: {found[-1].parts[-3]}" if found else "postgresql: not installed by Debian"
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -85,6 +85,13 @@ def inline_sleeper(dsn: str) -> Any:
     yield io.postgres(dsn).transaction(_sleeper)
 
 
+@kqueue.job(timeout=0.4, max_attempts=1)
+async def inline_async_sleeper(dsn: str) -> None:
+    async with io.postgres(dsn).transaction() as tx:
+        await tx.execute("insert into runs values ('never')")
+        await tx.query("select pg_sleep(60)")
+
+
 @kqueue.job(timeout=0.6, max_attempts=1, isolated=True)
 def isolated_sleeper(dsn: str) -> Any:
     yield io.postgres(dsn).transaction(_sleeper)

@@ -69,7 +69,12 @@ def test_every_kind_of_job_has_databases(servers: tuple[RedisServer, PostgresSer
     postgres.sql("delete from runs")
 
 
-@pytest.mark.parametrize("kind", [databases.inline_sleeper, databases.isolated_sleeper, databases.isolated_async_sleeper])
+SLEEPERS = (
+    databases.inline_sleeper, databases.inline_async_sleeper, databases.isolated_sleeper, databases.isolated_async_sleeper,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SLEEPERS, ids=lambda kind: kind.registration.name)
 def test_a_job_over_its_time_leaves_nothing_at_the_server(servers: tuple[RedisServer, PostgresServer], kind: Any) -> None:
     _, postgres = servers
     ((ended, _),) = run(kind.job(postgres.dsn))

@@ -7,6 +7,7 @@ import decimal
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -370,6 +371,7 @@ def test_a_server_that_says_nothing(kernel: Kernel, server: PostgresServer) -> N
         proxy.mute = True
         with pytest.raises(io.TimedOut, match=r"did not answer in 0\.2"):
             yield db.value("select 1", timeout=0.2)
+        proxy.mute = False
         proxy.cut_all()
 
     try:
@@ -390,12 +392,19 @@ def test_a_connection_that_breaks_in_the_middle(kernel: Kernel, table: PostgresS
         proxy.cut("reply")
         yield tx.execute("insert into t values (2)")
 
+    def swallows(tx: Any) -> Any:
+        proxy.cut("reply")
+        with pytest.raises(io.ConnectionLost):
+            yield tx.execute("insert into t values (4)")
+
     def job() -> Any:
         db = io.postgres(table.dsn_for(port=proxy.port))
         yield db.value("select 1")
         proxy.cut("reply")
         with pytest.raises(io.ConnectionLost, match="the connection broke"):
             yield db.execute("insert into t values (3)")
+        with pytest.raises(io.PostgresAborted, match="the connection broke before"):
+            yield db.transaction(swallows)
         with pytest.raises(io.ConnectionLost, match="the connection broke") as lost:
             yield db.transaction(breaks)
         assert not isinstance(lost.value, io.OutcomeUnknown)
@@ -409,6 +418,38 @@ def test_a_connection_that_breaks_in_the_middle(kernel: Kernel, table: PostgresS
             assert time.monotonic() < deadline
             yield sleep(0.001)
         assert (yield db.value("select 1")) == 1, "a dead connection in the pool is nobody's business"
+
+    try:
+        kernel.run(job())
+    finally:
+        proxy.stop()
+    until_idle(table)
+
+
+def test_a_connection_that_breaks_in_the_middle_of_much(kernel: Kernel, table: PostgresServer) -> None:
+    proxy = Proxy(table.port)
+
+    def reads(db: Any) -> Any:
+        with (yield db.copy_out("copy (select * from generate_series(1, 10000000)) to stdout")) as copy:
+            for _ in range(1000):
+                yield copy.read()
+            proxy.cut_all()
+            while (yield copy.read()):
+                pass
+
+    def writes(db: Any) -> Any:
+        with (yield db.copy_in("copy t from stdin")) as copy:
+            yield copy.row((1, "x"))
+            proxy.cut_all()
+            yield copy.rows((n, "x" * 1000) for n in range(2, 100_000))
+            yield copy.finish()
+
+    def job() -> Any:
+        db = io.postgres(table.dsn_for(port=proxy.port))
+        for steps in (reads, writes):
+            with pytest.raises(io.ConnectionLost):
+                yield from steps(db)
+            assert (yield db.value("select count(*) from t")) == 0
 
     try:
         kernel.run(job())
@@ -618,6 +659,39 @@ def test_copy_of_100_000_rows_both_ways(kernel: Kernel, server: PostgresServer) 
     kernel.run(job())
     server.sql("drop table big")
     assert pools(kernel)[0].idle == 1
+
+
+def test_a_copy_takes_a_buffer_whatever_its_size(kernel: Kernel, server: PostgresServer) -> None:
+    """200 MB each way, with the other side slow or ourselves."""
+    row = "x" * 1000
+    seen: list[int] = []
+
+    def private_kib() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+
+    def job() -> Any:
+        db = io.postgres(server.dsn)
+        yield db.value("select 1")
+        before = private_kib()
+        with (yield db.copy_in("copy heap from stdin")) as copy:
+            for n in range(200_000):
+                yield copy.row((row,))
+                if n % 5000 == 0:
+                    seen.append(private_kib() - before)
+            yield copy.finish()
+        with (yield db.copy_out("copy heap to stdout")) as copy:
+            n = 0
+            while (yield copy.read()):
+                n += 1
+                if n % 5000 == 0:
+                    seen.append(private_kib() - before)
+        assert n == 200_000
+
+    server.sql("create unlogged table heap (text text)")
+    kernel.run(job())
+    server.sql("drop table heap")
+    assert max(seen) < 16 * 1024
 
 
 def test_a_copy_that_is_not_finished_does_not_count(kernel: Kernel, table: PostgresServer) -> None:

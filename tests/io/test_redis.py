@@ -171,7 +171,7 @@ def test_what_cannot_be_sent(kernel: Kernel, empty: RedisServer) -> None:
             yield redis.set("k", "\ud800")
         for command, instead in (
             (("SUBSCRIBE", "x"), "subscribe"), (("multi",), "atomic=True"), ((b"WATCH", "k"), "session"), (("SELECT", 1), "URL"),
-            (("CLIENT", "REPLY", "OFF"), "session"), (("MONITOR",), "does not speak"),
+            (("CLIENT", b"reply", "OFF"), "session"), (("WAIT", 1, 0), "session"), (("MONITOR",), "does not speak"),
         ):  # fmt: skip
             with pytest.raises(UsageError, match=instead):
                 yield redis.command(*command)

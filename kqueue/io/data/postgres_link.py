@@ -50,8 +50,8 @@ _KEEPALIVE: Final = {  # so that a server that vanished is noticed within a minu
     "keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3", "tcp_user_timeout": "30000",
     "application_name": "kqueue",
 }  # fmt: skip
-# SQLSTATEs of which the same may work later: connection, rollback, resources, shutdown, lock, and a standby that must go on.
-_PASSES: Final = ("08", "40001", "40P01", "53", "57P01", "57P02", "57P03", "55P03", "25006", "72000")
+# SQLSTATEs of which the same may work later: connection, rollback, resources, shutdown, lock, a snapshot that is too old.
+_PASSES: Final = ("08", "40001", "40P01", "53", "57P01", "57P02", "57P03", "55P03", "72000")
 _ADVICE: Final = {
     "42P01": "is the schema in its search_path, and the migration done?",
     "25P02": "a statement of this transaction failed before, so nothing more can be done in it",

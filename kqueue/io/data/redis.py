@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 TIMEOUT_S: Final = 10.0  # for a command that does not wait at the server, waiting for a connection included
 
 
+_CLIENT_CHANGES: Final = ("REPLY", "TRACKING", "CACHING", "SETNAME", "SETINFO", "NO-EVICT", "NO-TOUCH")
+
+
 class _Options(NamedTuple):
     """What tells pools from each other."""
 
@@ -177,7 +180,7 @@ def _checked(command: Command) -> str:
     name = name_of(command)
     if name in ELSEWHERE:
         raise UsageError(f"{name} cannot be sent by command(): {ELSEWHERE[name]}")
-    if name == "CLIENT" and str(command[1] if len(command) > 1 else "").upper() in ("REPLY", "TRACKING", "SETNAME", "NO-EVICT"):
+    if name == "CLIENT" and name_of(command[1:]) in _CLIENT_CHANGES:
         raise UsageError("CLIENT … changes the connection: `with (yield redis.session()) as own:` has one of its own")
     return name
 

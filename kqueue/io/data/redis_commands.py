@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from .redis_wire import Arg
 
-# Those that wait at the server, by where it stands for how long; "BLOCK": only with that word.
+# Those that wait at the server, and those that do with the word BLOCK.
 _BLOCKING: Final = frozenset(
     {"BLPOP", "BRPOP", "BLMOVE", "BRPOPLPUSH", "BLMPOP", "BZPOPMIN", "BZPOPMAX", "BZMPOP", "WAIT", "WAITAOF"}
 )
@@ -24,6 +24,7 @@ ELSEWHERE: Final = {
     **dict.fromkeys(("SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"), _PUBSUB),
     **dict.fromkeys(("MULTI", "EXEC", "DISCARD"), "write `with redis.pipeline(atomic=True) as pipe:`"),
     **dict.fromkeys(("WATCH", "UNWATCH", "AUTH", "ASKING", "READONLY", "READWRITE", "QUIT"), _SESSION),
+    **dict.fromkeys(("WAIT", "WAITAOF"), "it waits for what its own connection wrote: send both by `redis.session()`"),
     "SELECT": "put the database into the URL: redis://host/2",
     **dict.fromkeys(("HELLO", "RESET", "MONITOR", "SYNC", "PSYNC"), "io.redis does not speak what follows it"),
 }  # fmt: skip
