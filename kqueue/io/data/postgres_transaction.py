@@ -140,7 +140,7 @@ class Transaction(Trap, Statements):
         elif link.torn is not None:
             raise PostgresAborted(f"{link.address}: nothing was committed: the transaction was interrupted by {link.torn!r}")
         elif link.closed:
-            raise PostgresAborted(f"{link.address}: nothing was committed: the connection broke before, and that error was swallowed")
+            raise PostgresAborted(f"{link.address}: nothing was committed: the connection broke before, and nobody was told")
         elif link.is_failed:
             yield from link.command("ROLLBACK", self._until(None))
             raise PostgresAborted(
