@@ -48,7 +48,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 THIRD_PARTY = {
     "yaml": ["config_file"],
     "redis": ["client"],
-    "psycopg": ["io.data.postgres", "io.data.postgres_link", "io.data.postgres_copy"],
+    "psycopg": ["io.data.postgres", "io.data.postgres_link", "io.data.postgres_dialing", "io.data.postgres_copy"],
     "hiredis": ["brokers.redis_wire", "brokers.redis_transport", "brokers.commands.redis_asking", "io.data.redis_wire",
                 "io.data.redis"],
     "click": ["cli"],

@@ -337,11 +337,14 @@ def test_errors_of_the_server_keep_their_code(kernel: Kernel, table: PostgresSer
 
 
 def test_who_is_not_let_in_is_told_why(kernel: Kernel, server: PostgresServer) -> None:
+    server.sql("create role limited login password 'secret' connection limit 0")
+
     def job() -> Any:
         for dsn, kind, words in (
             (server.dsn_for(password="wrong"), io.PostgresRefused, "password authentication failed"),
             (server.dsn_for(db="nowhere"), io.PostgresRefused, "nowhere"),
             (server.dsn_for(user="nobody"), io.PostgresRefused, "nobody"),
+            (server.dsn_for(user="limited"), io.PostgresTryAgain, "too many connections for role"),
             (server.dsn_for(port=free_port()), io.ConnectFailed, "refused"),
             (f"host={server.directory}/nowhere user=postgres", io.ConnectFailed, "No such file"),
             (f"host=127.0.0.1 port={server.port} user=postgres dbname=postgres", io.PostgresRefused, "no password supplied"),

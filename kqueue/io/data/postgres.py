@@ -279,7 +279,7 @@ class Postgres(Statements):
 
     def _open(self, deadline: float | None) -> Steps[Link]:
         try:
-            from .postgres_link import Spec, open_link
+            from .postgres_dialing import Spec, open_link
         except ImportError as error:
             raise UsageError(f"io.postgres needs psycopg 3: pip install 'kqueue[postgres]' ({error})") from None
         return (yield from open_link(Spec(self._options.dsn, self._options.prepare), deadline))

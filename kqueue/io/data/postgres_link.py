@@ -15,27 +15,24 @@ Loaded with the first connection: psycopg is 17 MB, with asyncio, ssl, threading
 from __future__ import annotations
 
 import select
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import capabilities, generators, pq, waiting
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ...errors import UsageError
 from ...kernel.traps import wait_io
-from ..errors import ConnectFailed, ConnectionLost, NameNotFound, TimedOut
-from ..gate import Gate, gate
-from ..names import addresses_of
+from ..errors import ConnectionLost, TimedOut
+from ..gate import Gate
 from ..operation import Operation
 from ..surroundings import left, now, release
-from .errors import PostgresError, PostgresRefused, PostgresTryAgain
+from .errors import PostgresError, PostgresTryAgain
 
 T = TypeVar("T")
 Steps = Generator[Any, Any, T]
 
-CONNECT_S: Final = 10.0  # for all addresses, unless connect_timeout= says otherwise
 MEND_S: Final = 5.0
 LAST_S: Final = 0.5  # for telling the server to stop when the loop has ended; this one blocks
 FAIR: Final = 64  # waits that had nothing to wait for, until others may run
@@ -45,11 +42,6 @@ _IDLE: Final = pq.TransactionStatus.IDLE
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
 _IN_ERROR: Final = pq.TransactionStatus.INERROR
 _UNKNOWN: Final = pq.TransactionStatus.UNKNOWN
-_PORT: Final = "5432"
-_KEEPALIVE: Final = {  # so that a server that vanished is noticed within a minute; unless the DSN says otherwise
-    "keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3", "tcp_user_timeout": "30000",
-    "application_name": "kqueue",
-}  # fmt: skip
 # SQLSTATEs of which the same may work later: connection, rollback, resources, shutdown, lock, a snapshot that is too old.
 _PASSES: Final = ("08", "40001", "40P01", "53", "57P01", "57P02", "57P03", "55P03", "72000")
 _ADVICE: Final = {
@@ -63,7 +55,7 @@ class _Torn(BaseException):
     """A wait was interrupted. No Exception, so that psycopg passes it on in silence."""
 
 
-class _Driven(psycopg.AsyncConnection[Any]):
+class Driven(psycopg.AsyncConnection[Any]):
     """Waits by our traps."""
 
     deadline: float | None = None  # for what is done now
@@ -88,11 +80,11 @@ class _Driven(psycopg.AsyncConnection[Any]):
             raise _Torn from None
 
 
-def _execute(cursor: Any, sql: Any, params: Any, prepare: bool, connection: _Driven) -> Awaitable[Any]:
+def _execute(cursor: Any, sql: Any, params: Any, prepare: bool, connection: Driven) -> Awaitable[Any]:
     return cursor.execute(sql, params, prepare=prepare)  # type: ignore[no-any-return]
 
 
-def drive(gen: Any, fd: int, deadline: float | None, whose: _Driven | None = None) -> Steps[Any]:
+def drive(gen: Any, fd: int, deadline: float | None, whose: Driven | None = None) -> Steps[Any]:
     """Run one of psycopg's generators. TimedOut at `deadline`."""
     try:
         wanted = next(gen)
@@ -112,12 +104,13 @@ def drive(gen: Any, fd: int, deadline: float | None, whose: _Driven | None = Non
 class Link:
     """A connection, its place in the gate, and what is known of it. `address` has no secrets."""
 
-    def __init__(self, connection: _Driven, gate: Gate, address: str, spec: Spec) -> None:
+    def __init__(self, connection: Driven, gate: Gate, address: str, open_other: Callable[[float], Steps[Link]]) -> None:
         self.connection = connection
         self.address = address
-        self.spec = spec
+        self.prepares = connection.prepare_threshold is not None
         self.changed = False  # a statement changed the session, so nobody else may have it
         self._gate: Gate | None = gate  # None: closed
+        self._open_other = open_other  # another one to the same server, by a deadline
         self._fd = connection.pgconn.socket
         self._busy = False
         self._cancelling: Any = None  # what tells the server to stop, while it does
@@ -179,7 +172,7 @@ class Link:
 
     # -- doing something ----------------------------------------------------------------------------------------------
 
-    def run(self, make: Callable[[_Driven], Awaitable[T]], deadline: float | None) -> Steps[T]:
+    def run(self, make: Callable[[Driven], Awaitable[T]], deadline: float | None) -> Steps[T]:
         """Do what psycopg does by `make`. PostgresError, ConnectionLost, TimedOut; torn when it is interrupted."""
         connection = self.connection
         if self._busy:
@@ -203,7 +196,7 @@ class Link:
     def read(self, error: psycopg.Error) -> PostgresError | ConnectionLost:
         """What an error of psycopg means."""
         sqlstate = error.sqlstate or ""
-        text = _first_line(str(error))
+        text = first_line(str(error))
         if self.connection.closed and not sqlstate.startswith("57P"):
             return ConnectionLost(f"{self.address}: the connection broke: {text}")
         advice = f"; {_ADVICE[sqlstate]}" if sqlstate in _ADVICE else ""
@@ -242,7 +235,7 @@ class Link:
         """One after the other. (psycopg's executemany pipelines, and cannot be interrupted in that without a sound.)"""
         cursor, count = self.connection.cursor(), 0
         for params in many:
-            yield from self.run(partial(_execute, cursor, sql, params, self.spec.prepare), deadline)
+            yield from self.run(partial(_execute, cursor, sql, params, self.prepares), deadline)
             count += max(0, cursor.rowcount)
         return count
 
@@ -283,7 +276,7 @@ class Link:
             self._cancelling = None
             return
         # Before libpq 17, cancelling blocks. So we ask as anybody would.
-        other = yield from open_link(self.spec, deadline)
+        other = yield from self._open_other(deadline)
         try:
             pid = self.connection.pgconn.backend_pid
             yield from other.run(lambda connection: connection.execute("SELECT pg_cancel_backend(%s)", [pid]), deadline)
@@ -325,120 +318,9 @@ def drive_connecting(gen: Any, deadline: float | None) -> Steps[Any]:
         gen.close()
 
 
-# -- connecting -----------------------------------------------------------------------------------------------------------
-
-
-class Spec:
-    """Where to connect to, and how. Raises UsageError when nobody can read the DSN."""
-
-    def __init__(self, dsn: str, prepare: bool) -> None:
-        try:
-            self.parameters = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
-        except psycopg.Error as error:
-            raise UsageError(
-                f"cannot read the DSN of io.postgres(): {_without(str(error), dsn)}; write postgresql://user:password@host/database"
-            ) from None
-        if "service" in self.parameters:
-            raise UsageError("service= in the DSN of io.postgres() is not followed; write host=, dbname= and user= instead")
-        self.prepare = prepare
-        found = {item.keyword.decode(): item.val for item in pq.Conninfo.get_defaults()}
-        known = {name: value.decode() for name, value in found.items() if value}
-        self.settings = {**_KEEPALIVE, **known, **self.parameters}
-        self.connect_s = float(self.parameters.get("connect_timeout") or CONNECT_S)
-
-    @property
-    def address(self) -> str:
-        """For messages."""
-        settings = self.settings
-        host = settings.get("host") or settings.get("hostaddr") or "localhost"
-        user = f"{settings['user']}@" if "user" in settings else ""
-        return f"postgresql://{user}{host}:{settings.get('port') or _PORT}/{settings.get('dbname') or settings.get('user', '')}"
-
-    def hosts(self) -> list[tuple[str, str, str]]:
-        """Host, address ("": to be looked up) and port of each server that it names."""
-        names = (self.settings.get("host") or "").split(",")
-        addresses = (self.settings.get("hostaddr") or "").split(",")
-        count = max(len(names), len(addresses))
-        ports = (self.settings.get("port") or _PORT).split(",")
-        names, addresses = names * (count if len(names) == 1 else 1), addresses * (count if len(addresses) == 1 else 1)
-        ports = ports * count if len(ports) == 1 else ports
-        return list(zip(names, addresses, ports, strict=False))
-
-
-def open_link(spec: Spec, deadline: float | None) -> Steps[Link]:
-    """A connection. ConnectFailed, PostgresRefused, PostgresTryAgain, NameNotFound, TimedOut."""
-    until = now() + spec.connect_s
-    limit = until if deadline is None else min(until, deadline)
-    attempts: list[dict[str, str]] = []
-    trouble: list[Exception] = []
-    for host, address, port in spec.hosts():
-        try:
-            found = yield from _look_up(host, address, int(port or _PORT), limit)
-        except NameNotFound as error:
-            trouble.append(error)
-            continue
-        attempts += [{"host": host, "hostaddr": each, "port": port} if each else {"host": host, "port": port} for each in found]
-    for place, attempt in enumerate(attempts):
-        share = now() + max(0.0, limit - now()) / (len(attempts) - place)
-        try:
-            return (yield from _connect(spec, attempt, share))
-        except (ConnectFailed, PostgresRefused, PostgresTryAgain, TimedOut) as error:
-            if isinstance(error, TimedOut) and left(share):
-                raise  # that of a scope around us
-            trouble.append(error)
-    raise trouble[-1]
-
-
-def _look_up(host: str, address: str, port: int, deadline: float) -> Steps[Sequence[str]]:
-    """The addresses of a host; [""]: libpq needs none."""
-    if address or not host or host.startswith(("/", "@")):
-        return [address]
-    found = yield from addresses_of(host, port, deadline)
-    return [str(at[0]) for _, at in found]
-
-
-def _connect(spec: Spec, attempt: dict[str, str], deadline: float) -> Steps[Link]:
-    places = gate()
-    settings = {**_KEEPALIVE, **spec.parameters, **{name: value for name, value in attempt.items() if value}}
-    yield from places.take(f"to connect to {spec.address}", deadline)
-    try:
-        pgconn = yield from drive_connecting(generators.connect(make_conninfo("", **settings)), deadline)
-        connection = _Driven(pgconn)
-        connection.prepare_threshold = 5 if spec.prepare else None
-        yield from connection.set_autocommit(True).__await__()  # asks the server nothing
-        return Link(connection, places, spec.address, spec)
-    except BaseException as error:
-        places.give()
-        if isinstance(error, TimedOut):
-            raise TimedOut(f"{spec.address} did not answer in time: no connection came about") from None
-        if isinstance(error, psycopg.Error):
-            raise _read_refusal(spec, attempt, error) from None
-        raise
-
-
-_NOT_NOW: Final = ("starting up", "shutting down", "too many clients", "too many connections", "remaining connection slots",
-                   "recovery", "not accepting connections", "not yet accepting", "crash")  # fmt: skip
-
-
-def _read_refusal(spec: Spec, attempt: dict[str, str], error: psycopg.Error) -> Exception:
-    """Why there is no connection. libpq has only words for it, in the language of the server; FATAL is the server's own."""
-    text = _first_line(str(error).removeprefix("connection failed: ").removeprefix("connection is bad: "))
-    if "FATAL" not in text and "no password supplied" not in text:
-        return ConnectFailed(f"cannot connect to {spec.address}: {text}")
-    said = text.partition("FATAL:")[2].strip() or text
-    if any(words in said for words in _NOT_NOW):
-        return PostgresTryAgain(f"{spec.address} takes no connection now: {said}", "57P03")
-    return PostgresRefused(f"{spec.address} does not let us in: {said}; check the DSN, and the server's pg_hba.conf")
-
-
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     return " ".join(text.strip().split("\n", 1)[0].split())[:500]
 
 
 def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__
-
-
-def _without(text: str, dsn: str) -> str:
-    """What libpq says of a DSN, which may have it in it, and with it a password."""
-    return "it has something in it that libpq does not know" if "@" in dsn or "password" in dsn else _first_line(text)
