@@ -167,7 +167,7 @@ def test_a_job_runs_as_the_user_that_its_code_names_and_its_neighbours_do_not(pl
         assert set(told["groups"]) == set(os.getgrouplist(user.pw_name, user.pw_gid)), "of the daemon's there is none"
         assert (told["capabilities"], told["no_new_privs"]) == (0, "1")
         assert (told["home"], told["user"], told["logname"]) == (user.pw_dir, user.pw_name, user.pw_name)
-    for name in ("plain", "pooled_plain"):
+    for name in ("ordinary", "pooled_plain"):
         told = daemon.result(name)
         assert (told["uids"], told["user"]) == (["0"] * 4, os.environ.get("USER"))
     assert daemon.stop() == 0
@@ -205,7 +205,7 @@ def test_there_is_no_way_back(place: Make) -> None:
 def test_a_user_for_all_holds_for_all_kinds_of_start(place: Make) -> None:
     commands = '{who: {command: [id], result: none}, who_daemon: {command: [id], user: daemon, group: nogroup}}'
     daemon = place("user: nobody, group: daemon", isolated_modules=f"[tests.apps.privileged], commands: {commands}").start()
-    for name in ("plain", "pooled_plain"):
+    for name in ("ordinary", "pooled_plain"):
         told = daemon.result(name)
         assert (told["uids"], told["gids"]) == ([str(NOBODY.pw_uid)] * 4, [str(DAEMON.pw_gid)] * 4)
     assert daemon.result("of_daemon")["uids"] == [str(DAEMON.pw_uid)] * 4, "its own goes before"
@@ -446,7 +446,7 @@ def test_a_job_of_the_same_user_cannot_look_into_the_supervisor(place_of_nobody:
     of_supervisor = {what: came for what, came in got.items() if what.startswith("supervisor")}
     assert set(of_supervisor.values()) <= {"EACCES", "EPERM"}, of_supervisor
     assert (got["template environ"], got["template ptrace"]) == ("done", "done"), "so they would have got there"
-    assert daemon.result("plain")["environment"], "and a job can read its own, as ever"
+    assert daemon.result("ordinary")["environment"], "and a job can read its own, as ever"
     assert "running" in daemon.kqueue("status").stdout
     assert daemon.stop() == 0
 

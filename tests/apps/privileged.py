@@ -43,7 +43,7 @@ def outcome_of(action: Callable[[], Any]) -> str:
 
 
 @job(isolated=True, keep_result=60)
-def plain() -> dict[str, Any]:
+def ordinary() -> dict[str, Any]:
     return about()
 
 
