@@ -412,8 +412,8 @@ def test_an_application_that_misses_a_variable_is_told_the_line_to_write(place: 
 
 def test_a_job_that_misses_one_too(place: Make) -> None:
     daemon = place(extra={"APP_TOKEN": "hunter2"}).start()
-    daemon.ask("reads", "APP_TOKEN")
-    assert "write isolated: {environment: [KQUEUE_TEST_*, APP_TOKEN]}" in daemon.wait_log("reads failed with KeyError")
+    daemon.ask("reads_file", "APP_TOKEN")
+    assert "write isolated: {environment: [KQUEUE_TEST_*, APP_TOKEN]}" in daemon.wait_log("reads_file failed with KeyError")
     assert not [line for line in daemon.log if "hunter2" in line]
 
 

@@ -238,7 +238,7 @@ def swells() -> None:
 
 
 @job(isolated=True, keep_result=60)
-def reads(name: str) -> str:
+def reads_file(name: str) -> str:
     return os.environ[name]
 
 
