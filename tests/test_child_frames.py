@@ -10,7 +10,20 @@ import pytest
 from kqueue.codec import MAX_BYTES, Envelope, encode
 from kqueue.dispatch import NewJob
 from kqueue.execution import wire
-from kqueue.execution.child_frames import MAX_FAILURE, MAX_JOBS, Backoff, Enqueue, Failure, Progress, Result, Then, parse
+from kqueue.execution.child_frames import (
+    MAX_FAILURE,
+    MAX_HEADER,
+    MAX_JOBS,
+    MAX_PROGRESS,
+    Backoff,
+    Enqueue,
+    Failure,
+    Progress,
+    Result,
+    Then,
+    dispatched,
+    parse,
+)  # fmt: skip
 from kqueue.execution.wire import WireError
 
 ERROR = {"class": "ValueError", "message": "no", "traceback": "…", "mro": ["ValueError"]}
@@ -21,13 +34,14 @@ def envelope(**fields: Any) -> str:
     return encode(Envelope(**{**known, **fields})).decode()
 
 
-def asked(**fields: Any) -> bytes:
-    """An ENQUEUE of one job."""
-    return b"[" + then(**fields) + b"]"
+def asked(envelope: Any = None, delay_s: Any = 0, at: Any = None, size: Any = None) -> bytes:
+    """An ENQUEUE of one job, and as well a THEN."""
+    data = (known() if envelope is None else envelope).encode("utf-8", "surrogatepass")
+    return json.dumps([[delay_s, at, len(data) if size is None else size]]).encode() + b"\n" + data
 
 
-def then(**fields: Any) -> bytes:
-    return json.dumps({"envelope": envelope(), "delay_s": 0, "at": None, **fields}).encode()
+known = envelope
+MANY = b"".join([known().encode()] * (MAX_JOBS + 1))
 
 
 def test_what_a_child_says() -> None:
@@ -41,18 +55,24 @@ def test_what_a_child_says() -> None:
     assert parse(wire.PROGRESS, b'[0.5,"half"]') == Progress(0.5, "half")
     job = NewJob("a1", "mail", "isolated", 3, envelope().encode(), 2.5, None)
     assert parse(wire.ENQUEUE, asked(delay_s=2.5)) == Enqueue([job])
-    assert parse(wire.THEN, then(delay_s=2.5)) == Then(job)
+    assert parse(wire.THEN, asked(delay_s=2.5)) == Then(job)
 
 
 def test_of_a_dispatch_only_the_envelope_counts() -> None:
     """What a child writes beside it cannot contradict it."""
-    job = parse(wire.ENQUEUE, asked(id="other", queue="other", lane="inline", priority=100)).jobs[0]
-    assert (job.id, job.queue, job.lane, job.priority) == ("a1", "mail", "isolated", 3)
+    first, second = envelope(), envelope(id="b2", queue="other")
+    header = json.dumps([[0, None, len(first)], [5, 7.0, len(second)]])
+    jobs = parse(wire.ENQUEUE, f"{header}\n{first}{second}".encode()).jobs
+    assert [(job.id, job.queue) for job in jobs] == [("a1", "mail"), ("b2", "other")]
+    assert {(job.lane, job.priority) for job in jobs} == {("isolated", 3)}
+    assert [(job.delay_s, job.at, job.envelope.decode()) for job in jobs] == [(0, None, first), (5, 7.0, second)]
+    assert dispatched(jobs).split(b"\n", 1)[1] == (first + second).encode()
+    assert parse(wire.ENQUEUE, dispatched(jobs)) == Enqueue(jobs)
 
 
 def test_progress_out_of_range_is_put_back_into_it() -> None:
     assert parse(wire.PROGRESS, b'[7,"x"]') == Progress(1.0, "x")
-    assert len(parse(wire.PROGRESS, json.dumps([0, "n" * 9000]).encode()).note) == 200
+    assert len(parse(wire.PROGRESS, json.dumps([0, "n" * 3000]).encode()).note) == 200
 
 
 @pytest.mark.parametrize(
@@ -89,8 +109,16 @@ def test_progress_out_of_range_is_put_back_into_it() -> None:
         (wire.ENQUEUE, b"{}"),
         (wire.ENQUEUE, b"[1]"),
         (wire.ENQUEUE, b"[{}]"),
-        (wire.ENQUEUE, asked(envelope=None)),
-        (wire.ENQUEUE, asked(envelope=7)),
+        (wire.ENQUEUE, b"[]"),
+        (wire.ENQUEUE, b"[1]\n1"),
+        (wire.ENQUEUE, b"[[0,null,2]]\n{}"),
+        (wire.ENQUEUE, asked(size="1")),
+        (wire.ENQUEUE, asked(size=True)),
+        (wire.ENQUEUE, asked(size=-1)),
+        (wire.ENQUEUE, asked(size=0)),
+        (wire.ENQUEUE, asked(size=5)),
+        (wire.ENQUEUE, asked(size=10**9)),
+        (wire.ENQUEUE, b"[" + b"[]," * MAX_HEADER + b"[]]\n"),
         (wire.ENQUEUE, asked(envelope="{}")),
         (wire.ENQUEUE, asked(envelope="\ud800")),
         (wire.ENQUEUE, asked(envelope=envelope(queue="a}b{ c"))),
@@ -101,13 +129,16 @@ def test_progress_out_of_range_is_put_back_into_it() -> None:
         (wire.ENQUEUE, asked(delay_s=1e300)),
         (wire.ENQUEUE, asked(at="noon")),
         (wire.ENQUEUE, asked(at=-5)),
-        (wire.THEN, asked()),
+        (wire.THEN, b"[]\n"),
+        (wire.THEN, json.dumps([[0, None, len(known())]] * 2).encode() + b"\n" + 2 * known().encode()),
         (wire.THEN, b"{}"),
         (wire.THEN, b"7"),
-        (wire.THEN, then(envelope="{}")),
-        (wire.THEN, then(delay_s="soon")),
-        (wire.THEN, then(envelope=envelope(queue="a}b{ c"))),
-        (wire.ENQUEUE, b"[" + b",".join([asked()[1:-1]] * (MAX_JOBS + 1)) + b"]"),
+        (wire.THEN, asked(envelope="{}")),
+        (wire.THEN, asked(delay_s="soon")),
+        (wire.THEN, asked(envelope=envelope(queue="a}b{ c"))),
+        (wire.ENQUEUE, json.dumps([[0, None, len(known())]] * (MAX_JOBS + 1)).encode() + b"\n" + MANY),
+        (wire.PROGRESS, b"[0.5,\"" + b"n" * MAX_PROGRESS + b"\"]"),
+        (wire.BACKOFF, b"[5,\"" + b"n" * MAX_HEADER + b"\"]"),
     ],
 )
 def test_garbage_is_a_wire_error(kind: int, payload: bytes) -> None:

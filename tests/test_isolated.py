@@ -311,6 +311,14 @@ def test_progress_of_a_child_is_told(bench: Bench) -> None:
     ]  # fmt: skip
 
 
+def test_a_flood_of_progress_is_told_in_part_and_its_last(bench: Bench) -> None:
+    ran = bench.one("floods_with_progress", 50_000)
+    told = [fact.note for fact in bench.of(events.JobProgress)]
+    assert ran.ended.outcome.ok
+    assert told[-1] == "49999"
+    assert len(told) < 40_000
+
+
 def test_a_generator_in_a_child_has_its_traps(bench: Bench) -> None:
     assert bench.one("waits_as_a_generator").result == [26, [3, 2]]
 

@@ -19,7 +19,7 @@ from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.client import Client, where
 from kqueue.client.memory import MemoryClient
-from kqueue.codec import MAX_BYTES, Envelope, decode, encode, from_json, to_json
+from kqueue.codec import MAX_BYTES, Envelope, decode, encode, from_json
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import ConfigError, EnvelopeError, KQueueError, NewerEnvelope, UsageError
 from kqueue.execution import wire
@@ -355,10 +355,11 @@ def test_a_child_sees_neither_key_nor_signature(bench: Bench) -> None:
 
 
 def test_a_child_cannot_pass_a_signature_of_its_own() -> None:
-    fields = {"envelope": keys(FOREIGN).sign(ENVELOPE).decode(), "delay_s": 0, "at": None}
-    for kind, payload in ((wire.ENQUEUE, [fields]), (wire.THEN, fields)):
+    signed = keys(FOREIGN).sign(ENVELOPE)
+    for kind in (wire.ENQUEUE, wire.THEN):
+        assert parse(kind, b"[[0,null,%d]]\n%b" % (len(ENVELOPE), ENVELOPE))
         with pytest.raises(wire.WireError):
-            parse(kind, to_json(payload))
+            parse(kind, b"[[0,null,%d]]\n%b" % (len(signed), signed))
 
 
 # -- clients ------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ CheckFromChild = Callable[[NewJob], NewJob]
 Killer = Callable[[], tuple[str, str]]  # who sent a SIGKILL that we did not: one of outcome.ENDED_BY, and how we know
 
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
+PROGRESS_AT_ONCE: Final = 8  # that is passed on, of what comes with one read
 LAST_WORDS: Final = 100
 DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
 
@@ -303,13 +304,19 @@ class Attempt:
         return self._take_heard(data) and bool(data)
 
     def _take_heard(self, data: bytes) -> bool:
-        """The frames of this run that are whole with `data`; False for garbage."""
+        """The frames of this run that are whole with `data`, of a flood of progress the last; False for garbage."""
+        progress, heard = None, 0
         try:
             for kind, payload in self._frames.feed(data):
                 self._heard += 1
+                if kind == wire.PROGRESS and (heard := heard + 1) > PROGRESS_AT_ONCE:
+                    progress = payload
+                    continue
                 self._hear(parse(kind, payload))
                 if self._done is not None:
-                    return True  # what follows is the next run's
+                    break  # what follows is the next run's
+            if progress is not None:
+                self._hear(parse(wire.PROGRESS, progress))
         except wire.WireError as error:
             self._garbage = str(error)
             return False

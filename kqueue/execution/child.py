@@ -36,11 +36,11 @@ from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
 from . import limits, settling_in, wire
 from .base import unpacked
-from .child_frames import MAX_JOBS
+from .child_frames import MAX_JOBS, dispatched
 from .inline import result_json
 
 Order = tuple[Mapping[str, Any], Sequence[int]]  # a request, and the fds that came with it
-PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE, which JSON may make longer
+PIECE_SIZE: Final = wire.MAX_FRAME // 4  # bytes of envelopes in one ENQUEUE
 
 
 def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orders: socket.socket | None) -> NoReturn:
@@ -276,7 +276,7 @@ class Run:
 
     def prepare(self, job: BoundJob) -> NewJob:
         prepared = prepare(job, job.registration or registry.get(job.name))
-        self._ask(wire.THEN, _fields(prepared))
+        self._ask(wire.THEN, [prepared])
         return prepared
 
     def _dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
@@ -285,13 +285,13 @@ class Run:
     def _enqueue(self, jobs: Sequence[BoundJob]) -> list[str]:
         prepared = [prepare(bound, bound.registration or registry.get(bound.name)) for bound in jobs]
         for piece in _pieces(prepared):
-            self._ask(wire.ENQUEUE, [_fields(job) for job in piece])
+            self._ask(wire.ENQUEUE, piece)
         return [job.id for job in prepared]
 
-    def _ask(self, kind: int, fields: Any) -> None:
-        """Ask the supervisor for something, and wait for its answer. KQueueError when it refuses."""
+    def _ask(self, kind: int, jobs: Sequence[NewJob]) -> None:
+        """Ask the supervisor for `jobs`, and wait for its answer. KQueueError when it refuses."""
         with self._lock:
-            self._socket.sendall(wire.frame(kind, codec.to_json(fields)))
+            self._socket.sendall(wire.frame(kind, dispatched(jobs)))
             _, payload = wire.read_frame(self._socket, (wire.REPLY,))
         reply = codec.from_json(payload)
         if "error" in reply:
@@ -384,10 +384,6 @@ def failure(error: BaseException, limits: Mapping[str, float]) -> dict[str, Any]
     if isinstance(error, SystemExit):
         fields["exit_code"] = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     return fields
-
-
-def _fields(job: NewJob) -> dict[str, Any]:
-    return {**job._asdict(), "envelope": job.envelope.decode()}
 
 
 def _pieces(jobs: Sequence[NewJob]) -> Iterator[list[NewJob]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Final, NamedTuple
 
-from ..codec import LANES, MAX_BYTES, decode, from_json
+from ..codec import LANES, MAX_BYTES, decode, from_json, to_json
 from ..dispatch import NewJob
 from ..errors import EnvelopeError
 from ..options import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME
@@ -21,6 +21,8 @@ from .wire import WireError
 MAX_FAILURE: Final = 128 * 1024  # bytes: a message of 4 KiB and a traceback of 16 KiB, escaped, and room
 MAX_CHANGES: Final = 20  # that a pool process tells of one run
 MAX_JOBS: Final = 500  # in one ENQUEUE
+MAX_HEADER: Final = 64 * 1024  # bytes of JSON in one; what a nested thing of that size costs, the loop can bear
+MAX_PROGRESS: Final = 4096
 CAUSES: Final = ("exception", "timeout", "cancelled", "memory", "exit", "refused")
 
 
@@ -108,6 +110,7 @@ def _failure(payload: bytes) -> Failure:
 
 
 def _backoff(payload: bytes) -> Backoff:
+    _wanted(len(payload) <= MAX_HEADER, "a backoff that is too large")
     seconds, why_not = from_json(payload)
     _wanted((seconds is None or is_wait(seconds)) and isinstance(why_not, str), "a backoff that is none")
     return Backoff(seconds, why_not[:400])
@@ -132,31 +135,45 @@ def _done(payload: bytes) -> Done:
 
 
 def _progress(payload: bytes) -> Progress:
+    _wanted(len(payload) <= MAX_PROGRESS, "progress that is too large")
     fraction, note = from_json(payload)
     _wanted(isinstance(fraction, (int, float)) and isfinite(fraction) and isinstance(note, str), "progress that is none")
     return Progress(min(1.0, max(0.0, float(fraction))), note[:200])
 
 
 def _enqueue(payload: bytes) -> Enqueue:
-    listed = from_json(payload)
+    header, envelopes = payload.split(b"\n", 1)
+    _wanted(len(header) <= MAX_HEADER, "a dispatch that is too large")
+    listed = from_json(header)
     _wanted(isinstance(listed, list) and len(listed) <= MAX_JOBS, f"more than {MAX_JOBS} jobs at once")
-    return Enqueue([_new_job(fields) for fields in listed])
+    jobs, at = [], 0
+    for delay_s, due, size in listed:
+        _wanted(type(size) is int and 0 < size <= len(envelopes) - at, "a job of no valid size")
+        jobs.append(_new_job(envelopes[at : at + size], delay_s, due))
+        at += size
+    _wanted(at == len(envelopes), "more than the jobs of a dispatch")
+    return Enqueue(jobs)
 
 
 def _then(payload: bytes) -> Then:
-    return Then(_new_job(from_json(payload)))
+    (job,) = _enqueue(payload).jobs
+    return Then(job)
 
 
-def _new_job(fields: Mapping[str, Any]) -> NewJob:
+def _new_job(data: bytes, delay_s: Any, at: Any) -> NewJob:
     """What is in the envelope counts; beside it stands only when the job is due."""
-    data = fields["envelope"].encode()
     envelope = decode(data)
-    delay_s, at = fields["delay_s"], fields["at"]
     _wanted(QUEUE_NAME.fullmatch(envelope.queue) is not None, "a job for a queue of no valid name")
     _wanted(envelope.lane in LANES and PRIORITY_MIN <= envelope.priority <= PRIORITY_MAX, "a job of no valid lane or priority")
     _wanted(isinstance(delay_s, (int, float)) and 0 <= delay_s <= LONGEST_DELAY_S, "a job of no valid delay")
     _wanted(at is None or (isinstance(at, (int, float)) and 0 <= at <= 1e11), "a job due at no valid time")
     return NewJob(envelope.id, envelope.queue, envelope.lane, envelope.priority, data, float(delay_s), at)
+
+
+def dispatched(jobs: Sequence[NewJob]) -> bytes:
+    """What an ENQUEUE or THEN of `jobs` says: when each is due and how long its envelope is, as JSON; then the envelopes."""
+    header = [(job.delay_s, job.at, len(job.envelope)) for job in jobs]
+    return b"\n".join((to_json(header), b"".join(job.envelope for job in jobs)))
 
 
 def _wanted(fits: bool, otherwise: str) -> None:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import Context
+from math import inf
 from typing import Any, Final
 
 from .. import environment
@@ -29,7 +30,7 @@ from ..registry import Registration, registry
 from . import wire
 from .base import NotStarted
 from .handle import Child, ChildExit, pipe
-from .killing import OWNER, end_marked, owner_of, owner_text
+from .killing import OWNER, end_marked, look, owner_of, owner_text
 from .output import Lines
 from .privileges import DEFAULT, Privileges
 
@@ -38,6 +39,7 @@ _GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
 FORK_PATIENCE_S: Final = 30.0  # a template that has not answered by then is taken for hung
 BACKOFF_S: Final = (0.1, 30.0)  # first and longest wait before another template is started
 STOP_PATIENCE_S: Final = 2.0  # for the template to end its children and itself
+LOOK_S: Final = 0.5  # for any news of a child, before a look at what keeps it
 REPORT_PATIENCE_S: Final = 10.0  # a template that has not reported a dead child by then is taken for hung, too
 
 
@@ -124,8 +126,11 @@ class TemplateLink:
         try:
             yield from self._send({"serial": child.serial, **request}, child.its_fds)
             child.close_its_ends()
-            if child.is_pending:
-                yield Park(child.news, FORK_PATIENCE_S)
+            given_up_at = self._kernel.clock.monotonic() + FORK_PATIENCE_S
+            while child.is_pending and self._kernel.clock.monotonic() < given_up_at:
+                yield Park(child.news, LOOK_S)
+                if child.is_pending:
+                    self._wake_stopped_template()
             if child.is_pending:
                 self._kill_template()  # it is stuck; its death is news for all its children
                 yield from self.exited(child)
@@ -139,11 +144,17 @@ class TemplateLink:
 
     def exited(self, child: Child) -> Steps:
         """Wait until the template has said how `child` ended, or has died itself (then `child.lost`)."""
+        given_up_at = inf
         while child.exit is None and not child.lost:
-            asked_at = self._kernel.clock.monotonic()
-            yield Park(child.news, REPORT_PATIENCE_S)
-            if self._kernel.clock.monotonic() >= asked_at + REPORT_PATIENCE_S and child.has_ended:
+            yield Park(child.news, LOOK_S)
+            if child.exit is not None or not child.has_ended:
+                continue
+            self._wake_stopped_template()
+            now = self._kernel.clock.monotonic()
+            given_up_at = min(given_up_at, now + REPORT_PATIENCE_S)
+            if now >= given_up_at:
                 self._kill_template()  # its death is news for all its children
+                given_up_at = inf
 
     def kill(self, child: Child) -> None:
         """SIGKILL `child`. Its death makes the template end all that it started, even a template that somebody has stopped."""
@@ -414,6 +425,19 @@ class TemplateLink:
     def _kill_template(self) -> None:
         if self._last_pid:
             os.kill(self._last_pid, signal.SIGKILL)  # our own child, not reaped yet: the number is still its
+
+    def _wake_stopped_template(self) -> None:
+        """It has not answered for a while. That it was stopped is a job's doing; nobody else is to wait for it."""
+        process = look(self._last_pid) if self._last_pid else None
+        if process is not None and process.state == "T":
+            self._wake_template()
+            running = ", ".join(sorted(str(child.pid) for child in self._children.values() if child.pid)) or "none"
+            self._events.emit(
+                Warned(
+                    f"the template ({process.pid}) was stopped by a signal, and goes on: a job has sent it one, or an operator "
+                    f"(processes of jobs at the time: {running}); jobs that run as another user cannot, see isolated.user"
+                )
+            )
 
     def _wake_template(self) -> None:
         if self._last_pid:

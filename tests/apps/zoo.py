@@ -174,7 +174,7 @@ def dispatches(count: int) -> list[str]:
 @job(isolated=True)
 def dispatches_twice_at_once() -> None:
     """As two threads would that share the socket without a lock."""
-    frame = wire.frame(wire.ENQUEUE, b"[]")
+    frame = wire.frame(wire.ENQUEUE, b"[]\n")
     os.write(3, frame * 50)
     time.sleep(5)
 
@@ -281,9 +281,16 @@ def _forges_as_a_call() -> Any:
         return json.loads(wire.read_frame(supervisor, (wire.REPLY,))[1]).get("error")
 
 
+@job(isolated=True)
+def floods_with_progress(count: int) -> None:
+    frames = [wire.frame(wire.PROGRESS, b'[0.5,"%d"]' % number) for number in range(count)]
+    with socket.socket(fileno=os.dup(3)) as supervisor:
+        supervisor.sendall(b"".join(frames))
+
+
 def _forged(number: int) -> bytes:
     envelope = encode(Envelope(id=f"forged-{number}", job="add", args=[number], kwargs={}))
-    return json.dumps({"envelope": envelope.decode(), "delay_s": 0, "at": None}).encode()
+    return b"[[0,null,%d]]\n%b" % (len(envelope), envelope)
 
 
 def _backoff(attempt: int, error: BaseException) -> Any:
