@@ -54,6 +54,7 @@ THIRD_PARTY = {
     "click": ["cli"],
     "setproctitle": ["observe.titles", "execution.settling_in"],
     "psutil": ["cli"],
+    "h11": ["io.http"],
 }
 
 

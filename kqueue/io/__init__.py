@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import http as http
     from .data.errors import (
         OutcomeUnknown,
         PostgresAborted,
@@ -77,6 +78,7 @@ _WHERE = {
     ".streams": ("Stream",),
     ".tasks": ("gather", "race"),
 }
+_PACKAGES = ("http",)  # each with an extra of its own
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
@@ -91,14 +93,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
-    if module is None:
+    if module is None and name not in _PACKAGES:
         raise AttributeError(f"module 'kqueue.io' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(module, __name__), name)
+    value = import_module(f".{name}", __name__) if module is None else getattr(import_module(module, __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *_MODULE_OF, *_PACKAGES})

@@ -73,6 +73,10 @@ FIGURES: Sequence[Figure] = (
     Figure("parked_memory", "memory of a parked job (of 10,000)", "KiB"),
     # lasting.py
     Figure("lasting_growth", "supervisor: growth from 20,000 to 100,000 isolated jobs", "MiB", 0.5),
+    # http_jobs.py
+    Figure("http", "5,000 HTTP requests of 100 ms in flight", "/s", 2_000, more=True),
+    Figure("http_memory", "memory of the daemon meanwhile (RSS)", "MiB", 60),
+    Figure("http_lag", "lag of its loop meanwhile, p99", "ms", 20),
     # crowded.py
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),

@@ -12,12 +12,14 @@ import json
 import mmap
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import marks
 import procfs
@@ -37,6 +39,7 @@ queue: {{url: "{url}"}}
 jobs: {{path: [{here}], modules: {modules}, isolated_modules: {isolated_modules}}}
 control: {{socket: {room}/var/kqueued.sock}}
 isolated: {{environment: [{variable}], max_concurrent: {isolated}}}
+inline: {{max_concurrent: {inline}}}
 """
 
 
@@ -47,19 +50,20 @@ class Failure(Exception):
 class Kqueued:
     """A kqueued on `url` in the new directory `room`, running while the `with` lasts.
 
-    `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`: children at once.
+    `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`, `inline`: jobs at once.
     """
 
     def __init__(
         self, room: Path, url: str, modules: Sequence[str] = ("light",), isolated_modules: Sequence[str] = (), *,
-        python: Sequence[str] = (), options: Sequence[str] = (), isolated: int = 4,
+        python: Sequence[str] = (), options: Sequence[str] = (), isolated: int = 4, inline: int = 10_000,
     ) -> None:  # fmt: skip
         room.mkdir(parents=True)
         self._config = room / "kqueue.yaml"
         self._config.write_text(
             CONFIG.format(
                 room=room, url=url, here=json.dumps(str(HERE)), modules=json.dumps(list(modules)),
-                isolated_modules=json.dumps(list(isolated_modules)), isolated=isolated, variable=marks.DIRECTORY_VARIABLE,
+                isolated_modules=json.dumps(list(isolated_modules)), isolated=isolated, inline=inline,
+                variable=marks.DIRECTORY_VARIABLE,
             )
         )  # fmt: skip
         self._room = room
@@ -136,6 +140,16 @@ class Kqueued:
             if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
                 raise self._failure("kqueued did not come up")
             time.sleep(LOOK_S)
+
+    def status(self) -> Mapping[str, Any]:
+        """What `kqueue status` would say, now."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(PATIENCE_S)
+            control.connect(str(self._room / "var/kqueued.sock"))
+            control.sendall(b'{"command": "status"}\n')
+            with control.makefile("rb") as answer:
+                found: Mapping[str, Any] = json.loads(answer.readline())
+        return found
 
     def expect_running(self) -> None:
         """Failure when it has ended."""

@@ -1,0 +1,259 @@
+"""One request and the head of its response: what is sent, how long that may take, and what went wrong, in words."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Generator
+from typing import TYPE_CHECKING, Any, Final
+
+import h11
+
+from ..dialing import connect
+from ..errors import Closed, ConnectionLost, IOFailed, TimedOut
+from ..surroundings import left, now
+from .bodies import Body, next_piece
+from .errors import (
+    IDEMPOTENT,
+    HTTPConnectFailed,
+    HTTPConnectionLost,
+    HTTPProtocolError,
+    HTTPTimeout,
+    InvalidRequest,
+)
+from .pool import Connection, Pool
+from .proxies import basic, tunnel
+from .urls import URL
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from .headers import Pair
+    from .timeouts import Timeouts
+
+MAX_INTERIM: Final = 100  # responses of 1xx before the one that counts
+_SMALL: Final = 65536  # bytes of a body that are sent together with the head
+_PHASES: Final = {
+    "pool": "no connection was free",
+    "connect": "no connection came about",
+    "tls": "the TLS handshake was not done",
+    "write": "the server took no more of the request",
+    "head": "the server sent no response",
+    "read": "no more of the body came",
+}
+
+
+class Exchange:
+    """A request, and its deadlines. The same one is sent again when a connection from the pool proves dead, and no other time."""
+
+    __slots__ = ("_phase", "_was_sent", "body", "ends_at", "headers", "max_body", "method", "proxy", "timeouts", "tls", "url")
+
+    def __init__(
+        self, method: str, url: URL, headers: list[Pair], body: Body, timeouts: Timeouts, ends_at: float | None,
+        max_body: int, proxy: URL | None, tls: bool | SSLContext,
+    ) -> None:  # fmt: skip
+        self.method = method
+        self.url = url
+        self.headers = headers
+        self.body = body
+        self.timeouts = timeouts
+        self.max_body = max_body
+        self.proxy = proxy
+        self.tls = tls
+        self.ends_at = ends_at  # when the total is up; None: it never is
+        self._phase = "pool"
+        self._was_sent = False  # at least a part of it
+
+    @property
+    def is_idempotent(self) -> bool:
+        return self.method in IDEMPOTENT
+
+    # -- time -------------------------------------------------------------------------------------------------------
+
+    def deadline(self, timeout_s: float | None) -> float | None:
+        return None if timeout_s is None else now() + timeout_s
+
+    def until(self, phase: str, deadline: float | None = None) -> float | None:
+        """When a wait of `phase` that begins now is over: by its own time, by the total, or at `deadline`. None: never."""
+        seconds: float | None = getattr(self.timeouts, phase)
+        until = self.ends_at
+        if seconds is not None:
+            own = now() + seconds
+            until = own if until is None or own < until else until
+        return until if deadline is None or (until is not None and until < deadline) else deadline
+
+    def late(self, phase: str, deadline: float | None = None, why: str = "") -> HTTPTimeout:
+        """What to raise when that was up."""
+        words = f"{why or _PHASES[phase]} in time"
+        moment = now()
+        if self.ends_at is not None and moment >= self.ends_at:
+            phase, seconds = "total", self.timeouts.total
+            words += f", and the {seconds:g} s of its timeout are over"
+        elif deadline is not None and moment >= deadline:
+            words += ", which read(timeout=) gave it"
+        else:
+            seconds = getattr(self.timeouts, phase)
+            words += f" ({seconds:g} s: the {phase!r} of its timeouts)"
+        harmless = self.is_idempotent or not self._was_sent
+        return HTTPTimeout(words, phase=phase, method=self.method, url=self.url.shown, retryable=harmless)
+
+    # -- doing it ---------------------------------------------------------------------------------------------------
+
+    def run(self, pool: Pool) -> Generator[Any, Any, tuple[Connection, h11.Response]]:
+        """Send it; the connection, and the head of the response. The caller sees to the connection from then on."""
+        while True:
+            connection = yield from self._connection(pool)
+            try:
+                return connection, (yield from self._attempt(connection))
+            except BaseException as error:
+                connection.close()
+                if isinstance(error, _Died) and connection.uses and self._may_repeat:
+                    continue  # it was idle, and closed by the other side just as we began
+                if isinstance(error, IOFailed | h11.ProtocolError):
+                    raise self._explained(error, connection) from None
+                raise
+
+    @property
+    def _may_repeat(self) -> bool:
+        return self.is_idempotent and self.body.can_repeat
+
+    def _connection(self, pool: Pool) -> Generator[Any, Any, Connection]:
+        url, proxy = self.url, self.proxy
+        key = (*url.origin, proxy)
+        self._phase = "pool"
+        try:
+            found = yield from pool.take(key, self.until("pool"))
+        except TimeoutError:
+            raise self.late("pool", why=f"no connection was free ({pool.limit_met(key)})") from None
+        if found is not None:
+            return found
+        try:
+            return Connection((yield from self._connect(url, proxy)), key, pool)
+        except BaseException as error:
+            pool.give_place(key)
+            if isinstance(error, TimedOut):
+                why = str(error) if "file descriptor" in str(error) else ""
+                raise self.late(self._phase, why=why) from None
+            if isinstance(error, IOFailed) and not hasattr(error, "retryable"):
+                raise HTTPConnectFailed(error, method=self.method, url=self.url.shown) from error
+            raise
+
+    def _connect(self, url: URL, proxy: URL | None) -> Generator[Any, Any, Any]:
+        self._phase = "connect"
+        first = proxy or url
+        deadline = self.until("connect")
+        stream = yield from connect(first.host, first.port, timeout=left(deadline))
+        try:
+            if proxy is not None and proxy.scheme == "https":
+                self._phase = "tls"
+                stream = yield from stream.start_tls(proxy.host, True, timeout=left(self.until("tls")))
+            if proxy is not None and url.scheme == "https":
+                self._phase = "connect"
+                yield from tunnel(stream, proxy, url, self.method, self.until("connect"))
+            if url.scheme == "https":
+                self._phase = "tls"
+                stream = yield from stream.start_tls(url.host, self.tls, timeout=left(self.until("tls")))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _attempt(self, connection: Connection) -> Generator[Any, Any, h11.Response]:
+        self._phase = "write"
+        unsent = yield from self._send(connection)
+        self._phase = "head"
+        stream, protocol = connection.stream, connection.protocol
+        until, interim = self.until("head"), 0
+        is_fresh = True  # nothing of the response has come
+        while True:
+            event = protocol.next_event()
+            if event is h11.NEED_DATA:
+                try:
+                    data = yield from stream.read(timeout=left(until))
+                except ConnectionLost as error:
+                    raise (unsent or _Died(str(error))) if is_fresh else error from None
+                if not data and is_fresh:
+                    raise unsent or _Died(f"{stream.peer} closed the connection without a response")
+                is_fresh = False
+                protocol.receive_data(data)
+            elif type(event) is h11.Response:
+                return event
+            elif type(event) is h11.InformationalResponse and interim < MAX_INTERIM:
+                interim += 1
+            else:
+                raise h11.RemoteProtocolError("there is no end of interim responses")
+
+    def _send(self, connection: Connection) -> Generator[Any, Any, IOFailed | None]:
+        """Send all of it. What is returned kept us from that: the server may say why."""
+        stream, protocol, body = connection.stream, connection.protocol, self.body
+        head = protocol.send(self._head())
+        assert head is not None
+        self._was_sent = True
+        try:
+            if body.pieces is None:
+                if len(body.data):
+                    if len(body.data) <= _SMALL:
+                        head += bytes(body.data)
+                    else:
+                        yield from stream.write(head, timeout=left(self.until("write")))
+                        head = body.data  # type: ignore[assignment]  # a memoryview will do
+                    protocol.send(h11.Data(data=body.data))  # type: ignore[arg-type]
+                protocol.send(h11.EndOfMessage())
+                yield from stream.write(head, timeout=left(self.until("write")))
+            else:
+                yield from stream.write(head, timeout=left(self.until("write")))
+                yield from self._send_pieces(connection)
+        except ConnectionLost as error:
+            return _Died(str(error))
+        except TimedOut as error:
+            if not stream.closed and stream.is_alive() and stream.buffered:
+                return error
+            raise
+        return None
+
+    def _send_pieces(self, connection: Connection) -> Generator[Any, Any, None]:
+        pieces = self.body.pieces
+        steps = aiter(pieces) if isinstance(pieces, AsyncIterable) else iter(pieces)
+        try:
+            while (piece := (yield from next_piece(steps))) is not None:
+                if not isinstance(piece, (bytes, bytearray, memoryview)):
+                    raise InvalidRequest(
+                        f"a body is made of bytes, not of {type(piece).__name__}", method=self.method, url=self.url.shown
+                    )
+                if not len(piece):
+                    continue
+                for data in connection.protocol.send_with_data_passthrough(h11.Data(data=piece)) or ():  # type: ignore[arg-type]
+                    yield from connection.stream.write(data, timeout=left(self.until("write")))
+        finally:
+            close = getattr(steps, "close", None)
+            if close is not None and steps is not pieces:
+                close()
+        end = connection.protocol.send(h11.EndOfMessage())
+        if end:
+            yield from connection.stream.write(end, timeout=left(self.until("write")))
+
+    def _head(self) -> h11.Request:
+        url, target = self.url, self.url.target
+        headers = self.headers
+        if self.proxy is not None and url.scheme == "http":
+            target = f"http://{url.authority}{target}"
+            if self.proxy.user:
+                headers = [*headers, (b"proxy-authorization", basic(self.proxy.user, self.proxy.password))]
+        return h11.Request(method=self.method, target=target, headers=headers)
+
+    # -- what went wrong --------------------------------------------------------------------------------------------
+
+    def _explained(self, error: Exception, connection: Connection) -> Exception:
+        method, url = self.method, self.url.shown
+        if isinstance(error, TimedOut):
+            return self.late(self._phase)
+        if isinstance(error, (ConnectionLost, Closed)):
+            return HTTPConnectionLost(str(error), method=method, url=url, retryable=self.is_idempotent)
+        if isinstance(error, h11.LocalProtocolError):
+            return InvalidRequest(f"it cannot be sent: {error}", method=method, url=url)
+        if isinstance(error, h11.RemoteProtocolError):
+            text = f"what {connection.stream.peer} sent is no HTTP response: {error}; is it the right port and scheme?"
+            return HTTPProtocolError(text, method=method, url=url)
+        return error
+
+
+class _Died(ConnectionLost):
+    """The connection was lost before anything of the response had come."""

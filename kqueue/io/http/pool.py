@@ -1,0 +1,285 @@
+"""Connections that are kept for the next request, and how many there may be at once.
+
+Rule 1. A place is taken before there is a connection, and given back when that is closed; an idle connection has one, too.
+Rule 2. Who finds no place waits, the longest waiting first. What becomes free goes to him at once: a connection to where he
+        wants, or a place.
+Rule 3. An idle connection is closed when its time is up, when its place is wanted for another server, and when a job finds no
+        file descriptor. It never keeps anybody waiting.
+Rule 4. A connection is used by one request. Only where that has ended as it should does it come back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import h11
+
+from ...context import current_or_none
+from ...kernel import traps
+from ...kernel.loop import running
+from ...kernel.traps import sleep
+from ..gate import gate
+from ..surroundings import Signal, left, local, now
+
+if TYPE_CHECKING:
+    from ..streams import Stream
+    from .client import Client
+
+Key = tuple[Any, ...]  # scheme, host, port, and the proxy in between
+
+MAX_HEAD: Final = 65536  # bytes of the headers of a response
+
+
+class Connection:
+    """A stream to a server, and where the protocol on it stands. Its request closes it or gives it back; else its job's end does."""
+
+    __slots__ = ("__weakref__", "_pool", "idle_until", "key", "protocol", "stream", "uses")
+
+    def __init__(self, stream: Stream, key: Key, pool: Pool) -> None:
+        self.stream = stream
+        self.key = key
+        self.protocol = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        self.uses = 0  # requests before the one that it serves now
+        self.idle_until = 0.0
+        self._pool: Pool | None = pool  # None: it is closed
+        stream.disown()
+        self._lend()
+
+    def give_back(self) -> None:
+        """Its request has ended. It is kept if another one can follow."""
+        pool, protocol = self._pool, self.protocol
+        if pool is None:
+            return
+        if protocol.our_state is not h11.DONE or protocol.their_state is not h11.DONE or protocol.trailing_data[0]:
+            self.close()
+            return
+        protocol.start_next_cycle()
+        self.uses += 1
+        job = current_or_none()
+        if job is not None:
+            job.forget(self)
+        pool.take_back(self)
+
+    def close(self) -> None:
+        """At once, whatever it was doing. More than once does no harm."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        job = current_or_none()
+        if job is not None:
+            job.forget(self)
+        self.stream.close()
+        pool.give_place(self.key)
+
+    def _lend(self) -> None:
+        job = current_or_none()
+        if job is not None:
+            job.keep(self)
+
+    def lend(self) -> bool:
+        """Whether it can serve another request, which has it from now on. It is not closed otherwise, but useless."""
+        stream = self.stream
+        if not stream.is_alive() or stream.buffered:
+            return False
+        self._lend()
+        return True
+
+    def bury(self) -> None:
+        """It is dead. Its place is the caller's."""
+        self._pool = None
+        self.stream.close()
+
+    def __del__(self) -> None:
+        if self._pool is not None:
+            self.close()
+
+
+class Pool:
+    """The connections of one client in one loop."""
+
+    def __init__(self, max_connections: int, max_per_host: int, idle_timeout_s: float) -> None:
+        self._max_connections = max_connections
+        self._max_per_host = max_per_host
+        self._idle_timeout_s = idle_timeout_s
+        self._places: dict[Key, int] = {}  # that are taken
+        self._taken = 0  # all of these
+        self._idle: dict[Key, deque[Connection]] = {}  # who came last at the right
+        self._waiting: dict[Key, dict[Signal, None]] = {}  # who waits for a place, or for a connection
+        self._is_reaping = False
+        self._is_closed = False
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Connections in use, idle ones, and requests that wait."""
+        idle = sum(map(len, self._idle.values()))
+        return self._taken - idle, idle, sum(map(len, self._waiting.values()))
+
+    def limit_met(self, key: Key) -> str:
+        """For messages: what keeps a request to `key` waiting."""
+        if self._places.get(key, 0) >= self._max_per_host:
+            return f"{self._max_per_host} connections to it are in use, which is max_per_host"
+        return f"{self._max_connections} connections are in use, which is max_connections"
+
+    # -- taking -----------------------------------------------------------------------------------------------------
+
+    def take(self, key: Key, deadline: float | None) -> Generator[Any, Any, Connection | None]:
+        """A connection to `key` that is idle, or None: a place for a new one, which is the caller's. TimeoutError at `deadline`."""
+        found = self._idle_one(key)
+        if found is not None or self._place(key):
+            return found
+        signal = Signal()
+        self._waiting.setdefault(key, {})[signal] = None
+        try:
+            yield from signal.within(left(deadline))
+        except BaseException:
+            self._leave(key, signal)
+            raise
+        if not signal.is_set:
+            self._leave(key, signal)
+            raise TimeoutError
+        connection: Connection | None = signal.value
+        if connection is not None and not connection.lend():
+            connection.bury()
+            return None
+        return connection
+
+    def _idle_one(self, key: Key) -> Connection | None:
+        idle = self._idle.get(key)
+        while idle:
+            connection = idle.pop()
+            if not idle:
+                del self._idle[key]
+            if connection.lend():
+                return connection
+            connection.close()
+        return None
+
+    def _place(self, key: Key) -> bool:
+        """Take a place, if there is one."""
+        if self._places.get(key, 0) >= self._max_per_host:
+            return False
+        if self._taken >= self._max_connections and not self.close_an_idle_one():
+            return False
+        if self._taken >= self._max_connections:  # somebody had waited for that one
+            return False
+        self._places[key] = self._places.get(key, 0) + 1
+        self._taken += 1
+        return True
+
+    def _leave(self, key: Key, signal: Signal) -> None:
+        """Who waited does not any more; what he was given already goes on to the next."""
+        if not signal.is_set:
+            self._forget(key, signal)
+        elif signal.value is None:
+            self.give_place(key)
+        else:
+            self.take_back(signal.value)
+
+    def _forget(self, key: Key, signal: Signal) -> None:
+        waiting = self._waiting[key]
+        del waiting[signal]
+        if not waiting:
+            del self._waiting[key]
+
+    # -- giving back ------------------------------------------------------------------------------------------------
+
+    def take_back(self, connection: Connection) -> None:
+        """It is idle."""
+        key = connection.key
+        waiting = self._waiting.get(key)
+        if waiting:
+            signal = next(iter(waiting))
+            self._forget(key, signal)
+            signal.set(connection)
+        elif self._is_closed or self._waiting or gate().waiting:
+            connection.close()
+        else:
+            connection.idle_until = now() + self._idle_timeout_s
+            self._idle.setdefault(key, deque()).append(connection)
+            self._reap()
+
+    def give_place(self, key: Key) -> None:
+        """A connection to `key` is closed, or does not come about."""
+        left_over = self._places[key] - 1
+        if left_over:
+            self._places[key] = left_over
+        else:
+            del self._places[key]
+        self._taken -= 1
+        for other, waiting in self._waiting.items():
+            if self._places.get(other, 0) < self._max_per_host and self._taken < self._max_connections:
+                signal = next(iter(waiting))
+                self._forget(other, signal)
+                self._places[other] = self._places.get(other, 0) + 1
+                self._taken += 1
+                signal.set(None)
+                return
+
+    # -- ending -----------------------------------------------------------------------------------------------------
+
+    def close_an_idle_one(self) -> bool:
+        """The one that has been idle longest; False: there is none."""
+        if not self._idle:
+            return False
+        key = min(self._idle, key=lambda key: self._idle[key][0].idle_until)
+        self._close_oldest(key)
+        return True
+
+    def close(self) -> None:
+        """Close what is idle now, and the others when their requests have ended."""
+        self._is_closed = True
+        while self.close_an_idle_one():
+            pass
+
+    def _close_oldest(self, key: Key) -> None:
+        idle = self._idle[key]
+        connection = idle.popleft()
+        if not idle:
+            del self._idle[key]
+        connection.close()
+
+    def _reap(self) -> None:
+        """See to it that nothing stays idle for too long."""
+        kernel, foreign = running(), traps.foreign_loop
+        if self._is_reaping:
+            return
+        self._is_reaping = True
+        if kernel is not None:
+            kernel.spawn(self._reaping(), name="http pool", context=Context())
+        elif foreign is not None:
+            foreign.spawn(self._reaping())
+
+    def _reaping(self) -> Generator[Any, Any, None]:
+        try:
+            while self._idle:
+                key = min(self._idle, key=lambda key: self._idle[key][0].idle_until)
+                pause_s = self._idle[key][0].idle_until - now()
+                if pause_s > 0:
+                    yield from sleep(pause_s)
+                else:
+                    self._close_oldest(key)
+        finally:
+            self._is_reaping = False
+
+
+class _Pools:
+    """Those of one loop, by client. A client that nobody has any more has none."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[Client, Pool] = WeakKeyDictionary()
+        gate().spare.append(self.close_an_idle_one)
+
+    def close_an_idle_one(self) -> bool:
+        return any(pool.close_an_idle_one() for pool in list(self.of.values()))
+
+    def close(self) -> None:
+        for pool in list(self.of.values()):
+            pool.close()
+
+
+def pools() -> WeakKeyDictionary[Client, Pool]:
+    return local(_Pools).of
