@@ -16,6 +16,8 @@ from .codec import LANES
 from .config import QueueSpec
 
 BATCH: Final = 200  # jobs asked for at once: more would start in one turn of the loop
+SMALLEST_BATCH: Final = 20
+STARTING_S: Final = 0.005  # that the starts of one batch should take together, since they keep the loop from all others
 WINDOW_S: Final = 60.0
 MAX_CREDIT: Final = 50.0  # jobs: a queue that its own limits held back for an hour is not owed an hour of everybody else's
 
@@ -125,6 +127,7 @@ class Intake:
         self._clock = clock
         self._room = room
         self._ahead = ahead
+        self._batch = BATCH  # by what starts took lately
         self.taken_at = 0.0  # when the last jobs were taken
         self.remaining = max_jobs or None  # jobs that may still be taken in this process's life; None: any number
         self.running = dict.fromkeys(LANES, 0)
@@ -141,6 +144,13 @@ class Intake:
     def excess(self) -> int:
         """Isolated jobs beyond their slots."""
         return max(0, self.running["isolated"] - self._slots.get("isolated", 0))
+
+    def starts_took(self, seconds: float, count: int) -> None:
+        """The last `count` jobs began to run within so many seconds: how many may be asked for at once follows from that."""
+        if not count:
+            return
+        fitting = BATCH if seconds <= 0 else int(count * STARTING_S / seconds)
+        self._batch = max(SMALLEST_BATCH, min(BATCH, (self._batch + fitting) // 2))
 
     def started(self, queue: str, lane: str) -> None:
         """A job of `queue` took a slot of `lane`, at the expense of the others that want one."""
@@ -255,7 +265,7 @@ class Intake:
         """How many jobs of `name` the limits that both lanes draw on let through now."""
         queue = self._queues[name]
         now = self._clock()
-        limits = [BATCH, self._rate.left(now), queue.rate.left(now), self.remaining]
+        limits = [self._batch, self._rate.left(now), queue.rate.left(now), self.remaining]
         limits += [self._concurrent - self.total_running] if self._concurrent else []
         limits += [queue.spec.max_concurrent - queue.running] if queue.spec.max_concurrent else []
         return max(0, min(limit for limit in limits if limit is not None))

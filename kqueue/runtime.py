@@ -129,6 +129,8 @@ class KQueueRuntime:
         self.slices = Slices(self.kernel, self.events, self.promotions, max_slice_s)
         self._burst = False
         self._nudged = False
+        self._starting = 0  # jobs that were taken last, and
+        self._starts_began = 0.0  # when, by the clock, the first of them began to run
         self._nudging = False  # a nudge is on its way
         self._looks_ahead = False  # somebody looks after jobs that were reserved before their turn
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
@@ -294,6 +296,7 @@ class KQueueRuntime:
             if took:
                 yield  # let them run before more are taken
                 self._look_after_those_ahead()
+                self._intake.starts_took(self.kernel.clock.monotonic() - self._starts_began, self._starting)
                 if self._nudged or self._is_hungry():
                     continue
                 self._sated = False  # a slot that is freed is news
@@ -334,9 +337,17 @@ class KQueueRuntime:
         """Reserve what is asked for, and start it."""
         reserved = yield from self.broker.reserve(ask.queue, ask.wants)
         self._intake.got(ask, len(reserved.leases))
+        self._starting = len(reserved.leases)
+        if reserved.leases:
+            self.kernel.spawn(self._begin_starts(), name="starts")
         for lease in reserved.leases:
             self._start_life(lease)
         return reserved
+
+    def _begin_starts(self) -> Steps:
+        """Runs right before those that were just taken."""
+        self._starts_began = self.kernel.clock.monotonic()
+        yield from ()
 
     def _start_life(self, lease: Lease) -> None:
         held = Held(lease, self.kernel.clock.monotonic(), self._intake.taken_at)

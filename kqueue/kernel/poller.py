@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from .loop import Task
 
+AT_ONCE: Final = 32  # events of one turn: epoll has the others ready for the next one, and no turn is as long as all of them
 _MASK: Final = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)  # by READ and WRITE
 _NOT_READ: Final = ~select.EPOLLIN
 _NOT_WRITE: Final = ~select.EPOLLOUT
@@ -95,7 +96,7 @@ class Poller:
         """Wait for events up to `timeout_s` seconds (None: without end): (fd, what epoll says of it)."""
         # Rounded up to what epoll can tell apart, or the loop would spin through the last part of a millisecond.
         timeout_s = -1 if timeout_s is None else ceil(timeout_s * 1000) / 1000
-        return self._epoll.poll(timeout_s, max(len(self._waiters), 1))
+        return self._epoll.poll(timeout_s, AT_ONCE)
 
     def ready(self, events: list[tuple[int, int]]) -> list[tuple[Task, Any]]:
         """The (task, value) pairs that these events wake, a task once."""

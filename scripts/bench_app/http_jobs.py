@@ -1,9 +1,10 @@
-"""HTTP: inline jobs that each send one GET to a server that answers after 100 ms. 5,000 are in flight, in one daemon.
+"""HTTP: inline jobs that each send one GET to a server that answers after 100 ms, in one daemon.
 
 The server is a process of its own (answering.py). All jobs wait in the queue when the daemon starts; `inline.max_concurrent` lets
-5,000 run, and whenever one ends another takes its place. The rate is that between the 5,000th end and the 5,000th last one, so
-that all were in flight then. RSS is the largest that was seen; lag is what `kqueue status` says in the middle: how long the turns
-of the loop take, of the last 512.
+5,000 run, and whenever one ends another takes its place. The server answers the first when all 5,000 are in flight, and says so:
+the RSS is the largest of that moment and of all the time after it. Then it answers each after 100 ms, so that how many are in
+flight is the rate times that, or more. The rate is taken from the end of the 5,000th job to the end of the last; the lag is what
+`kqueue status` says in the middle of that: the time that a turn of the loop takes, of the last 512.
 """
 
 from __future__ import annotations
@@ -28,33 +29,34 @@ def measure(bench: Bench) -> dict[str, float]:
     jobs = bench.pick(40_000, 15_000)
     room, url = bench.empty_queue()
     client = connect(url)
-    command = [sys.executable, str(HERE / "answering.py"), str(ANSWER_S)]
+    command = [sys.executable, str(HERE / "answering.py"), str(ANSWER_S), str(IN_FLIGHT)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
-    ) as server:  # fmt: skip
+    ) as server:
         assert server.stdout is not None
-        port = int(server.stdout.readline())
-        fill(web, jobs, f"http://127.0.0.1:{port}/")
+        fill(web, jobs, f"http://127.0.0.1:{int(server.stdout.readline())}/")
         expect_ready(client, jobs)
         with Kqueued(room, url, ["webbed"], inline=IN_FLIGHT) as daemon:
-            largest_mib, lag_ms = _watch(daemon, jobs)
+            if server.stdout.readline() != "all\n":
+                raise Failure("the server ended")
+            largest_mib, lag_ms = _watch(daemon, jobs, procfs.resident_mib(daemon.pid))
             daemon.finished(client, web=jobs)
             moments = marks.read(daemon.marks, "web")
         server.terminate()
-    return {"http": marks.rate(moments[IN_FLIGHT:-IN_FLIGHT]), "http_memory": largest_mib, "http_lag": lag_ms}
+    return {"http": marks.rate(moments[IN_FLIGHT:]), "http_memory": largest_mib, "http_lag": lag_ms}
 
 
-def _watch(daemon: Kqueued, jobs: int) -> tuple[float, float]:
-    """Until three quarters are done: the largest RSS, and the lag halfway."""
-    largest_mib, lag_ms, seen, deadline = 0.0, None, 0, time.monotonic() + PATIENCE_S
-    while (now_seen := marks.count(daemon.marks, "web")) < jobs * 3 // 4:
+def _watch(daemon: Kqueued, jobs: int, largest_mib: float) -> tuple[float, float]:
+    """Until nearly all are done: the largest RSS, and the lag halfway."""
+    lag_ms, seen, deadline = None, 0, time.monotonic() + PATIENCE_S
+    while (now_seen := marks.count(daemon.marks, "web")) < jobs * 9 // 10:
         if now_seen != seen:
             seen, deadline = now_seen, time.monotonic() + PATIENCE_S
         if time.monotonic() > deadline:
             raise Failure(f"only {seen} of {jobs} requests were answered")
         daemon.expect_running()
         largest_mib = max(largest_mib, procfs.resident_mib(daemon.pid))
-        if lag_ms is None and now_seen >= jobs // 2:
+        if lag_ms is None and now_seen >= (IN_FLIGHT + jobs) // 2:
             lag_ms = float(daemon.status()["loop"]["lag_ms_p99"])
         time.sleep(10 * LOOK_S)
     if lag_ms is None:

@@ -35,7 +35,7 @@ MAX_HEAD: Final = 65536  # bytes of the headers of a response
 
 
 class Connection:
-    """A stream to a server, and where the protocol on it stands. Its request closes it or gives it back; else its job's end does."""
+    """A stream to a server, and where the protocol on it stands. Its request closes it or gives it back, or its job's end."""
 
     __slots__ = ("__weakref__", "_pool", "idle_until", "key", "protocol", "stream", "uses")
 
@@ -127,7 +127,7 @@ class Pool:
     # -- taking -----------------------------------------------------------------------------------------------------
 
     def take(self, key: Key, deadline: float | None) -> Generator[Any, Any, Connection | None]:
-        """A connection to `key` that is idle, or None: a place for a new one, which is the caller's. TimeoutError at `deadline`."""
+        """An idle connection to `key`, or None: a place for a new one, which is the caller's. TimeoutError at `deadline`."""
         found = self._idle_one(key)
         if found is not None or self._place(key):
             return found

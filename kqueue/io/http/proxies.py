@@ -66,7 +66,7 @@ def proxy_url(text: str) -> URL:
 
 
 def _is_meant(rule: str, url: URL) -> bool:
-    """Whether a rule of NO_PROXY means this host: a name and what is below it, an address, a network, "*"; the port is optional."""
+    """Whether a rule of NO_PROXY means this host: a name and what is below it, an address, a network, "*"; maybe with a port."""
     if rule == "*":
         return True
     if "/" in rule:
