@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from .loop import Kernel, Task
+    from .poller import Poller
 
 READ: Final = 1  # the values of selectors.EVENT_READ and EVENT_WRITE
 WRITE: Final = 2
@@ -105,19 +106,30 @@ class wait_io(Trap):
     One task at a time may wait for a direction of an fd; a second one gets RuntimeError.
     """
 
-    __slots__ = ("events", "fd", "timeout_s")
+    __slots__ = ("_poller", "_task", "events", "fd", "timeout_s")
 
     def __init__(self, fd: int, events: int, timeout_s: float | None = None) -> None:
         self.fd = fd
         self.events = events
         self.timeout_s = timeout_s
+        self._poller: Poller
+        self._task: Task
 
     def arm(self, kernel: Kernel, task: Task) -> Any:
-        kernel.poller.add(self.fd, self.events, task, lambda ready: ready[self.fd])
-        task.undo = lambda: kernel.poller.remove(self.fd, task)
+        kernel.poller.add(self.fd, self.events, task, _of_one)
+        self._poller, self._task = kernel.poller, task
+        task.undo = self._undo  # closures would be 400 bytes for each that waits
         if self.timeout_s is not None:
             kernel.wake_at(task, kernel.clock.monotonic() + self.timeout_s, value=0)
         return PARKED
+
+
+    def _undo(self) -> None:
+        self._poller.remove(self.fd, self._task)
+
+
+def _of_one(ready: dict[int, int]) -> int:
+    return next(iter(ready.values()))
 
 
 class wait_any(Trap):

@@ -50,6 +50,16 @@ class Asked(TypedDict, total=False):
     allow_downgrade: bool  # follow one from https to http, too
 
 
+class _Follow:
+    """Which redirects are followed."""
+
+    __slots__ = ("allow_downgrade", "most")
+
+    def __init__(self, asked: Asked, most: int) -> None:
+        self.most = asked.get("redirects", most)
+        self.allow_downgrade = asked.get("allow_downgrade", False)
+
+
 class Client:
     """Requests with settings and connections of their own. A job's is closed when the job ends; others serve any number of jobs.
 
@@ -110,16 +120,27 @@ class Client:
         self, method: str, url: str, *, max_body: int | None = None, **asked: Unpack[Asked]
     ) -> Generator[Any, Any, Response]:
         """The whole response. `max_body`: bytes that its body may have, decoded; HTTPBodyTooLarge above."""
-        limit = self._max_body if max_body is None else max_body
-        streamed = yield from self._ask(method, url, limit, asked)
-        with streamed:
-            body = yield from streamed.whole(limit)
-        return streamed.with_body(body)
+        exchange = self._exchange(method, url, max_body, asked)
+        follow = _Follow(asked, self._redirects)
+        del asked, url  # thousands may wait from here on
+        response = StreamedResponse(exchange, *(yield from exchange.run(self._pool())))
+        if self._is_redirect(response, follow):
+            response = yield from self._follow(response, follow)
+        with response:
+            body = yield from response.whole(response.exchange.max_body)
+        return response.with_body(body)
 
     @operation
     def stream(self, method: str, url: str, **asked: Unpack[Asked]) -> Generator[Any, Any, StreamedResponse]:
         """The response as soon as its headers are there: `with (yield client.stream("GET", url)) as response:`."""
-        return (yield from self._ask(method, url, self._max_body, asked))
+        exchange = self._exchange(method, url, None, asked)
+        follow = _Follow(asked, self._redirects)
+        response = StreamedResponse(exchange, *(yield from exchange.run(self._pool())))
+        if self._is_redirect(response, follow):
+            response = yield from self._follow(response, follow)
+        if response.has_no_body:
+            yield from response.whole(0)
+        return response
 
     def close(self) -> None:
         """Close its connections; those that are in use, when their requests have ended. It serves no other request."""
@@ -133,38 +154,32 @@ class Client:
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    def _ask(self, method: str, text: str, max_body: int, asked: Asked) -> Generator[Any, Any, StreamedResponse]:
-        if self._is_closed:
-            raise UsageError("this HTTP client was closed: make another one, or one outside of jobs")
-        pool = self._pool()
-        exchange = self._exchange(method, text, max_body, asked)
-        follow = asked.get("redirects", self._redirects)
+    def _is_redirect(self, response: StreamedResponse, follow: _Follow) -> bool:
+        """Whether it is one to be followed. Its cookies are taken here, too."""
+        if self.cookies is not None:
+            self.cookies.learn(response.exchange.url, response.headers)
+        return response.status in _REDIRECTS and follow.most > 0 and "location" in response.headers
+
+    def _follow(self, response: StreamedResponse, follow: _Follow) -> Generator[Any, Any, StreamedResponse]:
+        """The response at the end of the redirects that begin with this one."""
         history: tuple[Response, ...] = ()
         while True:
-            connection, head = yield from exchange.run(pool)
-            response = StreamedResponse(exchange, connection, head, history)
-            try:
-                if self.cookies is not None:
-                    self.cookies.learn(exchange.url, response.headers)
-                if head.status_code not in _REDIRECTS or not follow or "location" not in response.headers:
-                    if response.has_no_body:
-                        yield from response.whole(0)
-                    return response
-                if len(history) >= follow:
+            with response:
+                if len(history) >= follow.most:
                     raise TooManyRedirects(
-                        f"{follow} redirects, and the last one is one again: see response.history of redirects=0",
-                        method=exchange.method, url=exchange.url.shown,
+                        f"it was redirected {follow.most} times, and is again; give redirects=0 to see where to",
+                        method=response.method, url=response.shown_url,
                     )  # fmt: skip
-                following = self._redirected(exchange, response, bool(asked.get("allow_downgrade")))
+                exchange = self._redirected(response.exchange, response, follow.allow_downgrade)
                 yield from _drain(response)
-            except BaseException:
-                response.close()
-                raise
-            response.close()
             history = (*history, response.with_body(b""))
-            exchange = following
+            response = StreamedResponse(exchange, *(yield from exchange.run(self._pool())), history)
+            if not self._is_redirect(response, follow):
+                return response
 
-    def _exchange(self, method: str, text: str, max_body: int, asked: Asked) -> Exchange:
+    def _exchange(self, method: str, text: str, max_body: int | None, asked: Asked) -> Exchange:
+        if self._is_closed:
+            raise UsageError("this HTTP client was closed: make another one, or one outside of jobs")
         url = self._url(text)
         method = method.upper()
         if not method or not _METHOD.issuperset(method) or method in ("CONNECT", "TRACE"):
@@ -184,7 +199,7 @@ class Client:
         headers = _with_body(headers, given, body, method)
         timeouts = timeouts_of(asked.get("timeout"), self._timeouts)
         ends_at = None if timeouts.total is None else now() + timeouts.total
-        return self._made(method, url, headers, body, timeouts, ends_at, max_body)
+        return self._made(method, url, headers, body, timeouts, ends_at, self._max_body if max_body is None else max_body)
 
     def _made(
         self, method: str, url: URL, headers: list[Pair], body: Body, timeouts: Timeouts, ends_at: float | None, max_body: int

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h11
 
+from ...kernel.traps import READ, wait_io
 from ..dialing import connect
 from ..errors import Closed, ConnectionLost, IOFailed, TimedOut
 from ..surroundings import left, now
@@ -26,6 +27,7 @@ from .urls import URL
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from ..streams import Stream
     from .headers import Pair
     from .timeouts import Timeouts
 
@@ -98,11 +100,24 @@ class Exchange:
     # -- doing it ---------------------------------------------------------------------------------------------------
 
     def run(self, pool: Pool) -> Generator[Any, Any, tuple[Connection, h11.Response]]:
-        """Send it; the connection, and the head of the response. The caller sees to the connection from then on."""
+        """Send it; the connection, and the head of the response. The caller sees to the connection from then on.
+
+        Here thousands wait at once, so it is one frame: each further one would be 300 bytes more of memory for each of them.
+        """
         while True:
             connection = yield from self._connection(pool)
+            stream, protocol = connection.stream, connection.protocol
             try:
-                return connection, (yield from self._attempt(connection))
+                unsent = yield from self._send(connection)
+                self._phase = "head"
+                until = self.until("head")
+                while not stream.buffered:
+                    if not (yield from wait_io(stream.fileno(), READ, left(until))):
+                        raise TimedOut("no response")
+                    if not stream.is_alive() and not stream.buffered:
+                        why = "broke" if stream.closed else "closed"
+                        raise unsent or _Died(f"{stream.peer} {why} the connection without a response")
+                return connection, (yield from self._receive_head(stream, protocol, until))
             except BaseException as error:
                 connection.close()
                 if isinstance(error, _Died) and connection.uses and self._may_repeat:
@@ -156,23 +171,16 @@ class Exchange:
             raise
         return stream
 
-    def _attempt(self, connection: Connection) -> Generator[Any, Any, h11.Response]:
-        self._phase = "write"
-        unsent = yield from self._send(connection)
-        self._phase = "head"
-        stream, protocol = connection.stream, connection.protocol
-        until, interim = self.until("head"), 0
-        is_fresh = True  # nothing of the response has come
+    def _receive_head(
+        self, stream: Stream, protocol: h11.Connection, until: float | None
+    ) -> Generator[Any, Any, h11.Response]:
+        interim = 0
         while True:
             event = protocol.next_event()
             if event is h11.NEED_DATA:
-                try:
-                    data = yield from stream.read(timeout=left(until))
-                except ConnectionLost as error:
-                    raise (unsent or _Died(str(error))) if is_fresh else error from None
-                if not data and is_fresh:
-                    raise unsent or _Died(f"{stream.peer} closed the connection without a response")
-                is_fresh = False
+                data = yield from stream.read(timeout=left(until))
+                if not data:
+                    raise ConnectionLost(f"{stream.peer} ended the connection in the middle of the response's headers")
                 protocol.receive_data(data)
             elif type(event) is h11.Response:
                 return event
@@ -184,6 +192,7 @@ class Exchange:
     def _send(self, connection: Connection) -> Generator[Any, Any, IOFailed | None]:
         """Send all of it. What is returned kept us from that: the server may say why."""
         stream, protocol, body = connection.stream, connection.protocol, self.body
+        self._phase = "write"
         head = protocol.send(self._head())
         assert head is not None
         self._was_sent = True

@@ -98,13 +98,13 @@ class Response(_Head):
 class StreamedResponse(_Head):
     """A response whose body is read while it comes. Closed by `with`, `close`, and the end of the job that asked for it."""
 
-    __slots__ = ("__weakref__", "_connection", "_decoder", "_exchange", "_head", "_is_complete", "_left")
+    __slots__ = ("__weakref__", "_connection", "_decoder", "_head", "_is_complete", "_left", "exchange")
 
     def __init__(
-        self, exchange: Exchange, connection: Connection, head: h11.Response, history: tuple[Response, ...]
+        self, exchange: Exchange, connection: Connection, head: h11.Response, history: tuple[Response, ...] = ()
     ) -> None:
         super().__init__(exchange, head, history)
-        self._exchange = exchange
+        self.exchange = exchange
         self._connection: Connection | None = connection  # None: all of the body has come, or it was closed
         self._head = head
         self._is_complete = False  # all of the body has come
@@ -121,13 +121,13 @@ class StreamedResponse(_Head):
         """
         if limit < 1:
             raise ValueError(f"read() takes at least 1 byte, not {limit}")
-        deadline = self._exchange.deadline(timeout)
+        deadline = self.exchange.deadline(timeout)
         return (yield from self._read(limit, deadline))
 
     @operation
     def read_all(self, max_body: int | None = None) -> Generator[Any, Any, bytes]:
         """What is left of the body. HTTPBodyTooLarge over `max_body` bytes (None: those of the client)."""
-        return (yield from self.whole(self._exchange.max_body if max_body is None else max_body))
+        return (yield from self.whole(self.exchange.max_body if max_body is None else max_body))
 
     def raise_for_status(self) -> StreamedResponse:
         """The response itself, or HTTPStatusError for 4xx and 5xx. What came of the body until now is not in that."""
@@ -163,7 +163,7 @@ class StreamedResponse(_Head):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def with_body(self, body: bytes) -> Response:
-        return Response(self._exchange, self._head, self.history, body)
+        return Response(self.exchange, self._head, self.history, body)
 
     @property
     def has_no_body(self) -> bool:
@@ -208,7 +208,7 @@ class StreamedResponse(_Head):
             if self._is_complete:
                 return b""
             raise Closed(f"the response of {self.method} {self.shown_url} was closed before its body had been read")
-        stream, protocol, exchange = connection.stream, connection.protocol, self._exchange
+        stream, protocol, exchange = connection.stream, connection.protocol, self.exchange
         is_at_end = False
         try:
             while True:
@@ -240,7 +240,7 @@ class StreamedResponse(_Head):
             raise
 
     def _cut(self, what: str) -> HTTPConnectionLost:
-        return HTTPConnectionLost(what, method=self.method, url=self.shown_url, retryable=self._exchange.is_idempotent)
+        return HTTPConnectionLost(what, method=self.method, url=self.shown_url, retryable=self.exchange.is_idempotent)
 
     def _garbage(self, what: str) -> HTTPProtocolError:
         return HTTPProtocolError(what, method=self.method, url=self.shown_url)
