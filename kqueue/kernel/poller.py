@@ -23,8 +23,9 @@ Answer = Callable[[dict[int, int]], Any]  # of {fd: ready events}, what the task
 
 
 class _Waiter(NamedTuple):
-    """One task that waits for one direction or both of one fd."""
+    """One task that waits for `events` of one fd."""
 
+    events: int
     task: Task
     answer: Answer
 
@@ -34,7 +35,7 @@ class Poller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._waiters: dict[int, dict[int, _Waiter]] = {}  # fd -> {READ and/or WRITE: waiter}
+        self._waiters: dict[int, tuple[_Waiter, ...]] = {}  # by fd; one, or one that reads and one that writes
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -45,32 +46,30 @@ class Poller:
             raise TypeError(f"a task waits for the number of an fd, not for {type(fd).__name__}: write .fileno()")
         if events not in (1, 2, 3):
             raise ValueError(f"a task waits for READ, WRITE or both, not for {events!r}")
-        waiter = _Waiter(task, answer)
-        new = {events: waiter} if events != 3 else {1: waiter, 2: waiter}
-        directions = self._waiters.get(fd)
-        if directions is None:
+        waiters = self._waiters.get(fd)
+        new = _Waiter(events, task, answer)
+        if waiters is None:
             self._register(fd, events)
-            self._waiters[fd] = new
+            self._waiters[fd] = (new,)
             return
-        for bit in new:
-            if bit in directions:
+        for waiter in waiters:
+            if waiter.events & events:
                 raise RuntimeError(
-                    f"fd {fd} is already waited for by task {directions[bit].task.name!r}; "
-                    "only one task may read, and one write, an fd"
+                    f"fd {fd} is already waited for by task {waiter.task.name!r}; only one task may read, and one write, an fd"
                 )
-        self._modify(fd, events | sum(directions))
-        self._waiters[fd] = {**directions, **new}
+        self._modify(fd, events | sum(waiter.events for waiter in waiters))
+        self._waiters[fd] = (*waiters, new)
 
     def remove(self, fd: int, task: Task) -> None:
         """End what `task` waits for of `fd`, if anything. The fd may have been closed meanwhile."""
-        directions = self._waiters.pop(fd, None)
-        if directions is None:
+        waiters = self._waiters.pop(fd, None)
+        if waiters is None:
             return
-        left = {bit: waiter for bit, waiter in directions.items() if waiter.task is not task}
+        left = tuple(waiter for waiter in waiters if waiter.task is not task)
         try:
             if left:
                 self._waiters[fd] = left
-                self._modify(fd, sum(left))
+                self._modify(fd, sum(waiter.events for waiter in left))
             else:
                 self._epoll.unregister(fd)
         except (OSError, ValueError):  # ValueError: this poller itself was closed
@@ -78,7 +77,7 @@ class Poller:
 
     def waiting(self, fd: int) -> list[Task]:
         """Who waits for `fd`: to be woken by who closes it, since epoll tells nobody."""
-        return [waiter.task for waiter in self._waiters.get(fd, {}).values()]
+        return [waiter.task for waiter in self._waiters.get(fd, ())]
 
     def _register(self, fd: int, events: int) -> None:
         try:
@@ -103,10 +102,11 @@ class Poller:
         found: dict[Task, tuple[Answer, dict[int, int]]] = {}
         for fd, mask in events:
             ready = (1 if mask & _NOT_WRITE else 0) | (2 if mask & _NOT_READ else 0)  # an error wakes who waits for either
-            for bit, waiter in self._waiters.get(fd, {}).items():
-                if ready & bit:
+            for waiter in self._waiters.get(fd, ()):
+                bits = ready & waiter.events
+                if bits:
                     fds = found.setdefault(waiter.task, (waiter.answer, {}))[1]
-                    fds[fd] = fds.get(fd, 0) | bit
+                    fds[fd] = fds.get(fd, 0) | bits
         return [(task, answer(fds)) for task, (answer, fds) in found.items()]
 
     def close(self) -> None:

@@ -205,12 +205,10 @@ class Client:
         self, method: str, url: URL, headers: list[Pair], body: Body, timeouts: Timeouts, ends_at: float | None, max_body: int
     ) -> Exchange:
         """With what depends on where it goes."""
-        own = next((pair for pair in headers if pair[0] == b"host"), None)
-        headers = [own or (b"host", url.authority.encode()), *(pair for pair in headers if pair is not own)]
         if self.cookies is not None and not any(name == b"cookie" for name, _ in headers):
             cookie = self.cookies.header_for(url)
             if cookie:
-                headers.append((b"cookie", cookie))
+                headers = [*headers, (b"cookie", cookie)]
         if self._proxies is None:
             self._proxies = from_environment()
         tls = self._context() if url.scheme == "https" else False

@@ -241,7 +241,9 @@ class Exchange:
 
     def _head(self) -> h11.Request:
         url, target = self.url, self.url.target
-        headers = self.headers
+        headers = self.headers  # most often those of the client, which all of its requests share
+        if not any(name == b"host" for name, _ in headers):
+            headers = [(b"host", url.authority.encode()), *headers]
         if self.proxy is not None and url.scheme == "http":
             target = f"http://{url.authority}{target}"
             if self.proxy.user:

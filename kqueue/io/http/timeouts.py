@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from ...errors import UsageError
@@ -19,9 +20,6 @@ class Timeouts(NamedTuple):
     total: float | None = None  # all of that, redirects and the body too
 
 
-_ONLY_TOTAL = Timeouts(write=None, head=None, read=None)
-
-
 def timeouts_of(value: float | Timeouts | None, default: Timeouts) -> Timeouts:
     """A number is the total: how the phases divide it among them is their business."""
     if value is None:
@@ -30,4 +28,10 @@ def timeouts_of(value: float | Timeouts | None, default: Timeouts) -> Timeouts:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise UsageError(f"timeout= takes seconds, or io.http.Timeouts(...) for each phase, not {value!r}")
-    return _ONLY_TOTAL._replace(total=float(value))
+    return _only_total(float(value))
+
+
+@lru_cache(maxsize=64)
+def _only_total(seconds: float) -> Timeouts:
+    """One for all requests that have the same."""
+    return Timeouts(write=None, head=None, read=None, total=seconds)
