@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 from urllib.parse import urljoin
 
@@ -145,9 +146,8 @@ class Client:
     def close(self) -> None:
         """Close its connections; those that are in use, when their requests have ended. It serves no other request."""
         self._is_closed = True
-        pool = pools().pop(self, None)
-        if pool is not None:
-            pool.close()
+        with suppress(UsageError):  # outside of any loop it has no connections
+            pools().end(self)
         job = current_or_none()
         if job is not None:
             job.forget(self)
@@ -242,11 +242,7 @@ class Client:
         return parse(text if "://" in text else urljoin(str(self._base), text))
 
     def _pool(self) -> Pool:
-        known = pools()
-        pool = known.get(self)
-        if pool is None:
-            pool = known[self] = Pool(*self._limits)
-        return pool
+        return pools().of(self, lambda: Pool(*self._limits))
 
     def _context(self) -> bool | ssl.SSLContext:
         if self._tls is None:

@@ -11,10 +11,10 @@ Rule 4. A connection is used by one request. Only where that has ended as it sho
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import h11
 
@@ -266,20 +266,38 @@ class Pool:
             self._is_reaping = False
 
 
-class _Pools:
-    """Those of one loop, by client. A client that nobody has any more has none."""
+class Pools:
+    """Those of one loop, by client. That of a client which nobody has any more is closed."""
 
     def __init__(self) -> None:
-        self.of: WeakKeyDictionary[Client, Pool] = WeakKeyDictionary()
+        self._of: dict[ref[Client], Pool] = {}
         gate().spare.append(self.close_an_idle_one)
 
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(tuple(self._of.values()))
+
+    def of(self, client: Client, make: Callable[[], Pool]) -> Pool:
+        pool = self._of.get(ref(client))
+        if pool is None:
+            pool = self._of[ref(client, self._gone)] = make()
+        return pool
+
+    def end(self, client: Client) -> None:
+        self._gone(ref(client))
+
     def close_an_idle_one(self) -> bool:
-        return any(pool.close_an_idle_one() for pool in list(self.of.values()))
+        return any(pool.close_an_idle_one() for pool in self)
 
     def close(self) -> None:
-        for pool in list(self.of.values()):
+        for pool in self:
+            pool.close()
+
+    def _gone(self, client: ref[Client]) -> None:
+        pool = self._of.pop(client, None)
+        if pool is not None:
             pool.close()
 
 
-def pools() -> WeakKeyDictionary[Client, Pool]:
-    return local(_Pools).of
+def pools() -> Pools:
+    """Those of this loop."""
+    return local(Pools)
