@@ -69,6 +69,11 @@ class Stream:
         """Bytes that were received and not read."""
         return len(self._buffer)
 
+    @property
+    def ended(self) -> bool:
+        """The other side has said that it sends no more. What is `buffered` can still be read."""
+        return self._ended
+
     def fileno(self) -> int:
         """The fd. Raises Closed."""
         self._open()
@@ -166,6 +171,25 @@ class Stream:
                 return data
             self._ended = True
         return b""
+
+    def receive_now(self) -> int:
+        """Receive once, without waiting, into what is `buffered`; for who has waited for the fd himself. Raises ConnectionLost.
+
+        Returns what to wait for before the next try; 0: something came, or the end did (`ended`).
+        """
+        try:
+            data = self._open().recv(RECEIVE)
+        except self._blocked as error:
+            return self._events(error, READ)
+        except OSError as error:
+            lost = self._lost(error)
+            if lost is not None:
+                self._break()
+                raise lost from None
+            data = b""
+        self._ended = not data
+        self._buffer += data
+        return 0
 
     # What is different over TLS.
 

@@ -24,7 +24,7 @@ from tests.io.conftest import _crashed, open_fds
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
-    """At its end no connection may be in use, no request may wait, and no fd be left. Proxies of who runs the tests are not used."""
+    """At its end no connection may be in use, no request may wait, and no fd be left. No proxies are used."""
     before = open_fds()
     kernel = Kernel()
     kernel.on_crash = _crashed
@@ -116,7 +116,8 @@ class _Visitor(BaseHTTPRequestHandler):
         kind = query.get("kind", "gzip")
         raw = zlib.compressobj(wbits=-15)
         packed = {
-            "gzip": gzip.compress(data), "deflate": zlib.compress(data), "two": gzip.compress(data[:3500]) + gzip.compress(data[3500:]),
+            "gzip": gzip.compress(data), "deflate": zlib.compress(data),
+            "two": gzip.compress(data[:3500]) + gzip.compress(data[3500:]),
             "raw": raw.compress(data) + raw.flush(), "cut": gzip.compress(data)[:-9], "lie": b"this is not packed at all",
             "none": b"", "br": b"as it is",
         }[kind]  # fmt: skip

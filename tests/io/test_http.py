@@ -49,8 +49,8 @@ def test_what_is_sent(kernel: Kernel, site: Site) -> None:
         assert told["target"] == "/echo/a%20b/%C3%BC?x=1&y=2&y=3&z=%C3%A4%26"
         headers = dict(map(tuple, told["headers"]))
         assert headers == {
-            "host": site.url.partition("//")[2], "user-agent": f"kqueue/{__version__}", "accept": "*/*", "accept-encoding": "gzip, deflate",
-            "x-own": "1",
+            "host": site.url.partition("//")[2], "user-agent": f"kqueue/{__version__}", "accept": "*/*",
+            "accept-encoding": "gzip, deflate", "x-own": "1",
         }  # fmt: skip
         assert response.headers["X-TWICE"] == "a, b"
         assert response.headers.get_all("x-twice") == ["a", "b"]
@@ -294,8 +294,8 @@ def test_redirects_that_are_not_followed(kernel: Kernel, site: Site) -> None:
             yield http.get(f"{site.url}/loop")
         assert len(site.asked) == 11
         assert (yield http.get(f"{site.url}/loop", redirects=0)).status == 302
-        for where, words in (("ftp://x/", "leads nowhere"), ("http://h:77777/", "leads nowhere"), ("http://a b/", "leads nowhere")):
-            with pytest.raises(http.RedirectRefused, match=words):
+        for where in ("ftp://x/", "http://h:77777/", "http://a b/"):
+            with pytest.raises(http.RedirectRefused, match="leads nowhere"):
                 yield http.get(f"{site.url}/to", params={"url": where})
         with pytest.raises(http.RedirectRefused, match="read once only"):
             yield http.post(f"{site.url}/to", params={"url": "/echo", "code": 307}, body=pieces())
@@ -343,7 +343,8 @@ def test_statuses_are_errors_when_asked_for(kernel: Kernel, site: Site) -> None:
             (500, "GET", True, "may work later"), (500, "POST", False, r"error\.response\.text"), (429, "POST", True, "later"),
         ):  # fmt: skip
             response = yield http.request(method, f"{site.url}/status?code={code}&after=7")
-            with pytest.raises(http.HTTPStatusError, match=rf"^{method} http://127.0.0.1:\d+/status\?…: answered {code} .*{words}") as error:
+            expected = rf"^{method} http://127.0.0.1:\d+/status\?…: answered {code} .*{words}"
+            with pytest.raises(http.HTTPStatusError, match=expected) as error:
                 response.raise_for_status()
             assert (error.value.retryable, error.value.retry_after_s) == (retryable, 7.0)
             assert error.value.response.text == "as you wish"
@@ -360,7 +361,8 @@ def test_cookies_are_kept_only_when_asked_for(kernel: Kernel, site: Site) -> Non
         return str(dict(map(tuple, response.json()["headers"])).get("cookie", ""))
 
     def job() -> Any:
-        lines = "a=1; Path=/|b=2; Path=/echo|c=3; Secure|d=4; Domain=example.org|e=5; Max-Age=0|f|=g|h=8; Expires=Wed, 21 Oct 2015 07:28:00 GMT"
+        lines = "a=1; Path=/|b=2; Path=/echo|c=3; Secure|d=4; Domain=example.org|e=5; Max-Age=0|f|=g"
+        lines += "|h=8; Expires=Wed, 21 Oct 2015 07:28:00 GMT"
         client = http.Client(cookies=True, base_url=site.url, proxy="")
         for asking in (http, client):
             yield asking.get(f"{site.url}/set", params={"cookies": lines})

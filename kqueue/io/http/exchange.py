@@ -111,12 +111,16 @@ class Exchange:
                 unsent = yield from self._send(connection)
                 self._phase = "head"
                 until = self.until("head")
+                events = READ
                 while not stream.buffered:
-                    if not (yield from wait_io(stream.fileno(), READ, left(until))):
+                    if not (yield from wait_io(stream.fileno(), events, left(until))):
                         raise TimedOut("no response")
-                    if not stream.is_alive() and not stream.buffered:
-                        why = "broke" if stream.closed else "closed"
-                        raise unsent or _Died(f"{stream.peer} {why} the connection without a response")
+                    try:
+                        events = stream.receive_now() or READ
+                    except ConnectionLost as error:
+                        raise unsent or _Died(str(error)) from None
+                    if stream.ended:
+                        raise unsent or _Died(f"{stream.peer} closed the connection without a response")
                 return connection, (yield from self._receive_head(stream, protocol, until))
             except BaseException as error:
                 connection.close()
@@ -212,10 +216,6 @@ class Exchange:
                 yield from self._send_pieces(connection)
         except ConnectionLost as error:
             return _Died(str(error))
-        except TimedOut as error:
-            if not stream.closed and stream.is_alive() and stream.buffered:
-                return error
-            raise
         return None
 
     def _send_pieces(self, connection: Connection) -> Generator[Any, Any, None]:
