@@ -64,6 +64,7 @@ class _Visitor(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
+        """By what is in `pages`, or by the method page_… that the path begins with."""
         self.server.asked.append((self.command, self.path, self.headers.items()))
         size = self.headers.get("Content-Length")
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -71,6 +72,9 @@ class _Visitor(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(int(size)) if size else b""
         parts = urlsplit(self.path)
+        known = self.server.pages.get(parts.path)
+        if known is not None:
+            return self.send(*known)
         page = getattr(self, f"page_{parts.path.strip('/').partition('/')[0] or 'echo'}")
         page(body, {key: values[-1] for key, values in parse_qs(parts.query).items()})
 
@@ -151,6 +155,7 @@ class Site(ThreadingHTTPServer):
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Visitor)
         self.connections = 0
+        self.pages: dict[str, tuple[int, bytes]] = {}  # by path
         self.asked: list[tuple[str, str, Any]] = []
         self._context = context
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kqueue import io
+from kqueue import Retry, io
 from kqueue.io import errors
 from kqueue.kernel import Kernel
 from kqueue.registry import registry
 from tests.io.conftest import Server
+from tests.io.http_world import Site, kernel, site
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
+__all__ = ["kernel", "site"]  # fixtures
+
 Serve = Callable[..., Server]
 
 
@@ -42,6 +46,30 @@ def test_the_example_of_streams(kernel: Kernel, serve: Serve, monkeypatch: pytes
 def test_the_example_of_structure(kernel: Kernel, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     check = example("structure.md", "check", monkeypatch)
     assert kernel.run(check(["127.0.0.1"] * 30, serve(answers).port)) == ["200 fine"] * 30
+
+
+def test_the_example_of_http(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    convert = example("http.md", "convert", monkeypatch)
+    site.pages["/rates"] = (200, b'{"USD": 1.25}')
+    assert kernel.run(convert(10, f"{site.url}/rates")) == 12.5
+    assert site.asked[-1][1] == "/rates?base=EUR"
+    with pytest.raises(Retry) as again:
+        kernel.run(convert(10, f"{site.url}/status?code=503&after=7"))
+    assert again.value.delay_s == 7
+    with pytest.raises(io.http.HTTPStatusError):
+        kernel.run(convert(10, f"{site.url}/status?code=404"))
+
+
+def test_every_error_of_http_is_in_its_table() -> None:
+    told = re.findall(r"^\| `io\.http\.(HTTP\w+|\w+Failed|Invalid\w+|\w*Redirect\w*)` \|", (DOCS / "io/http.md").read_text(), re.MULTILINE)
+    there = [name for name, value in vars(io.http).items() if isinstance(value, type) and issubclass(value, io.http.HTTPFailed)]
+    assert sorted(told) == sorted(there)
+    for name in io.http.__all__:
+        assert getattr(io.http, name)
+    settings = re.findall(r"(\w+)=", re.search(r"`Client\(base_url=.*?\)`", (DOCS / "io/http.md").read_text(), re.DOTALL)[0])  # type: ignore[index]
+    assert sorted(settings) == sorted(signature(io.http.Client).parameters)
+    defaults = ", ".join(f"{name}={value:g}" if value else f"{name}=None" for name, value in io.http.Timeouts()._asdict().items())
+    assert f"`Timeouts({defaults})`" in (DOCS / "io/http.md").read_text().replace("\n", " ")
 
 
 def test_every_error_is_in_the_table() -> None:

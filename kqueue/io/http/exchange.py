@@ -85,15 +85,14 @@ class Exchange:
     def late(self, phase: str, deadline: float | None = None, why: str = "") -> HTTPTimeout:
         """What to raise when that was up."""
         words = f"{why or _PHASES[phase]} in time"
-        moment = now()
-        if self.ends_at is not None and moment >= self.ends_at:
-            phase, seconds = "total", self.timeouts.total
-            words += f", and the {seconds:g} s of its timeout are over"
-        elif deadline is not None and moment >= deadline:
+        moment, own = now(), getattr(self.timeouts, phase)
+        if self.ends_at is not None and (moment >= self.ends_at or own is deadline is None):
+            phase = "total"
+            words += f", and the {self.timeouts.total:g} s of its timeout are over"
+        elif deadline is not None and (moment >= deadline or own is None):
             words += ", which read(timeout=) gave it"
         else:
-            seconds = getattr(self.timeouts, phase)
-            words += f" ({seconds:g} s: the {phase!r} of its timeouts)"
+            words += f" ({own:g} s: the {phase!r} of its timeouts)"
         harmless = self.is_idempotent or not self._was_sent
         return HTTPTimeout(words, phase=phase, method=self.method, url=self.url.shown, retryable=harmless)
 
