@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kqueue.config import QueueSpec
-from kqueue.intake import BATCH, MAX_CREDIT, Intake, RateWindow
+from kqueue.intake import BATCH, MAX_CREDIT, SMALLEST_BATCH, STARTING_S, Intake, RateWindow
 
 ENDLESS = 10**9
 
@@ -431,6 +431,28 @@ def test_the_soonest_of_all_rates_is_waited_for() -> None:
     assert shop.intake.opens_in_s() == 30
     shop.now = 60
     assert shop.intake.opens_in_s() == 20
+
+
+def test_fewer_are_asked_for_at_once_while_their_starts_are_long() -> None:
+    shop = Shop([QueueSpec("q")], {"q": {"inline": ENDLESS}})
+
+    def asked() -> int:
+        ask = shop.intake.ask("q", False)
+        assert ask is not None
+        return ask.wants["inline"]
+
+    assert asked() == BATCH
+    for _ in range(10):
+        shop.intake.starts_took(STARTING_S * 4, BATCH)
+    assert BATCH // 5 <= asked() <= BATCH // 3, "a quarter of them takes as long as all should"
+    for _ in range(10):
+        shop.intake.starts_took(5.0, 3)
+    assert asked() == SMALLEST_BATCH
+    shop.intake.starts_took(0.0, 0)
+    assert asked() == SMALLEST_BATCH, "none says nothing"
+    for _ in range(20):
+        shop.intake.starts_took(0.0, 1)
+    assert BATCH - 1 <= asked() <= BATCH
 
 
 # -- economy -------------------------------------------------------------------------------------------------------------------

@@ -61,15 +61,16 @@ def test_the_example_of_http(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, si
 
 
 def test_every_error_of_http_is_in_its_table() -> None:
-    told = re.findall(r"^\| `io\.http\.(HTTP\w+|\w+Failed|Invalid\w+|\w*Redirect\w*)` \|", (DOCS / "io/http.md").read_text(), re.MULTILINE)
+    page = (DOCS / "io/http.md").read_text()
+    told = re.findall(r"^\| `io\.http\.(HTTP\w+|\w+Failed|Invalid\w+|\w*Redirect\w*)` \|", page, re.MULTILINE)
     there = [name for name, value in vars(io.http).items() if isinstance(value, type) and issubclass(value, io.http.HTTPFailed)]
     assert sorted(told) == sorted(there)
     for name in io.http.__all__:
         assert getattr(io.http, name)
-    settings = re.findall(r"(\w+)=", re.search(r"`Client\(base_url=.*?\)`", (DOCS / "io/http.md").read_text(), re.DOTALL)[0])  # type: ignore[index]
+    settings = re.findall(r"(\w+)=", re.search(r"`Client\(base_url=.*?\)`", page, re.DOTALL)[0])  # type: ignore[index]
     assert sorted(settings) == sorted(signature(io.http.Client).parameters)
     defaults = ", ".join(f"{name}={value:g}" if value else f"{name}=None" for name, value in io.http.Timeouts()._asdict().items())
-    assert f"`Timeouts({defaults})`" in (DOCS / "io/http.md").read_text().replace("\n", " ")
+    assert f"`Timeouts({defaults})`" in page.replace("\n", " ")
 
 
 def test_every_error_is_in_the_table() -> None:

@@ -15,9 +15,9 @@ import pytest
 
 from kqueue import __version__, io
 from kqueue.context import enter
-from kqueue.errors import UsageError
+from kqueue.errors import JobTimedOut, UsageError
 from kqueue.io import http
-from kqueue.kernel import Kernel, sleep
+from kqueue.kernel import Kernel, join, sleep
 from tests.io.conftest import a_job, open_fds
 from tests.io.http_world import Site, expect_fds, kernel, pool_counts, site
 
@@ -455,6 +455,64 @@ def test_a_client_ends_with_its_job(kernel: Kernel, site: Site) -> None:
     kernel.run(job())
     expect_fds(before)
     assert pool_counts(kernel) == []
+
+
+def test_the_module_may_be_loaded_by_a_job(site: Site) -> None:
+    program = f"""
+from kqueue.context import enter
+from kqueue.kernel import Kernel
+from kqueue import io
+from tests.io.conftest import a_job
+def job():
+    context = a_job()
+    enter(context)
+    assert (yield io.http.get({site.url!r})).status == 200
+    context.close_all()
+kernel = Kernel()
+kernel.run(job())
+kernel.run(job())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert site.connections == 1
+
+
+def test_the_longest_waiting_is_first_wherever_he_wants_to(
+    kernel: Kernel, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one connection for all, a server that is asked all the time does not keep another one's requests waiting."""
+    monkeypatch.setattr("kqueue.io.http.pool.HEAD_START_S", 0)
+    other = Site()
+    client = http.Client(max_connections=1, proxy="")
+    served: list[str] = []
+
+    def one(url: str, name: str) -> Any:
+        yield client.get(url)
+        served.append(name)
+
+    def job() -> Any:
+        wanted = [(site.url, "a1"), (site.url, "a2"), (other.url, "b1"), (site.url, "a3"), (other.url, "b2"), (site.url, "a4")]
+        yield io.gather(*(one(url, name) for url, name in wanted))
+
+    try:
+        kernel.run(job())
+    finally:
+        other.stop()
+    assert served == ["a1", "a2", "b1", "a3", "b2", "a4"]
+
+
+def test_who_waits_for_a_connection_until_his_job_is_over_is_told(kernel: Kernel, site: Site) -> None:
+    client = http.Client(max_per_host=1, proxy="")
+
+    def holds() -> Any:
+        with (yield client.stream("GET", f"{site.url}/bytes?count=1000000")):
+            task = kernel.spawn(client.get(site.url).__await__())
+            task.on_end = lambda ended: None
+            yield sleep(0)
+            kernel.cancel(task, JobTimedOut("it ran longer than its timeout of 1 s"))
+            with pytest.raises(JobTimedOut, match=r"of 1 s; it waited for a connection to 127.0.0.1:\d+: 1 connections to it"):
+                yield join(task)
+
+    kernel.run(holds())
 
 
 def test_no_fd_is_left_over_by_many_requests(kernel: Kernel, site: Site) -> None:

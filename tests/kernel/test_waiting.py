@@ -28,8 +28,39 @@ from kqueue.kernel import (
     wait_io,
     wait_process,
 )
+from kqueue.kernel.poller import AT_ONCE
 
 from .conftest import HOUR, Pair, Stop, ending, fill, joining, later, now, open_fds, turns
+
+# -- many at once ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_serves_some_of_those_who_are_ready_and_the_next_one_others() -> None:
+    """However many have something to read, others have their turn in between, and nobody is forgotten."""
+    kernel = Kernel()
+    pairs = [socket.socketpair() for _ in range(4 * AT_ONCE)]
+    woken: list[int] = []
+
+    def reader(ours: socket.socket) -> Any:
+        for _ in range(3):
+            yield wait_io(ours.fileno(), READ)
+            ours.recv(1)
+            woken.append(ours.fileno())
+
+    for ours, theirs in pairs:
+        theirs.send(b"123")
+        kernel.spawn(reader(ours))
+    kernel.turn()  # they begin to wait
+    for turn in range(1, 13):
+        kernel.turn()
+        assert len(woken) == turn * AT_ONCE
+    assert sorted(woken) == sorted(3 * [ours.fileno() for ours, _ in pairs])
+    assert {len(set(woken[at : at + 4 * AT_ONCE])) for at in range(0, 12 * AT_ONCE, 4 * AT_ONCE)} == {4 * AT_ONCE}, "in turn"
+    kernel.close()
+    for pair in pairs:
+        for each in pair:
+            each.close()
+
 
 # -- wait_io ----------------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 _shared = Client()
+_shared.disown()  # this may be loaded by the first job that needs it, and serves the others, too
 
 request = _shared.request
 stream = _shared.stream

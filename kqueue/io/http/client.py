@@ -148,6 +148,10 @@ class Client:
         self._is_closed = True
         with suppress(UsageError):  # outside of any loop it has no connections
             pools().end(self)
+        self.disown()
+
+    def disown(self) -> None:
+        """Leave it open when the job ends that made it."""
         job = current_or_none()
         if job is not None:
             job.forget(self)

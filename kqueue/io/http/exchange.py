@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h11
 
+from ...errors import JobTimedOut
 from ...kernel.traps import READ, wait_io
 from ..dialing import connect
 from ..errors import Closed, ConnectionLost, IOFailed, TimedOut
@@ -141,6 +142,9 @@ class Exchange:
             found = yield from pool.take(key, self.until("pool"))
         except TimeoutError:
             raise self.late("pool", why=f"no connection was free ({pool.limit_met(key)})") from None
+        except JobTimedOut as error:  # the job's own time: then it is told what it waited for
+            error.args = (f"{error}; it waited for a connection to {url.authority}: {pool.limit_met(key)}",)
+            raise
         if found is not None:
             return found
         try:
@@ -207,7 +211,7 @@ class Exchange:
                     else:
                         yield from stream.write(head, timeout=left(self.until("write")))
                         head = body.data  # type: ignore[assignment]  # a memoryview will do
-                    protocol.send(h11.Data(data=body.data))  # type: ignore[arg-type]
+                    protocol.send_with_data_passthrough(h11.Data(data=body.data))  # type: ignore[arg-type]
                 protocol.send(h11.EndOfMessage())
                 yield from stream.write(head, timeout=left(self.until("write")))
             else:

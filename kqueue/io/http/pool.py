@@ -2,7 +2,7 @@
 
 Rule 1. A place is taken before there is a connection, and given back when that is closed; an idle connection has one, too.
 Rule 2. Who finds no place waits, the longest waiting first. What becomes free goes to him at once: a connection to where he
-        wants, or a place.
+        wants, or a place. He may be passed by whoever can use a connection as it is, by HEAD_START_S at most.
 Rule 3. An idle connection is closed when its time is up, when its place is wanted for another server, and when a job finds no
         file descriptor. It never keeps anybody waiting.
 Rule 4. A connection is used by one request. Only where that has ended as it should does it come back.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Key = tuple[Any, ...]  # scheme, host, port, and the proxy in between
 
 MAX_HEAD: Final = 65536  # bytes of the headers of a response
+HEAD_START_S: Final = 0.1  # of who can use a connection as it is, before those for whom it has to be closed
 
 
 class Connection:
@@ -108,7 +109,7 @@ class Pool:
         self._places: dict[Key, int] = {}  # that are taken
         self._taken = 0  # all of these
         self._idle: dict[Key, deque[Connection]] = {}  # who came last at the right
-        self._waiting: dict[Key, dict[Signal, None]] = {}  # who waits for a place, or for a connection
+        self._waiting: dict[Key, dict[Signal, float]] = {}  # who waits for a place or a connection, since when
         self._is_reaping = False
         self._is_closed = False
 
@@ -132,7 +133,7 @@ class Pool:
         if found is not None or self._place(key):
             return found
         signal = Signal()
-        self._waiting.setdefault(key, {})[signal] = None
+        self._waiting.setdefault(key, {})[signal] = now()
         try:
             yield from signal.within(left(deadline))
         except BaseException:
@@ -190,11 +191,8 @@ class Pool:
     def take_back(self, connection: Connection) -> None:
         """It is idle."""
         key = connection.key
-        waiting = self._waiting.get(key)
-        if waiting:
-            signal = next(iter(waiting))
-            self._forget(key, signal)
-            signal.set(connection)
+        if key in self._waiting and self._longest_waiting(key) == key:
+            self._next_of(key).set(connection)
         elif self._is_closed or self._waiting or gate().waiting:
             connection.close()
         else:
@@ -210,14 +208,28 @@ class Pool:
         else:
             del self._places[key]
         self._taken -= 1
-        for other, waiting in self._waiting.items():
-            if self._places.get(other, 0) < self._max_per_host and self._taken < self._max_connections:
-                signal = next(iter(waiting))
-                self._forget(other, signal)
-                self._places[other] = self._places.get(other, 0) + 1
-                self._taken += 1
-                signal.set(None)
-                return
+        following = self._longest_waiting() if self._waiting else None
+        if following is not None and self._taken < self._max_connections:
+            self._places[following] = self._places.get(following, 0) + 1
+            self._taken += 1
+            self._next_of(following).set(None)
+
+    def _longest_waiting(self, favoured: Key | None = None) -> Key | None:
+        """To where the request goes that has waited longest, of those to servers that may have a connection more.
+
+        To `favoured` there is one already, which spares us another: so it counts, and HEAD_START_S more than it has waited.
+        """
+        found = [key for key in self._waiting if key == favoured or self._places.get(key, 0) < self._max_per_host]
+
+        def since(key: Key) -> float:
+            return next(iter(self._waiting[key].values())) - (HEAD_START_S if key == favoured else 0)
+
+        return min(found, key=since, default=None)
+
+    def _next_of(self, key: Key) -> Signal:
+        signal = next(iter(self._waiting[key]))
+        self._forget(key, signal)
+        return signal
 
     # -- ending -----------------------------------------------------------------------------------------------------
 
