@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .headers import Pair
     from .timeouts import Timeouts
 
+MAX_HEAD: Final = 65536  # bytes of the headers of a response
 MAX_INTERIM: Final = 100  # responses of 1xx before the one that counts
 _SMALL: Final = 65536  # bytes of a body that are sent together with the head
 _PHASES: Final = {
@@ -106,9 +107,10 @@ class Exchange:
         """
         while True:
             connection = yield from self._connection(pool)
-            stream, protocol = connection.stream, connection.protocol
+            stream = connection.stream
             try:
                 unsent = yield from self._send(connection)
+                connection.is_last = unsent is not None
                 self._phase = "head"
                 until = self.until("head")
                 events = READ
@@ -121,7 +123,10 @@ class Exchange:
                         raise unsent or _Died(str(error)) from None
                     if stream.ended:
                         raise unsent or _Died(f"{stream.peer} closed the connection without a response")
-                return connection, (yield from self._receive_head(stream, protocol, until))
+                if connection.protocol is None:
+                    connection.protocol = _protocol()
+                    self._begin(connection.protocol)
+                return connection, (yield from self._receive_head(stream, connection.protocol, until))
             except BaseException as error:
                 connection.close()
                 if isinstance(error, _Died) and connection.uses and self._may_repeat:
@@ -198,30 +203,38 @@ class Exchange:
 
     def _send(self, connection: Connection) -> Generator[Any, Any, IOFailed | None]:
         """Send all of it. What is returned kept us from that: the server may say why."""
-        stream, protocol, body = connection.stream, connection.protocol, self.body
+        stream, data = connection.stream, self.body.data
         self._phase = "write"
-        head = protocol.send(self._head())
-        assert head is not None
+        protocol = _protocol()
+        head = self._begin(protocol)
+        if 0 < len(data) <= _SMALL:
+            head += bytes(data)
         self._was_sent = True
         try:
-            if body.pieces is None:
-                if len(body.data):
-                    if len(body.data) <= _SMALL:
-                        head += bytes(body.data)
-                    else:
-                        yield from stream.write(head, timeout=left(self.until("write")))
-                        head = body.data  # type: ignore[assignment]  # a memoryview will do
-                    protocol.send_with_data_passthrough(h11.Data(data=body.data))  # type: ignore[arg-type]
-                protocol.send(h11.EndOfMessage())
-                yield from stream.write(head, timeout=left(self.until("write")))
-            else:
-                yield from stream.write(head, timeout=left(self.until("write")))
-                yield from self._send_pieces(connection)
+            yield from stream.write(head, timeout=left(self.until("write")))
+            if len(data) > _SMALL:
+                yield from stream.write(data, timeout=left(self.until("write")))
+            if self.body.pieces is not None:
+                connection.protocol = protocol  # it has counted what was sent
+                yield from self._send_pieces(stream, protocol)
         except ConnectionLost as error:
             return _Died(str(error))
         return None
 
-    def _send_pieces(self, connection: Connection) -> Generator[Any, Any, None]:
+    def _begin(self, protocol: h11.Connection) -> bytes:
+        """Let `protocol` know what is sent; the head of it, as bytes.
+
+        Done once to send it, and once more when the response comes: meanwhile a protocol would be 900 bytes.
+        """
+        head = protocol.send(self._head())
+        assert head is not None
+        if self.body.pieces is None:
+            if len(self.body.data):
+                protocol.send_with_data_passthrough(h11.Data(data=self.body.data))  # type: ignore[arg-type]  # a memoryview will do
+            protocol.send(h11.EndOfMessage())
+        return head
+
+    def _send_pieces(self, stream: Stream, protocol: h11.Connection) -> Generator[Any, Any, None]:
         pieces = self.body.pieces
         steps = aiter(pieces) if isinstance(pieces, AsyncIterable) else iter(pieces)
         try:
@@ -232,15 +245,15 @@ class Exchange:
                     )
                 if not len(piece):
                     continue
-                for data in connection.protocol.send_with_data_passthrough(h11.Data(data=piece)) or ():  # type: ignore[arg-type]
-                    yield from connection.stream.write(data, timeout=left(self.until("write")))
+                for data in protocol.send_with_data_passthrough(h11.Data(data=piece)) or ():  # type: ignore[arg-type]
+                    yield from stream.write(data, timeout=left(self.until("write")))
         finally:
             close = getattr(steps, "close", None)
             if close is not None and steps is not pieces:
                 close()
-        end = connection.protocol.send(h11.EndOfMessage())
+        end = protocol.send(h11.EndOfMessage())
         if end:
-            yield from connection.stream.write(end, timeout=left(self.until("write")))
+            yield from stream.write(end, timeout=left(self.until("write")))
 
     def _head(self) -> h11.Request:
         url, target = self.url, self.url.target
@@ -267,6 +280,10 @@ class Exchange:
             text = f"what {connection.stream.peer} sent is no HTTP response: {error}; is it the right port and scheme?"
             return HTTPProtocolError(text, method=method, url=url)
         return error
+
+
+def _protocol() -> h11.Connection:
+    return h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
 
 
 class _Died(ConnectionLost):

@@ -31,34 +31,34 @@ if TYPE_CHECKING:
 
 Key = tuple[Any, ...]  # scheme, host, port, and the proxy in between
 
-MAX_HEAD: Final = 65536  # bytes of the headers of a response
 HEAD_START_S: Final = 0.1  # of who can use a connection as it is, before those for whom it has to be closed
 
 
 class Connection:
     """A stream to a server, and where the protocol on it stands. Its request closes it or gives it back, or its job's end."""
 
-    __slots__ = ("__weakref__", "_pool", "idle_until", "key", "protocol", "stream", "uses")
+    __slots__ = ("__weakref__", "_pool", "idle_until", "is_last", "key", "protocol", "stream", "uses")
 
     def __init__(self, stream: Stream, key: Key, pool: Pool) -> None:
         self.stream = stream
         self.key = key
-        self.protocol = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        self.protocol: h11.Connection | None = None  # that of its request, from the first byte of the response on
         self.uses = 0  # requests before the one that it serves now
         self.idle_until = 0.0
+        self.is_last = False  # no request can follow, whatever the response says: the server took only a part of this one
         self._pool: Pool | None = pool  # None: it is closed
         stream.disown()
         self._lend()
 
     def give_back(self) -> None:
         """Its request has ended. It is kept if another one can follow."""
-        pool, protocol = self._pool, self.protocol
+        pool, protocol, self.protocol = self._pool, self.protocol, None
         if pool is None:
             return
-        if protocol.our_state is not h11.DONE or protocol.their_state is not h11.DONE or protocol.trailing_data[0]:
+        states = protocol and (protocol.our_state, protocol.their_state)
+        if protocol is None or self.is_last or states != (h11.DONE, h11.DONE) or protocol.trailing_data[0]:
             self.close()
             return
-        protocol.start_next_cycle()
         self.uses += 1
         job = current_or_none()
         if job is not None:

@@ -209,6 +209,7 @@ class StreamedResponse(_Head):
                 return b""
             raise Closed(f"the response of {self.method} {self.shown_url} was closed before its body had been read")
         stream, protocol, exchange = connection.stream, connection.protocol, self.exchange
+        assert protocol is not None
         is_at_end = False
         try:
             while True:
