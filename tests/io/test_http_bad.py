@@ -489,6 +489,49 @@ def test_more_requests_than_fds(kernel: Kernel, serve: Serve, site: Site, monkey
         other.stop()
 
 
+def test_requests_share_the_fds_with_others(kernel: Kernel, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that go from one request right to the next keep nobody waiting at the gate who wants something else."""
+    monkeypatch.setattr("kqueue.io.gate.room", lambda: 5)
+    ended: list[str] = []
+
+    def asks(number: int) -> Any:
+        yield http.get(site.url)
+        ended.append("request")
+
+    def connects() -> Any:
+        with (yield io.connect("127.0.0.1", site.server_port)):
+            ended.append("stream")
+
+    def job() -> Any:
+        yield io.gather(*(asks(number) for number in range(300)), connects())
+
+    kernel.run(job())
+    assert len(ended) == 301
+    assert ended.index("stream") < 100
+    assert site.connections < 100, "most were used again all the same"
+
+
+def test_what_a_request_waits_for_without_fds_is_told(kernel: Kernel, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kqueue.io.gate.room", lambda: 1)
+
+    def job() -> Any:
+        with (yield io.connect("127.0.0.1", site.server_port)):
+            late = [http.get(site.url, timeout=Timeouts(pool=0.02 * n, connect=0.005)) for n in (1, 2, 3)]
+            for answer in (yield io.gather(*(_error_of(each) for each in late))):
+                assert answer.phase == "pool"
+                assert "file descriptor" in str(answer)
+        assert (yield http.get(site.url)).status == 200
+
+    kernel.run(job())
+
+
+def _error_of(request: Any) -> Any:
+    try:
+        yield request
+    except http.HTTPTimeout as error:
+        return error
+
+
 # -- TLS ------------------------------------------------------------------------------------------------------------------------
 
 

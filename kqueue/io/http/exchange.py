@@ -11,6 +11,7 @@ from ...errors import JobTimedOut
 from ...kernel.traps import READ, wait_io
 from ..dialing import connect
 from ..errors import Closed, ConnectionLost, IOFailed, TimedOut
+from ..gate import gate
 from ..surroundings import left, now
 from .bodies import Body, next_piece
 from .errors import (
@@ -86,7 +87,7 @@ class Exchange:
 
     def late(self, phase: str, deadline: float | None = None, why: str = "") -> HTTPTimeout:
         """What to raise when that was up."""
-        words = f"{why or _PHASES[phase]} in time"
+        words = why or f"{_PHASES[phase]} in time"
         moment, own = now(), getattr(self.timeouts, phase)
         if self.ends_at is not None and (moment >= self.ends_at or own is deadline is None):
             phase = "total"
@@ -146,7 +147,7 @@ class Exchange:
         try:
             found = yield from pool.take(key, self.until("pool"))
         except TimeoutError:
-            raise self.late("pool", why=f"no connection was free ({pool.limit_met(key)})") from None
+            raise self.late("pool", why=f"no connection was free in time ({pool.limit_met(key)})") from None
         except JobTimedOut as error:  # the job's own time: then it is told what it waited for
             error.args = (f"{error}; it waited for a connection to {url.authority}: {pool.limit_met(key)}",)
             raise
@@ -155,7 +156,7 @@ class Exchange:
         try:
             return Connection((yield from self._connect(url, proxy)), key, pool)
         except BaseException as error:
-            pool.give_place(key)
+            pool.not_connected(key)
             if isinstance(error, TimedOut):
                 why = str(error) if "file descriptor" in str(error) else ""
                 raise self.late(self._phase, why=why) from None
@@ -164,10 +165,20 @@ class Exchange:
             raise
 
     def _connect(self, url: URL, proxy: URL | None) -> Generator[Any, Any, Any]:
-        self._phase = "connect"
         first = proxy or url
-        deadline = self.until("connect")
-        stream = yield from connect(first.host, first.port, timeout=left(deadline))
+        patience = self.until("pool")
+        while True:
+            self._phase = "connect"
+            try:
+                until = self.until("connect", patience if gate().is_full else None)
+                stream = yield from connect(first.host, first.port, timeout=left(until))
+                break
+            except TimedOut as error:  # to wait for a file descriptor is to wait for a connection of the pool
+                if "file descriptor" not in str(error):
+                    raise
+                self._phase = "pool"
+                if left(patience) == 0:
+                    raise
         try:
             if proxy is not None and proxy.scheme == "https":
                 self._phase = "tls"

@@ -4,7 +4,7 @@ Rule 1. A place is taken before there is a connection, and given back when that 
 Rule 2. Who finds no place waits, the longest waiting first. What becomes free goes to him at once: a connection to where he
         wants, or a place. He may be passed by whoever can use a connection as it is, by HEAD_START_S at most.
 Rule 3. An idle connection is closed when its time is up, when its place is wanted for another server, and when a job finds no
-        file descriptor. It never keeps anybody waiting.
+        file descriptor. It never keeps anybody waiting. One that goes from request to request does not for long: see SHARE.
 Rule 4. A connection is used by one request. Only where that has ended as it should does it come back.
 """
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Key = tuple[Any, ...]  # scheme, host, port, and the proxy in between
 
+SHARE: Final = 8  # of so many connections that are given back, one is closed when others want a file descriptor
 HEAD_START_S: Final = 0.1  # of who can use a connection as it is, before those for whom it has to be closed
 
 
@@ -49,6 +50,7 @@ class Connection:
         self._pool: Pool | None = pool  # None: it is closed
         stream.disown()
         self._lend()
+        pool.connected()
 
     def give_back(self) -> None:
         """Its request has ended. It is kept if another one can follow."""
@@ -110,6 +112,8 @@ class Pool:
         self._taken = 0  # all of these
         self._idle: dict[Key, deque[Connection]] = {}  # who came last at the right
         self._waiting: dict[Key, dict[Signal, float]] = {}  # who waits for a place or a connection, since when
+        self._connecting = 0  # places that have no connection yet
+        self._handed = 0  # connections that went from one request right to the next
         self._is_reaping = False
         self._is_closed = False
 
@@ -123,6 +127,8 @@ class Pool:
         """For messages: what keeps a request to `key` waiting."""
         if self._places.get(key, 0) >= self._max_per_host:
             return f"{self._max_per_host} connections to it are in use, which is max_per_host"
+        if self._taken < self._max_connections:
+            return f"jobs have {gate().taken} file descriptors open, and may have no more; see LimitNOFILE= of the service"
         return f"{self._max_connections} connections are in use, which is max_connections"
 
     # -- taking -----------------------------------------------------------------------------------------------------
@@ -145,6 +151,7 @@ class Pool:
         connection: Connection | None = signal.value
         if connection is not None and not connection.lend():
             connection.bury()
+            self._connecting += 1
             return None
         return connection
 
@@ -165,18 +172,27 @@ class Pool:
             return False
         if self._taken >= self._max_connections and not self.close_an_idle_one():
             return False
-        if self._taken >= self._max_connections:  # somebody had waited for that one
+        if self._taken >= self._max_connections or not self._may_connect():  # perhaps somebody had waited for that one
             return False
+        self._give(key)
+        return True
+
+    def _may_connect(self) -> bool:
+        """Where there is no file descriptor, one at a time stands in that queue for all; others can use what is given back."""
+        return not self._connecting or not gate().is_full
+
+    def _give(self, key: Key) -> None:
+        """A place, for somebody to connect."""
         self._places[key] = self._places.get(key, 0) + 1
         self._taken += 1
-        return True
+        self._connecting += 1
 
     def _leave(self, key: Key, signal: Signal) -> None:
         """Who waited does not any more; what he was given already goes on to the next."""
         if not signal.is_set:
             self._forget(key, signal)
         elif signal.value is None:
-            self.give_place(key)
+            self.not_connected(key)
         else:
             self.take_back(signal.value)
 
@@ -191,7 +207,9 @@ class Pool:
     def take_back(self, connection: Connection) -> None:
         """It is idle."""
         key = connection.key
-        if key in self._waiting and self._longest_waiting(key) == key:
+        self._handed += 1
+        is_wanted = gate().waiting > self._connecting and self._handed % SHARE == 0
+        if key in self._waiting and not is_wanted and self._longest_waiting(key) == key:
             self._next_of(key).set(connection)
         elif self._is_closed or self._waiting or gate().waiting:
             connection.close()
@@ -200,18 +218,33 @@ class Pool:
             self._idle.setdefault(key, deque()).append(connection)
             self._reap()
 
+    def connected(self) -> None:
+        """A place has its connection."""
+        self._connecting -= 1
+        self._go_on()
+
+    def not_connected(self, key: Key) -> None:
+        """It does not get one."""
+        self._connecting -= 1
+        self.give_place(key)
+
     def give_place(self, key: Key) -> None:
-        """A connection to `key` is closed, or does not come about."""
+        """A connection to `key` is closed."""
         left_over = self._places[key] - 1
         if left_over:
             self._places[key] = left_over
         else:
             del self._places[key]
         self._taken -= 1
-        following = self._longest_waiting() if self._waiting else None
-        if following is not None and self._taken < self._max_connections:
-            self._places[following] = self._places.get(following, 0) + 1
-            self._taken += 1
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Give the places that are free to those who wait."""
+        while self._waiting and self._taken < self._max_connections and self._may_connect():
+            following = self._longest_waiting()
+            if following is None:
+                return
+            self._give(following)
             self._next_of(following).set(None)
 
     def _longest_waiting(self, favoured: Key | None = None) -> Key | None:
