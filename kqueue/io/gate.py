@@ -36,7 +36,6 @@ class Gate:
 
     def __init__(self) -> None:
         self.taken = 0
-        self.spare: list[Callable[[], bool]] = []  # of pools: each closes an fd that nobody uses just now, if there is one
         self._waiting: deque[Signal] = deque()  # the longest waiting first; who is woken has the place already
         self.spare: list[Callable[[], bool]] = []  # of pools: each closes one that lies idle, and says whether there was one
 
@@ -51,8 +50,6 @@ class Gate:
 
     def take(self, purpose: str, deadline: float | None) -> Generator[Any, Any, None]:
         """Wait for a place. TimedOut at `deadline`; `purpose` ("to connect to …") is for the message."""
-        if self.is_full:
-            any(close_one() for close_one in self.spare)
         if not self.is_full:
             self.taken += 1
             return

@@ -369,8 +369,8 @@ def test_a_subscription_whose_server_goes(kernel: Kernel, tmp_path: Path) -> Non
         redis = io.redis(server.url)
         with (yield redis.subscribe("news")) as inbox:
             yield redis.publish("news", "last")
-            server.kill()
             assert (yield inbox.next()).data == b"last"
+            server.kill()
             with pytest.raises(io.ConnectionLost):
                 yield inbox.next()
         with pytest.raises(io.ConnectFailed):
