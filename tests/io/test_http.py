@@ -17,6 +17,8 @@ from kqueue import __version__, io
 from kqueue.context import enter
 from kqueue.errors import JobTimedOut, UsageError
 from kqueue.io import http
+from kqueue.io.http.urls import join as join_urls
+from kqueue.io.http.urls import parse
 from kqueue.kernel import Kernel, join, sleep
 from tests.io.conftest import a_job, open_fds
 from tests.io.http_world import Site, expect_fds, kernel, pool_counts, site
@@ -61,6 +63,17 @@ def test_what_is_sent(kernel: Kernel, site: Site) -> None:
         return repr(response)
 
     assert re.fullmatch(r"<Response 200 of GET http://127.0.0.1:\d+/echo/a%20b/%C3%BC\?…>", kernel.run(job()))
+
+
+def test_names_that_are_not_ascii() -> None:
+    url = parse("https://Bücher.Example:8443/größe?q=ä b#x")
+    assert (url.host, url.port, url.target) == ("xn--bcher-kva.example", 8443, "/gr%C3%B6%C3%9Fe?q=%C3%A4%20b")
+    assert url.authority == "xn--bcher-kva.example:8443"
+    assert parse("http://[::1]:80/").authority == "[::1]"
+    assert parse("HTTP://EXAMPLE.org").target == "/"
+    assert join_urls(parse("http://me:pw@a/b/c"), "../d?x") == parse("http://a/d?x")
+    assert parse("http://a/%41%zz").path == "/%41%zz", "what is quoted already, or wrongly, goes as it is"
+    assert "geheim" not in parse("http://u:geheim@a/x?geheim").shown
 
 
 def pieces() -> Iterator[bytes]:

@@ -363,6 +363,33 @@ def test_a_connection_that_died_in_the_pool_is_no_error(kernel: Kernel, serve: S
     kernel.run(job())
 
 
+def test_a_request_is_repeated_once_and_on_a_new_connection(kernel: Kernel, serve: Serve) -> None:
+    """Four connections are idle, and the server hangs up on whatever is asked on any of them: a deadly request is not spread."""
+    together = threading.Barrier(4)
+    seen: list[bytes] = []
+
+    def peer(sock: socket.socket) -> None:
+        if b"deadly" in read_head(sock):
+            return
+        together.wait(20)
+        sock.sendall(OK)
+        while head := read_head(sock):
+            seen.append(head)
+            if b"deadly" in head:
+                return
+
+    def job() -> Any:
+        yield io.gather(*(http.get(url(server)) for _ in range(4)))
+        assert pool_counts(kernel) == [(0, 4, 0)]
+        with pytest.raises(http.HTTPConnectionLost, match="without a response"):
+            yield http.get(url(server, "/deadly"))
+        assert pool_counts(kernel) == [(0, 0, 0)]
+
+    server = serve(peer)
+    kernel.run(job())
+    assert (len(seen), server.accepted) == (1, 5), "once on an idle one, once on a new one"
+
+
 def test_one_that_was_closed_in_time_is_not_even_tried(kernel: Kernel, serve: Serve) -> None:
     server = serve(says(OK))
 

@@ -106,6 +106,7 @@ class Exchange:
 
         Here thousands wait at once, so it is one frame: each further one would be 300 bytes more of memory for each of them.
         """
+        is_repeated = False
         while True:
             connection = yield from self._connection(pool)
             stream = connection.stream
@@ -130,8 +131,10 @@ class Exchange:
                 return connection, (yield from self._receive_head(stream, connection.protocol, until))
             except BaseException as error:
                 connection.close()
-                if isinstance(error, _Died) and connection.uses and self._may_repeat:
-                    continue  # it was idle, and closed by the other side just as we began
+                if isinstance(error, _Died) and connection.uses and self._may_repeat and not is_repeated:
+                    pool.drop_idle(connection.key)  # it was closed by the other side just as we began; so may these be
+                    is_repeated = True
+                    continue
                 if isinstance(error, IOFailed | h11.ProtocolError):
                     raise self._explained(error, connection) from None
                 raise

@@ -274,6 +274,11 @@ class Pool:
         self._close_oldest(key)
         return True
 
+    def drop_idle(self, key: Key) -> None:
+        """Close what is idle to `key`."""
+        while key in self._idle:
+            self._close_oldest(key)
+
     def close(self) -> None:
         """Close what is idle now, and the others when their requests have ended."""
         self._is_closed = True
