@@ -28,6 +28,7 @@ _RLIMITS.pop("RLIMIT_OFILE", None)  # another name of RLIMIT_NOFILE
 _RLIMIT_NUMBERS: Final = tuple(_RLIMITS.values())
 _TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
 _STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket", "the pipe for its stack", "its tray")
+_WITH_FLAGS: Final = range(1, len(_STANDARD))
 _MARK: Final = 40  # a real-time signal, and those that follow it
 CHILDREN: Final = "its children"
 THREAD_PATIENCE_S: Final = 0.2  # the kernel counts a thread a little longer than join() waits
@@ -57,6 +58,7 @@ class ProcessState:
                 (lambda: (sys.stdin, sys.stdout, sys.stderr), lambda old, new: [("sys.stdin, stdout or stderr", "")]),
                 (lambda: (sys.gettrace(), sys.getprofile()), lambda old, new: [("the trace or profile function", "")]),
                 (_fd_shape, lambda old, new: _tell_fds(self._fds)),
+                (_flags, _tell_flags),
                 (_standard_fds if _mark_standard_fds() else _standard_files, _tell_standard_fds),
             )
         ]
@@ -236,6 +238,19 @@ def _file_of(fd: int) -> tuple[int, int] | None:
 
 def _tell_standard_fds(old: Any, new: Any) -> Changes:
     return [("its open fds", name) for name, was, now in zip(_STANDARD, old, new, strict=True) if was != now]
+
+
+def _flags() -> list[int]:
+    """Of the standard fds, which would be the next job's, such as O_NONBLOCK. stdin is /dev/null, where they do not matter."""
+    try:
+        return [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in _WITH_FLAGS]
+    except OSError:  # one is closed, as others tell
+        return [-1 if _file_of(fd) is None else fcntl.fcntl(fd, fcntl.F_GETFL) for fd in _WITH_FLAGS]
+
+
+def _tell_flags(old: list[int], new: list[int]) -> Changes:
+    rows = zip(_STANDARD[1:], old, new, strict=True)
+    return [("the flags of its fds", f"{name}: {was:o}, now {now:o}") for name, was, now in rows if was != now and now >= 0]
 
 
 def _threads() -> int:

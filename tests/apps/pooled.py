@@ -6,9 +6,11 @@ import asyncio
 import ctypes
 import locale
 import logging
+import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,6 +109,9 @@ LEAKS: dict[str, tuple[Callable[[], Any], str]] = {
     "high fd": (_opens_high, "its open fds"),
     "closed stdin": (lambda: os.close(0), "its open fds"),
     "moved stdout": (_moves_stdout, "its open fds"),
+    "non-blocking stdout": (lambda: os.set_blocking(1, False), "the flags of its fds (stdout"),
+    "non-blocking stderr": (lambda: subprocess.run([sys.executable, "-c", "import os; os.set_blocking(2, False)"]), "(stderr"),
+    "non-blocking socket": (lambda: os.set_blocking(3, False), "the flags of its fds (the job's socket"),
     "child": (_leaves_a_child, "its children"),
     "zombie": (_leaves_a_zombie, "its children"),
     "daemon": (_leaves_a_daemon, "its children"),
@@ -314,6 +319,23 @@ def waits_for(path: str, leave: bool = False) -> int:
 def begins_and_ends(path: str, number: int) -> None:
     _append(path, f"b {number}")
     _append(path, f"e {number}")
+
+
+@job(max_attempts=2, backoff=0)
+def eats_its_tray(how: str, messages: int) -> None:
+    """All that its process is to run next, and then it does not come to an end. Not so when it is run again."""
+    if current().attempt > 1:
+        return
+    with socket.socket(fileno=os.dup(wire.TRAY_FD)) as tray:
+        for _ in range(messages):
+            tray.recv(65536)
+    if how == "grows":
+        shared = mmap.mmap(-1, 300 << 20)  # which RLIMIT_DATA does not count
+        for at in range(0, len(shared), mmap.PAGESIZE):
+            shared[at] = 1
+    if how == "prints":
+        print("yum", flush=True)
+    signal.pause()
 
 
 @job()
