@@ -164,6 +164,25 @@ def test_a_time_out_is_its_own_job_s_alone(bench: TrayBench) -> None:
     assert late.pid not in bench.once_each(30)
 
 
+@pytest.mark.parametrize(
+    ("how", "options", "cause", "text"),
+    [
+        ("grows", {"max_memory": 64, "timeout": 60}, "memory", "MemoryError"),
+        ("hangs", {"timeout": 0.5}, "timeout", "ran longer than its timeout of 0.5 s"),
+        ("prints", {"timeout": 60}, "exception", "has read what its process was to run next"),
+    ],
+)  # fmt: skip
+def test_who_eats_its_tray_is_ended_all_the_same(
+    bench: TrayBench, how: str, options: dict[str, Any], cause: str, text: str
+) -> None:
+    bench.pooled(pooled.eats_its_tray.options(**options).job(how, DEPTH), *bench.noting(30))
+    ended = bench.first("pool_eats_its_tray")
+    assert (ended.cause, ended.ended_by) == (cause, "supervisor")
+    assert text in ended.summary()
+    assert ended.output == ("yum\n" if how == "prints" else "")
+    assert ended.pid not in bench.once_each(30)
+
+
 def test_who_is_cancelled_in_a_tray_has_not_begun(bench: TrayBench) -> None:
     runtime = bench.runtime()
     ids: list[str] = []

@@ -39,6 +39,7 @@ Killer = Callable[[], tuple[str, str]]  # who sent a SIGKILL that we did not: on
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
 PROGRESS_AT_ONCE: Final = 8  # that is passed on, of what comes with one read
 LAST_WORDS: Final = 100
+DOUBT_S: Final = 0.6  # after which `hold` knows whether its process has gone on to another run
 DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
 
 # Over one of these there is no SIGTERM: a job that takes all the memory there is would only get the time to take more.
@@ -56,7 +57,8 @@ class Attempt:
 
     `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
     `kill`: it and all that it started. `token`: see wire.TAKE. `capture`: where its output goes; None: to the log. `hold`: have
-    its process go on to no other run; False: it has, as it is about to say.
+    its process go on to no other run; False: it has, as it is about to say. Who asks again after DOUBT_S and hears True has a
+    process before him whose job has taken what was to follow it.
     """
 
     def __init__(
@@ -92,9 +94,11 @@ class Attempt:
     _is_deaf = False  # nothing more can come from the socket
     _said: Result | Failure | None = None  # the first of either, which decides
     _backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
-    _garbage: str | None = None  # what was wrong with its frames; None: nothing
+    _garbage: str | None = None  # what was wrong with its frames, or with what it read; None: nothing
     # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", or one of _LIMITS; "": we are not.
     _why = ""
+    _why_later = ""  # as _why, when its process has gone on to no other run by `_doubt_ends`
+    _doubt_ends: float | None = None  # None: there is no doubt
     _too_much = ""  # one of _LIMITS: it is over that, and to be killed; "": it is not
     _numbers = ""  # what there is to say of that
     _asked = False  # it was asked where it stands; the next step is SIGKILL
@@ -142,7 +146,7 @@ class Attempt:
         while not child.lost and self._done is None:
             self._listen()
             try:
-                yield wait_io(child.ears.fileno(), READ, None if deadline is None else max(0.0, deadline - clock.monotonic()))
+                yield wait_io(child.ears.fileno(), READ, self._left_s(deadline))
             except JobCancelled:
                 if not self._asked and self._why != "timeout":  # which is counted, whatever comes after it
                     deadline = self._end("cancelled")
@@ -152,16 +156,17 @@ class Attempt:
             if self._asked and self._stack.came and deadline is not None:
                 deadline = min(deadline, clock.monotonic() + stack.QUIET_S)
             if self._too_much and not self._asked:
-                if self._hold():
+                if self._is_last(self._too_much):  # else it is the next one's memory
                     self._why = self._why or self._too_much
                     deadline = self._ask_where()
-                else:  # that is the next one's
-                    self._too_much = ""
             elif self._garbage is not None and not self._why:
                 deadline = self._end("garbage")
             elif self._said is not None and not self._why:
                 self._hold()  # it is killed if it has nothing more to say by then
                 self._why, deadline = "lingering", clock.monotonic() + self._kill_grace_s
+            elif self._why_later and not self._why:
+                if self._left_s(None) == 0.0:
+                    deadline = self._end(self._why_later)
             elif deadline is not None and clock.monotonic() >= deadline:
                 if self._asked or self._said is not None:  # who has said what came of it need not say where it lingers
                     self._kill(child)
@@ -189,12 +194,27 @@ class Attempt:
 
     def _end(self, why: str) -> float:
         """Ask it to end; when that must have happened. One that has gone on to another run has ended, and is about to say so."""
-        if self._hold():
+        if self._is_last(why):
             self._why = why
+            if why == "garbage" and self._garbage is None:
+                self._garbage = "the job has read what its process was to run next"
+            self._child.unmute()
             self._child.kill(signal.SIGTERM)
-        else:
-            self._why = "lingering"
         return self._kernel.clock.monotonic() + self._kill_grace_s
+
+    def _is_last(self, why: str) -> bool:
+        """Whether its process has gone on to no other run. `why`: as _why, if it should have said so and has not."""
+        if self._hold():
+            return True
+        if self._doubt_ends is None:
+            self._doubt_ends = self._kernel.clock.monotonic() + DOUBT_S
+        self._why_later = self._why_later or why
+        return False
+
+    def _left_s(self, deadline: float | None) -> float | None:
+        """Seconds until `deadline`, or until the doubt ends; None: there is neither."""
+        ends = [each for each in (deadline, None if self._why else self._doubt_ends) if each is not None]
+        return max(0.0, min(ends) - self._kernel.clock.monotonic()) if ends else None
 
     def _ask_where(self) -> float:
         """Ask it where it stands, for the certificate; when it is to be killed, whatever it answered."""
@@ -234,7 +254,7 @@ class Attempt:
         died = False
         for fd, events in ready:
             if fd in (child.stdout, child.stderr):
-                if not self._hold():  # it is the output of the run that it has gone on to
+                if not self._is_last("garbage"):  # it is the output of the run that it has gone on to
                     child.mute()
                 elif not self._take_output(fd):
                     child.ears.unregister(fd)
@@ -318,7 +338,7 @@ class Attempt:
             if progress is not None:
                 self._hear(parse(wire.PROGRESS, progress))
         except wire.WireError as error:
-            self._garbage = str(error)
+            self._garbage = f"the job wrote garbage to KQueue's socket: {error}"
             return False
         return True
 
@@ -374,6 +394,7 @@ class Attempt:
 
     def _take_rest(self) -> None:
         """Of a process that will run other jobs: what this one wrote is all there, since it flushed before it was done."""
+        self._child.unmute()
         for _ in range(2 * 65536 // READ_SIZE):
             ready = self._child.ears.poll(0)
             self._is_drained = not ready  # whatever else there is, such as its death, has to be seen by somebody
@@ -465,8 +486,7 @@ class Attempt:
             error = {"class": kind, "message": self._numbers}
             return Outcome(cause, "supervisor", error=error, exit_code=code, signal=signaled)
         if self._garbage is not None:
-            error = {"class": "WireError", "message": f"the job wrote garbage to KQueue's socket: {self._garbage}"}
-            return Outcome("exception", "supervisor", error=error, exit_code=code, signal=signaled)
+            return Outcome("exception", "supervisor", error=_error("WireError", self._garbage), exit_code=code, signal=signaled)
         if self._why in ("timeout", "cancelled"):
             late = _error(signaled or "JobTimedOut", self._how_late(signaled)) if self._why == "timeout" else None
             return Outcome(self._why, _ENDED_BY[self._why], error=late, exit_code=code, signal=signaled)

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Container, Generator, Mapping
 from typing import Any, Final, NamedTuple
 
+from ..errors import JobCancelled
 from ..events import Events, Warned
 from ..kernel import Kernel, Park, Task
 from ..process import resident_mib
@@ -52,6 +53,7 @@ LINE: Final = 4  # jobs that have not begun, for each process, from which on the
 MOST_AHEAD: Final = 32  # jobs that are to be reserved before their turn, for each process
 AHEAD_S: Final = 0.02  # and those only that have their turn within so long
 SLOW_S: Final = 1.0  # how long jobs take, as long as nothing is known
+DOUBT_S: Final = 0.5  # within which a process says that it has gone on, after it has
 DEFAULTS: Final = PoolSettings()
 
 
@@ -79,7 +81,7 @@ class Turn:
 class Worker:
     """One process of the pool. OSError: no fd is left."""
 
-    __slots__ = ("began", "child", "fresh_mib", "is_held", "jobs", "key", "memory_mib", "next", "tray", "turn")
+    __slots__ = ("began", "child", "doubted", "fresh_mib", "is_held", "jobs", "key", "memory_mib", "next", "tray", "turn")
 
     def __init__(self, child: Child, key: tuple[Any, ...], began: float) -> None:
         self.child = child
@@ -89,6 +91,7 @@ class Worker:
         self.turn: Turn | None = None  # the run that it is at, as far as it has told
         self.next: deque[Turn] = deque()  # in its tray, or taken from it and not told of
         self.is_held = False  # nothing may follow the run that it is at
+        self.doubted: float | None = None  # when it was first seen to have gone on, by the clock; None: it was not
         self.fresh_mib = self.memory_mib = resident_mib(child.pid)  # at first, and after its last job
         self.tray = Tray()
 
@@ -177,12 +180,20 @@ class Pool:
         self._leave(worker, undisturbed and self._may_go_on(worker, worker.memory_mib))
 
     def hold(self, worker: Worker) -> bool:
-        """Let nothing follow the run that `worker` is at. False: something has already, as its process is about to say."""
+        """Let nothing follow the run that `worker` is at. False: something has already, as its process is about to say.
+
+        When it does not say so for DOUBT_S, it has not: the job has emptied the tray itself, and what was there has not begun.
+        """
         if not worker.is_held:
             worker.is_held = True
             self._take_back(worker)
             self._assign()
-        return not worker.next
+        if not worker.next:
+            return True
+        now = self._kernel.clock.monotonic()
+        if worker.doubted is None:
+            worker.doubted = now
+        return now >= worker.doubted + DOUBT_S
 
     def waiting(self) -> set[Task]:
         """Those whose runs have not begun, as far as we know."""
@@ -227,6 +238,9 @@ class Pool:
                 if self._withdraw(turn):
                     raise
                 turn.is_unwanted = True
+        if turn.is_unwanted and not turn.has_begun:  # its process has died, or had not begun it
+            self._withdraw(turn)
+            raise JobCancelled("it had not begun")
 
     # -- who is next ------------------------------------------------------------------------------------------------
 
@@ -268,7 +282,7 @@ class Pool:
 
     def _run(self, worker: Worker, turn: Turn) -> None:
         worker.turn, turn.worker = turn, worker
-        worker.is_held = not turn.in_line
+        worker.is_held, worker.doubted = not turn.in_line, None
         worker.jobs += 1
         self._running.append(worker)
 
@@ -312,7 +326,7 @@ class Pool:
         turn = worker.next.popleft()
         worker.turn, turn.worker = turn, worker
         turn.has_begun = True
-        worker.is_held = False
+        worker.is_held, worker.doubted = False, None
         worker.jobs += 1
         self._kernel.wake(turn.task)
         self._assign()
