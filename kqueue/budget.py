@@ -78,6 +78,10 @@ class MemoryBudget:
         self.waiting = None
         return waiting.queue
 
+    @property
+    def is_half_used(self) -> bool:
+        return bool(self.total_mib) and 2 * self.used_mib > self.total_mib
+
     def room(self, running: int) -> int | None:
         """How many more isolated jobs may be asked for, while `running` are; None: any number."""
         if not self.total_mib:

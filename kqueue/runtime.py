@@ -63,7 +63,9 @@ from .verdict import defer, exhausted, judge, keep_apart, move, postpone, put_ba
 
 Steps = Generator[Any, Any, Any]
 
-AHEAD_PATIENCE_S: Final = 1.0  # how long a job beyond the slots waits for its turn here
+AHEAD_PATIENCE_S: Final = 1.0  # how long a job beyond the slots waits for its turn here,
+SLOW_PATIENCE_S: Final = 5.0  # and where all are slow, so that those that are not for the pool can be found behind them
+ELSEWHERE_S: Final = 1.0  # for which another daemon may have it then
 SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays within grace + kill_grace + 5 s (INTERFACES)
 
 
@@ -413,12 +415,15 @@ class KQueueRuntime:
 
     def _watch_those_ahead(self) -> Steps:
         """Jobs beyond the slots that do not have their turn soon, since those before them take long, may have it elsewhere."""
+        pool = self.isolated.pool
         while self._intake.excess:
-            waited = self.isolated.pool.waiting()
-            yield sleep(AHEAD_PATIENCE_S)
-            if waited & self.isolated.pool.waiting():
-                self.isolated.pool.slow_down()
+            waited = pool.waiting()
+            yield sleep(SLOW_PATIENCE_S if pool.is_slow else AHEAD_PATIENCE_S)
+            if waited & pool.waiting():
+                pool.slow_down(ELSEWHERE_S)
                 self._dismiss(waited, self._intake.excess)
+                yield sleep(ELSEWHERE_S)
+                self.nudge()
         self._looks_ahead = False
 
     def _dismiss(self, tasks: Container[Task], most: int | None = None) -> None:
@@ -699,8 +704,12 @@ class KQueueRuntime:
         return Intake(
             self._specs, self._slots, strict_order=self._strict_order, concurrent=self.security.max_concurrent,
             per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic, room=self.memory.room,
-            ahead=lambda: self.isolated.pool.ahead,
+            ahead=self._ahead,
         )  # fmt: skip
+
+    def _ahead(self) -> int:
+        """Who only waits in the pool has memory booked all the same, of which most is for those that run."""
+        return 0 if self.isolated.pool.is_slow and self.memory.is_half_used else self.isolated.pool.ahead
 
     def template(self) -> Mapping[str, Any]:
         return self._template_given if self._template_given is not None else template_config(security=self.security)

@@ -16,7 +16,7 @@ import pytest
 from kqueue import BoundJob, KQueueRuntime, events
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled
-from kqueue.execution.pool import MOST_AHEAD, Pool, Worker
+from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool, Worker
 from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, take, unread
 from kqueue.kernel import sleep
 from kqueue.loading import template_config
@@ -346,8 +346,69 @@ def test_jobs_are_reserved_ahead_only_where_they_are_short(bench: TrayBench) -> 
     runtime = bench.runtime()
     runtime._slots["isolated"] = 4
     runtime.events.subscribe(events.JobEnded, look)
-    bench.pooled(*[pooled.burns.job(0.05) for _ in range(8)], runtime=runtime)
-    assert most <= 4 < short
+    bench.pooled(*[pooled.burns.job(0.05) for _ in range(30)], runtime=runtime)
+    assert most <= 4 + MOST_WAITING < short
+
+
+def test_who_is_not_for_the_pool_runs_beside_those_that_wait_for_it(bench: TrayBench) -> None:
+    """Two of twelve slow ones run, and two forks have the other slots; a third has none."""
+    bench.settings = bench.settings._replace(size=2)
+    runtime = bench.runtime()
+    runtime._slots["isolated"] = 4
+    gates = [f"{bench.gate}{number}" for number in range(3)]
+
+    def both_run(pool: Pool) -> bool:
+        return all(os.path.exists(f"{gate} is waited for") for gate in gates[:2])
+
+    def open_one(pool: Pool) -> None:
+        assert not os.path.exists(f"{gates[2]} is waited for")
+        assert len(pool.waiting()) == 10
+        Path(gates[0]).touch()
+        bench.when(runtime, lambda pool: os.path.exists(f"{gates[2]} is waited for"), open_the_rest)
+
+    def open_the_rest(pool: Pool) -> None:
+        for gate in (*gates, bench.gate):
+            Path(gate).touch()
+
+    bench.when(runtime, both_run, open_one)
+    bench.pooled(
+        *[pooled.waits_for.job(bench.gate) for _ in range(12)], *[pooled.waits_for_apart.job(gate) for gate in gates],
+        size=2, runtime=runtime,
+    )
+    assert {fact.then for fact in bench.of(events.JobEnded)} == {"done"}, "none was reserved in vain"
+
+
+def test_slow_ones_that_wait_are_few_and_may_be_had_elsewhere(bench: TrayBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kqueue.runtime.SLOW_PATIENCE_S", 0.3)
+    runtime = bench.runtime()
+    runtime._slots["isolated"] = 4
+    most = 4 + MOST_WAITING
+    rounds = 0
+    reserve = runtime.broker.reserve
+
+    def counting(*args: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        assert len(runtime.held) <= most
+        return reserve(*args)
+
+    monkeypatch.setattr(runtime.broker, "reserve", counting)
+
+    def then_put_back(pool: Pool) -> None:
+        bench.when(runtime, lambda pool: len(runtime.held) <= most // 2 + 1, and_again)
+
+    def and_again(pool: Pool) -> None:
+        bench.when(runtime, lambda pool: len(runtime.held) == most, finish)
+
+    def finish(pool: Pool) -> None:
+        assert rounds <= 20, "nothing is asked for over and over"
+        bench.open_gate()
+
+    bench.when(runtime, lambda pool: len(runtime.held) == most, then_put_back)
+    bench.pooled(*[pooled.waits_for.job(bench.gate) for _ in range(30)], runtime=runtime)
+    assert Counter(fact.then for fact in bench.of(events.JobEnded)) == {"done": 30}
+    assert len(bench.settled) > 30, "some were put back"
+    assert {s.counters.runs for s in bench.settled} == {0}
 
 
 def test_who_was_reserved_ahead_does_not_wait_long(bench: TrayBench) -> None:

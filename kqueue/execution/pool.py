@@ -52,6 +52,7 @@ class PoolSettings(NamedTuple):
 LINE: Final = 4  # jobs that have not begun, for each process, from which on there is no hurry with more
 MOST_AHEAD: Final = 32  # jobs that are to be reserved before their turn, for each process
 AHEAD_S: Final = 0.02  # and those only that have their turn within so long
+MOST_WAITING: Final = 8  # jobs that may stand in line, for each process, before those that are for elsewhere wait behind them
 SLOW_S: Final = 1.0  # how long jobs take, as long as nothing is known
 DOUBT_S: Final = 0.5  # within which a process says that it has gone on, after it has
 DEFAULTS: Final = PoolSettings()
@@ -121,6 +122,7 @@ class Pool:
         self._idle: list[Worker] = []
         self._numbers = 0  # of processes so far
         self._usual_s = SLOW_S  # what a run takes, of late
+        self._no_wait_until = 0.0  # by the clock; until then nobody is to wait here who may have his turn elsewhere
         self._said: set[tuple[str, str]] = set()  # (job, what it changes) that the operator has been told of
 
     @property
@@ -139,16 +141,29 @@ class Pool:
 
     @property
     def ahead(self) -> int:
-        """How many jobs it could do with beyond those that run, so that none of its processes has to wait for the queue.
+        """How many jobs may be reserved beyond those that run.
 
-        0 as long as one is free, since whoever comes then runs at once, and where runs take so long that there is no hurry.
+        As many as it could do with, so that none of its processes has to wait for the queue. 0 as long as one is free, since
+        whoever comes then runs at once. Where runs take so long that there is no hurry, as many as wait here already: they need
+        nothing that somebody else could have, and behind them there may be jobs that are not for the pool.
         """
         size = self._settings.size
-        return min(MOST_AHEAD, int(AHEAD_S / self._usual_s)) * size if self.held >= size else 0
+        if self.held < size:
+            return 0
+        useful = min(MOST_AHEAD, int(AHEAD_S / self._usual_s)) * size
+        if useful or self._kernel.clock.monotonic() < self._no_wait_until:
+            return useful
+        return min(len(self._parked), MOST_WAITING * size)
 
-    def slow_down(self) -> None:
-        """What was reserved ahead was not for here."""
+    @property
+    def is_slow(self) -> bool:
+        """Whether its runs take so long that nothing is to be reserved for them ahead."""
+        return self._usual_s > AHEAD_S
+
+    def slow_down(self, no_wait_s: float = 0.0) -> None:
+        """What was reserved ahead was not for here. `no_wait_s`: and nobody is to wait for so long."""
         self._usual_s = SLOW_S
+        self._no_wait_until = max(self._no_wait_until, self._kernel.clock.monotonic() + no_wait_s)
 
     def take(self, request: Mapping[str, Any], message: bytes = b"", token: bytes = b"", in_line: bool = True) -> Steps:
         """A Worker for `request`, to be given back. Waits for one that is free, or takes it up. Raises NotStarted.

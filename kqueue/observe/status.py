@@ -112,8 +112,9 @@ class Status:
 
     def _running(self) -> Steps:
         rows = []
+        waiting = self._runtime.isolated.pool.waiting()  # which have not begun
         for position, held in enumerate(sorted(self._runtime.held, key=lambda held: held.started), 1):
-            if held.context is not None and not held.task.ended:
+            if held.context is not None and not held.task.ended and held.task not in waiting:
                 rows.append(self._row(held, held.context))
             if position % SLICE == 0:
                 yield

@@ -315,6 +315,15 @@ def waits_for(path: str, leave: bool = False) -> int:
     return os.getppid()
 
 
+@any_job(name="pool_not", start="fork", timeout=60)
+def waits_for_apart(path: str) -> int:
+    """In a process of its own."""
+    _append(f"{path} is waited for", "")
+    while not os.path.exists(path):
+        time.sleep(0.002)
+    return os.getppid()
+
+
 @job(max_attempts=100, backoff=0)
 def begins_and_ends(path: str, number: int) -> None:
     _append(path, f"b {number}")
