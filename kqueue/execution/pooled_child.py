@@ -17,18 +17,19 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import copy_context
-from signal import SIG_IGN, SIGKILL, SIGTERM
+from signal import SIG_IGN, SIGTERM
 from typing import Any, Final, NamedTuple
 
 from .. import codec
 from . import limits, tray, wire
 from .child import Run
-from .killing import JOB_ID
+from .killing import JOB_ID, children_of, kill_trees
 from .process_state import CHILDREN, ProcessState
 from .settling_in import name_process
 
 KNOWN: Final = 100  # kinds of runs that are remembered
 PASSES: Final = 100  # over the processes that a job has left; then the supervisor's kill has to do
+PASS_S: Final = 0.002
 
 
 def serve(supervisor: socket.socket, until: Mapping[str, float]) -> int:
@@ -168,27 +169,14 @@ class _Pooled:
 def _end_children() -> None:
     """All that the job has left running, while they are still our descendants: orphans have become our children."""
     for _ in range(PASSES):  # they may fork between the look and the kill
-        pids = _descendants(os.getpid())
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, SIGKILL)
-        try:
-            while pids and os.waitpid(-1, 0):
-                continue
-        except ChildProcessError:
+        children = children_of(os.getpid())
+        if not children:
             return
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    with suppress(OSError):  # it has ended meanwhile
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
-                children = [int(word) for word in file.read().split()]
-            found += children
-            for child in children:
-                found += _descendants(child)
-    return found
+        kill_trees(children)
+        for pid in children:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(PASS_S)
 
 
 def _used() -> _Used:
