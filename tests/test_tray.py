@@ -446,8 +446,9 @@ def test_thousands_of_jobs_and_processes_that_are_killed_at_random(tmp_path: Pat
             time.sleep(chance.random() / 50)  # the moment is what is at random
             members = [pid for pid in tree(daemon.pid) if b"kqueued: job pool_begins" in command_of(pid) and pid not in killed]
             if members:
-                os.kill(chance.choice(members), signal.SIGKILL)
-                killed.add(members[0])
+                victim = chance.choice(members)
+                os.kill(victim, signal.SIGKILL)
+                killed.add(victim)
         assert daemon.wait() == 0
     finally:
         daemon.close()
