@@ -3,8 +3,8 @@
 `ProcessState` remembers how things are and says what is no longer so. It looks after every job of a
 pool, and takes some 40 µs: everything is compared as a whole first, and only what differs is asked for its details.
 
-What Python cannot see is not looked at: C variables, memory, threads that ended; nor is what belongs to the application, such as
-its modules' variables.
+What Python cannot see is not looked at: C variables, memory, threads that ended; nor are oom_score_adj, the scheduling policy and
+prctl(2)'s attributes; nor is what belongs to the application, such as its modules' variables.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import _locale
 import _signal  # type: ignore[import-not-found]  # signal.getsignal makes enums, at ten times the price
 import fcntl
+import gc
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -52,6 +54,10 @@ class ProcessState:
                 (_wakeup_fd, _plainly("the wake-up fd of signals")),
                 (lambda: [_signal.getitimer(number) for number in _TIMERS.values()], _tell_timers),
                 (lambda: os.getpriority(os.PRIO_PROCESS, 0), _plainly("the niceness")),
+                (lambda: os.sched_getaffinity(0), _plainly("the CPUs that it may use")),
+                (socket.getdefaulttimeout, _plainly("the default time-out of sockets")),
+                (sys.getrecursionlimit, _plainly("the recursion limit")),
+                (lambda: (gc.isenabled(), *gc.get_threshold()), _plainly("the garbage collector's settings")),
                 (lambda: (os.getresuid(), os.getresgid()), _plainly("the user or group")),
                 (lambda: _locale.setlocale(_locale.LC_ALL, None), _plainly("the locale")),
                 (lambda: list(sys.path), lambda old, new: [("sys.path", str([path for path in new if path not in old])[:150])]),

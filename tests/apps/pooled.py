@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import locale
 import logging
 import mmap
@@ -120,10 +121,17 @@ LEAKS: dict[str, tuple[Callable[[], Any], str]] = {
     "virtual timer": (lambda: signal.setitimer(signal.ITIMER_VIRTUAL, 1000), "a timer"),
     "locale": (lambda: locale.setlocale(locale.LC_NUMERIC, "C.UTF-8"), "the locale"),
     "nice": (lambda: os.nice(1), "the niceness"),
+    "affinity": (lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]), "the CPUs that it may use"),
+    "default time-out": (lambda: socket.setdefaulttimeout(0.001), "the default time-out of sockets"),
+    "recursion": (lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 1), "the recursion limit"),
+    "collector off": (gc.disable, "the garbage collector's settings"),
+    "collector": (lambda: gc.set_threshold(10), "the garbage collector's settings"),
     "path": (lambda: sys.path.insert(0, "/nowhere"), "sys.path"),
     "stdout": (lambda: setattr(sys, "stdout", sys.stderr), "sys.stdin, stdout or stderr"),
     "trace": (lambda: sys.settrace(lambda frame, event, argument: None), "the trace"),
 }
+if len(os.sched_getaffinity(0)) == 1:  # then there is none to leave out
+    del LEAKS["affinity"]
 
 
 @job()
