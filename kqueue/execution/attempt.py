@@ -36,6 +36,7 @@ EnqueueFromChild = Callable[[Sequence[NewJob]], Steps]
 CheckFromChild = Callable[[NewJob], NewJob]
 Killer = Callable[[], tuple[str, str]]  # who sent a SIGKILL that we did not: one of outcome.ENDED_BY, and how we know
 
+NO_WAY_TO_SAY: Final = 70  # the status of a child that has no other way; see child.main
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
 PROGRESS_AT_ONCE: Final = 8  # that is passed on, of what comes with one read
 LAST_WORDS: Final = 100
@@ -495,7 +496,8 @@ class Attempt:
         if code is not None and "command" in self._request:
             return command_outcome(self._request["job"], code, self._printed, self._tail.text())
         if signaled is None:
-            return Outcome("exit", exit_code=code)
+            closed = code == NO_WAY_TO_SAY and wire.SOCKET_CLOSED in self._tail.text()
+            return Outcome("exit", exit_code=code, error=_error("WireError", wire.SOCKET_CLOSED) if closed else None)
         return self._signaled(signaled, exit, killer)
 
     def _how_late(self, signaled: str | None) -> str:

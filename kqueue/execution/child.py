@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -59,14 +60,24 @@ def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orde
             _refuse(request, error)
             status = 0
     except BaseException as error:  # before there was a way to report it: stderr is captured
-        print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
-        _tell_why(error, status)
+        if isinstance(error, OSError) and error.errno in (errno.EBADF, errno.ENOTSOCK) and not _has_its_socket():
+            print(f"kqueue: {wire.SOCKET_CLOSED}", file=sys.stderr)
+        else:
+            print(f"kqueue: the child could not start: {error!r}", file=sys.stderr)
+            _tell_why(error, status)
     finally:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def _has_its_socket() -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(wire.JOB_FD).st_mode)
+    except OSError:
+        return False
 
 
 def _wait(orders: socket.socket | None) -> Order:
