@@ -167,6 +167,12 @@ class LeftoversEnded(NamedTuple):
     processes: list[str]
 
 
+class IsolationKnown(NamedTuple):
+    """How isolated jobs are killed and held to their limits where this daemon runs."""
+
+    how: str
+
+
 class EnvironmentWithheld(NamedTuple):
     """Variables that the daemon has and its isolated jobs have not."""
 

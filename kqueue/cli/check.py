@@ -13,6 +13,7 @@ from ..config import Config, line_of
 from ..environment import withheld
 from ..errors import ConfigError, UsageError
 from ..events import Events
+from ..execution.cgroup import guarantees
 from ..execution.link import TemplateLink
 from ..execution.privileges import Privileges
 from ..execution.settling_in import Preparations
@@ -105,6 +106,8 @@ def _print(config: Config, keys: Keys | None) -> None:
     memory = budget(config.isolated.memory_budget)
     basis = f", {memory.basis}" if memory.basis.endswith(("available", "allows")) else ""
     print(f"memory    {memory.total_mib} MiB for isolated jobs{basis}")
+    if config.isolated.max_concurrent:
+        print(f"isolation {guarantees(config.isolated.cgroups)}")
     if keys is not None:
         signs, *others = keys.ids
         accepted = f"; also accepted: {', '.join(others)}" if others else ""

@@ -123,6 +123,14 @@ def _memory(target: Target) -> Notes:
         yield Note("warn", about, what, "lower limits.memory, or raise isolated.memory_budget; such a job is buried")
 
 
+def _isolation(target: Target) -> Notes:
+    from ..execution.cgroup import guarantees
+
+    config = target.config
+    if config is not None and config.isolated.max_concurrent:
+        yield Note("ok", "isolation", f"isolated jobs are {guarantees(config.isolated.cgroups)} (as seen from here)")
+
+
 def _state_dir(target: Target) -> Notes:
     from ..disk import FLEETING, REMOTE, file_system, free, nearest_directory
 
@@ -213,5 +221,5 @@ def _signing(target: Target) -> Notes:
 
 
 CHECKS: Final[tuple[Check, ...]] = (
-    _versions, _configuration, _memory, _state_dir, _daemon, _broker, _promotions, _signing,
+    _versions, _configuration, _memory, _isolation, _state_dir, _daemon, _broker, _promotions, _signing,
 )  # fmt: skip

@@ -102,7 +102,8 @@ def _serve(config: Any, options: dict[str, Any], warnings: list[str]) -> int:
     from ..brokers.base import Retention
     from ..control import Control
     from ..environment import withheld
-    from ..events import DaemonReady, EnvironmentWithheld, Warned
+    from ..events import DaemonReady, EnvironmentWithheld, IsolationKnown, Warned
+    from ..execution.cgroup import guarantees
     from ..execution.pool import PoolSettings
     from ..execution.privileges import Privileges
     from ..hostmemory import budget
@@ -171,6 +172,10 @@ def _serve(config: Any, options: dict[str, Any], warnings: list[str]) -> int:
             runtime.events.emit(Warned(warning))
         for warning in warnings:
             runtime.events.emit(Warned(warning))
+        if config.isolated.max_concurrent:
+            runtime.events.subscribe(
+                DaemonReady, lambda fact: runtime.events.emit(IsolationKnown(guarantees(config.isolated.cgroups)))
+            )
         if config.isolated.max_concurrent and (names := withheld(os.environ, config.isolated.environment)):
             runtime.events.subscribe(DaemonReady, lambda fact: runtime.events.emit(EnvironmentWithheld(names)))
         gc.freeze()  # what is here now is here to stay: no collection need look at it again

@@ -14,6 +14,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .cgroup import Seen
 from .wire import Frames
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ChildExit(NamedTuple):
     cpu_user_s: float
     cpu_system_s: float
     max_memory_mib: float
+    seen: Seen = Seen()
 
 
 class Child:

@@ -278,6 +278,16 @@ class Leftovers:
             with suppress(OSError):
                 job.cgroup.enter()
 
+    def limit(self, job: Running, limits: Mapping[str, float]) -> None:
+        """It is about to be told what to do, within `limits`."""
+        if job.cgroup is not None:
+            with suppress(OSError):  # there are RLIMIT_DATA and the sampler
+                job.cgroup.limit(limits)
+
+    def seen(self, job: Running) -> cgroup.Seen:
+        """What the kernel counted of it, whose process has ended."""
+        return cgroup.Seen() if job.cgroup is None else job.cgroup.seen()
+
     def over(self, job: Running) -> None:
         if self._cgroups is not None and job.cgroup is not None:
             self._cgroups.give(job.cgroup)

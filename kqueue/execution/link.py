@@ -29,6 +29,7 @@ from ..process import signal_name
 from ..registry import Registration, registry
 from . import wire
 from .base import NotStarted
+from .cgroup import Seen
 from .handle import Child, ChildExit, pipe
 from .killing import OWNER, end_marked, look, owner_of, owner_text
 from .output import Lines
@@ -350,7 +351,7 @@ class TemplateLink:
             child.failure = fields["message"]
         else:
             child.exit = ChildExit(
-                fields["status"], fields["cpu_user_s"], fields["cpu_system_s"], fields["max_memory_mib"]
+                fields["status"], fields["cpu_user_s"], fields["cpu_system_s"], fields["max_memory_mib"], Seen(*fields["seen"])
             )
             self._children.pop(child.serial)
             self._look_whether_childless()

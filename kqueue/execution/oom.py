@@ -3,7 +3,8 @@
 The kernel tells nobody whom it killed but its own log. What it counts is `oom_kill`: in memory.events of our cgroup, where there
 is a cgroup v2 with the memory controller, which has those of us and our children alone; else in /proc/vmstat, which has those of
 the whole host. So it is evidence, not proof: a job that somebody else killed while the OOM killer took another process reads as
-the OOM killer's. Of two jobs that died so while one kill was counted, one does.
+the OOM killer's. Of two jobs that died so while one kill was counted, one does. Where each job has a cgroup with the memory
+controller of its own, that one's count is proof, and there is no need for this.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class OomKills:
 
     def mark(self) -> Mark:
         return Mark(self._kills, self._claimed)
+
+    def claim(self, kills: int) -> None:
+        """So many are accounted for."""
+        self._claimed += kills
 
     def killer(self, mark: Mark) -> tuple[str, str]:
         """Who sent a SIGKILL to a job that began at `mark`: ("kernel" or "operator", the evidence)."""

@@ -182,6 +182,7 @@ class Template:
         spare, self._spare = self._spare, None
         if spare is not None:
             with spare.orders:
+                self._leftovers.limit(self._running[spare.child.pid], request["limits"])
                 try:
                     wire.send_message(spare.orders, wire.FORK, request, fds)
                     return spare.child
@@ -203,6 +204,7 @@ class Template:
         sys.stderr.flush()
         parent = os.getpid()
         job = self._leftovers.start()
+        self._leftovers.limit(job, order[0]["limits"] if order is not None else {})
         try:
             pid = os.fork()
         except OSError:
@@ -240,6 +242,7 @@ class Template:
                 self._leftovers.reaped(pid)
                 continue
             ended_jobs += 1
+            seen = self._leftovers.seen(job)
             self._leftovers.over(job)
             if self._spare is not None and self._spare.child.pid == pid:
                 os.close(self._spare.child.pidfd)
@@ -253,6 +256,7 @@ class Template:
                 "cpu_user_s": usage.ru_utime,
                 "cpu_system_s": usage.ru_stime,
                 "max_memory_mib": usage.ru_maxrss / 1024,
+                "seen": seen,
             }
             wire.send_message(self._control, wire.EXITED, fields)
 

@@ -276,6 +276,7 @@ _DESCRIPTIONS: Final[dict[type[Any], tuple[int, Callable[[Any], Line]]]] = {
     facts.TemplateDied: (ERROR, _template_died),
     facts.LeftoversEnded: (WARNING, _leftovers_ended),
     facts.EnvironmentWithheld: (INFO, _environment_withheld),
+    facts.IsolationKnown: (INFO, lambda fact: Line(INFO, f"isolated jobs are {fact.how}")),
     facts.Warned: (WARNING, lambda fact: Line(WARNING, fact.message)),
 }
 """Kind of fact -> (the most serious level it can have, how to describe it). JobProgress is for `kqueue status`, not for a log."""
