@@ -47,7 +47,7 @@ def test_a_queue_that_nobody_used_is_well_and_is_not_created_by_looking(sqlite_h
     ended = doctor(sqlite_home)
     assert ended.code == 0
     assert [note["about"] for note in json.loads(ended.out)] == [
-        "versions", "configuration", "memory", "state_dir", "daemon", "broker", "signing",
+        "versions", "configuration", "memory", "isolation", "state_dir", "daemon", "broker", "signing",
     ]  # fmt: skip
     assert "is not there yet" in only(ended, "broker")[1]
     assert "can be made" in only(ended, "state_dir")[1]

@@ -53,6 +53,8 @@ EVERY_FACT: list[Any] = [
     facts.TemplateReplaced(99, 100, 3),
     facts.TemplateDied(99, "killed by SIGKILL", 0.1),
     facts.LeftoversEnded("an earlier run of this daemon", ["5123 (python)", NASTY]),
+    facts.EnvironmentWithheld(["DATABASE_URL"]),
+    facts.IsolationKnown("killed as a whole by cgroup"),
     facts.Warned("something is odd; do this"),
     facts.DaemonStopped(0, 10),
 ]
@@ -135,7 +137,7 @@ def test_the_periodic_line_has_memory_processed_failed_and_running(log: Log) -> 
     assert line.endswith("level=info msg=heartbeat memory_mib=14.3 processed=10 failed=2 running=3 state=running")
 
 
-@pytest.mark.parametrize(("level", "count"), [("debug", 25), ("info", 23), ("warning", 12), ("error", 2)])
+@pytest.mark.parametrize(("level", "count"), [("debug", 27), ("info", 25), ("warning", 12), ("error", 2)])
 def test_levels(log: Log, level: str, count: int) -> None:
     assert len(log.of(*EVERY_FACT, level=level)) == count
 
