@@ -492,7 +492,11 @@ KINDS = {
             "options": SOON, "cause": "timeout", "ended_by": "supervisor", "signal": "SIGKILL", "message": TIMED_OUT,
             "exit_code": None, "stack": ""}})
     ],
-    "no more to be heard": [forger("no more", cause="exit", exit_code=70), Bad("closes_its_pipe", cause="exit", exit_code=70)],
+    "no more to be heard": [
+        forger("no more", cause="exit", exit_code=70, but={"pool": {"exit_code": 0}}),
+        Bad("closes_its_pipe", cause="exit", exit_code=70, but={
+            start: {"message": "WireError: the job has closed KQueue's socket"} for start in ("fork", "pool")}),
+    ],
     "crash": [
         ends("segfault", cause="signal", ended_by="kernel", signal="SIGSEGV", stack="Segmentation fault.*in ends"),
         ends("abort", cause="signal", signal="SIGABRT", stack="Aborted.*in ends"),
@@ -554,8 +558,8 @@ def test_a_full_disk_is_the_job_s_alone(zoo: Zoo, tmp_path: Path) -> None:
 INLINE: Mapping[str, tuple[str, str, str]] = {  # how -> cause, ended_by, "Class: message"
     "raises": ("exception", "job", "LookupError: oh"),
     "sys.exit(3)": ("exit", "job", "SystemExit: 3"),
-    "spins": ("timeout", "supervisor", r"JobBlocked: blocked the loop for 1 s at .*/hostile_inline.py:\d+ in _spins: .*"),
-    "sleeps": ("timeout", "supervisor", r"JobBlocked: blocked the loop for 1 s at .*/hostile_inline.py:\d+ in _sleeps: .*"),
+    "spins": ("timeout", "supervisor", r"JobBlocked: blocked the loop for 1 s at .*/hostile_inline.py:\d+ in _spins.*"),
+    "sleeps": ("timeout", "supervisor", r"JobBlocked: blocked the loop for 1 s at .*/hostile_inline.py:\d+ in _sleeps.*"),
     "grows": ("memory", "supervisor", ".*max_memory.*"),
     "yields nonsense": ("exception", "job", "TypeError: .*"),
     "no JSON": ("exception", "job", "TypeError: .*"),

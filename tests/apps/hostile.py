@@ -325,7 +325,7 @@ FORGERIES: dict[str, Callable[[socket.socket], object]] = {
     "an unknown kind": lambda supervisor: supervisor.sendall(frame(2, b"{}")),
     "not JSON": lambda supervisor: supervisor.sendall(frame(RESULT, b'{"a": ')),
     "deep JSON": lambda supervisor: supervisor.sendall(frame(RESULT, b"[" * 200_000)),
-    "the end of another run": lambda supervisor: supervisor.sendall(frame(DONE, b"\0" * 48)),
+    "the end of another run": lambda supervisor: supervisor.sendall(frame(DONE, b"\0" * 72)),
     "a result": lambda supervisor: supervisor.sendall(frame(RESULT, b'"forged"')),
     "two results": lambda supervisor: supervisor.sendall(frame(RESULT, b'"forged"') + frame(RESULT, b'"again"')),
     "half a frame": lambda supervisor: supervisor.sendall(struct.pack(">IB", 100_000, RESULT) + b'"half'),
