@@ -151,7 +151,7 @@ def test_usage_and_limits_stand_in_the_certificate(bench: Bench) -> None:
         ("raises", ["JobTimedOut"], "exception", "job", "retry", "JobTimedOut"),
         ("generator_that_never_ends", [], "timeout", "supervisor", "retry", "JobTimedOut"),
         ("kills_itself", [40], "signal", "operator", "retry", "signal: SIG40"),
-        ("closes_its_socket", [], "exit", "job", "retry", "exit: status 70"),
+        ("closes_its_socket", [], "exit", "job", "retry", "the job has closed KQueue's socket"),
     ],
 )
 def test_each_end_has_its_cause(
