@@ -138,8 +138,8 @@ def is_stubborn() -> None:
 
 
 def cleans_up() -> None:
-    mark("begun", os.getpid())
     try:
+        mark("begun", os.getpid())
         time.sleep(600)
     except JobTimedOut:
         mark("timed-out")
