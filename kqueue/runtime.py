@@ -37,8 +37,8 @@ from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.guard import SliceGuard
 from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
-from .execution.pool import DEFAULTS, PoolSettings
 from .execution.privileges import DEFAULT, Privileges
+from .execution.workers import DEFAULTS, PoolSettings
 from .hostmemory import NO_BUDGET, Budget
 from .ids import new_id
 from .instance import SlicePage

@@ -12,7 +12,7 @@ import pytest
 
 from kqueue import BoundJob, KQueueRuntime, events
 from kqueue.dispatch import prepare
-from kqueue.execution.pool import PoolSettings
+from kqueue.execution.workers import PoolSettings
 from kqueue.loading import template_config
 from tests.apps import pooled
 from tests.daemon import tree, wait_gone

@@ -16,8 +16,9 @@ import pytest
 from kqueue import BoundJob, KQueueRuntime, events
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled
-from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool, Worker
+from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool
 from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, take, unread
+from kqueue.execution.workers import Worker
 from kqueue.kernel import sleep
 from kqueue.loading import template_config
 from kqueue.outcome import Outcome

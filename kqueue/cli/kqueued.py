@@ -104,8 +104,8 @@ def _serve(config: Any, options: dict[str, Any], warnings: list[str]) -> int:
     from ..environment import withheld
     from ..events import DaemonReady, EnvironmentWithheld, IsolationKnown, Warned
     from ..execution.cgroup import guarantees
-    from ..execution.pool import PoolSettings
     from ..execution.privileges import Privileges
+    from ..execution.workers import PoolSettings
     from ..hostmemory import budget
     from ..instance import Instance
     from ..loading import ImportFailed, import_modules, register_commands, template_config

@@ -30,6 +30,7 @@ from . import stack, wire
 from .child_frames import Backoff, Done, Failure, Progress, Result, Said, Then, parse
 from .handle import Child, ChildExit
 from .output import Lines, Rate, Tail
+from .tray import DOUBT_S
 
 Steps = Generator[Any, Any, Any]
 EnqueueFromChild = Callable[[Sequence[NewJob]], Steps]
@@ -40,7 +41,7 @@ NO_WAY_TO_SAY: Final = 70  # the status of a child that has no other way; see ch
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
 PROGRESS_AT_ONCE: Final = 8  # that is passed on, of what comes with one read
 LAST_WORDS: Final = 100
-DOUBT_S: Final = 0.6  # after which `hold` knows whether its process has gone on to another run
+DOUBT_ENDS_S: Final = DOUBT_S + 0.1  # after which `hold` knows whether its process has gone on to another run
 DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
 
 # Over one of these there is no SIGTERM: a job that takes all the memory there is would only get the time to take more.
@@ -58,8 +59,8 @@ class Attempt:
 
     `enqueue` takes what the child dispatches, `check` says what of it may stand in a queue, and how.
     `kill`: it and all that it started. `token`: see wire.TAKE. `capture`: where its output goes; None: to the log. `hold`: have
-    its process go on to no other run; False: it has, as it is about to say. Who asks again after DOUBT_S and hears True has a
-    process before him whose job has taken what was to follow it.
+    its process go on to no other run; False: it has, as it is about to say. Who asks again after DOUBT_ENDS_S and hears True has
+    a process before him whose job has taken what was to follow it.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Attempt:
         if self._hold():
             return True
         if self._doubt_ends is None:
-            self._doubt_ends = self._kernel.clock.monotonic() + DOUBT_S
+            self._doubt_ends = self._kernel.clock.monotonic() + DOUBT_ENDS_S
         self._why_later = self._why_later or why
         return False
 

@@ -35,7 +35,7 @@ from ..program import Program
 from ..registry import Registration, registry
 from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
-from . import limits, settling_in, wire
+from . import limits, settling_in, tray, wire
 from .base import unpacked
 from .child_frames import MAX_JOBS, dispatched
 from .inline import result_json
@@ -111,7 +111,7 @@ def _run_one(request: Mapping[str, Any]) -> int:
 def _run_many(request: Mapping[str, Any]) -> int:
     from .pooled_child import serve
 
-    return serve(socket.socket(fileno=wire.JOB_FD), request["until"])
+    return serve(socket.socket(fileno=wire.JOB_FD), tray.Until(*request["until"]))
 
 
 def _run_elsewhere(request: Mapping[str, Any]) -> int:
@@ -345,7 +345,7 @@ def _nothing() -> None:
 
 
 def _rehearse() -> None:
-    """Run a job that does nothing: whatever memory a run touches, this process then has copies of (a third of a run's time)."""
+    """Run a job that does nothing: whatever memory a run touches, this process then has copies of."""
     none = {"timeout": 0, "max_memory": 0, "max_cpu": 0}
     envelope = codec.Envelope(id="0" * 26, job="rehearsal", args=(), kwargs={})
     request = {"id": envelope.id, "job": envelope.job, "attempt": 1, "keep_result": True, "limits": none}

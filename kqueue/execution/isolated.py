@@ -30,10 +30,11 @@ from .base import NotStarted, Work
 from .cgroup import KERNEL_MIB
 from .handle import Child, memory_file
 from .oom import Mark
-from .pool import DEFAULTS, Pool, PoolSettings, Worker
+from .pool import Pool
 from .privileges import DEFAULT, Privileges
 from .sampler import Sampler
 from .templates import Templates
+from .workers import DEFAULTS, PoolSettings, Worker
 
 Steps = Generator[Any, Any, Any]
 POOL_TRIES: Final = 3  # processes that are tried when one after another is dead before it reads what it is to do

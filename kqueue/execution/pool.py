@@ -1,110 +1,36 @@
-"""The pool: warm processes, forked from the template, that run one job after another; who runs in which, and how long one lives.
-
-    forked --> busy --its tray is empty--> idle --> busy …
-                |                           |
-                +--------- retired ---------+     by jobs, age, memory, a trace that a job left, an interruption, a new template
+"""The pool: which job runs in which of its warm processes (`workers.py`), and when.
 
     a run:  in line --> in the tray of a process that is busy --> begun
                |  <------ taken back ------+                       |
                +------------------------- a process is free ------>+
 
-A process is forked when a job wants one and none is idle; the one that ran last is taken first, since its caches are warm. While
-all are busy, those that are first in line go into their trays (tray.py), so that neither side has to wait for the other between
-two jobs. What is in a tray has not begun: it is taken back when a process is free, when its own dies or is retired, and before
-anything is done about the run before it (`hold`). What happens in a run is `attempt.py`'s business.
-
-A process that is retired is killed: between two jobs it has nothing that could be lost.
+A process is forked when a job wants one and none is idle. While all are busy, those that are first in line go into their trays
+(tray.py), so that neither side has to wait for the other between two jobs. What is in a tray has not begun: it is taken back when
+a process is free, when its own dies or is retired, and before anything is done about the run before it (`hold`). What happens in
+a run is `attempt.py`'s business.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Generator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ..errors import JobCancelled
-from ..events import Events, Warned
+from ..events import Events
 from ..kernel import Kernel, Park, Task
-from ..process import resident_mib
 from .attempt import Attempt
-from .base import NotStarted
-from .child_frames import Done
-from .handle import Child
-from .privileges import FIELDS
 from .templates import Templates
-from .tray import DEPTH, Tray
+from .tray import DEPTH, DOUBT_S
+from .workers import LASTING, PoolSettings, Turn, Worker, Workers
 
 Steps = Generator[Any, Any, Any]
-
-LASTING: Final[tuple[str, ...]] = FIELDS
-"""Fields of a request that hold for the life of a process, so that only jobs which agree on them share one."""
-
-
-class PoolSettings(NamedTuple):
-    """Of kqueue.yaml. 0: no limit, but for `size`."""
-
-    size: int = 2  # processes at once, and so jobs
-    max_jobs: int = 1000
-    max_memory_mib: int = 256  # resident after a job
-    max_age_s: float = 3600.0
-
 
 LINE: Final = 4  # jobs that have not begun, for each process, from which on there is no hurry with more
 MOST_AHEAD: Final = 32  # jobs that are to be reserved before their turn, for each process
 AHEAD_S: Final = 0.02  # and those only that have their turn within so long
 MOST_WAITING: Final = 8  # jobs that may stand in line, for each process, before those that are for elsewhere wait behind them
 SLOW_S: Final = 1.0  # how long jobs take, as long as nothing is known
-DOUBT_S: Final = 0.5  # within which a process says that it has gone on, after it has
-DEFAULTS: Final = PoolSettings()
-
-
-class Turn:
-    """A run that wants a process, and how far it has come."""
-
-    __slots__ = (
-        "forks", "has_begun", "in_line", "is_dismissed", "is_unwanted", "key", "message", "task", "token", "tray_of", "worker",
-    )  # fmt: skip
-
-    def __init__(self, key: tuple[Any, ...], message: bytes, token: bytes, task: Task, in_line: bool) -> None:
-        self.key = key
-        self.message = message  # a TAKE frame; b"": it goes into no tray
-        self.token = token
-        self.task = task
-        self.in_line = in_line  # it takes one of the `size` places; False: it is beside them, and begins at once
-        self.tray_of: Worker | None = None  # in whose tray it is, or was until that process took it; None: it is in line
-        self.worker: Worker | None = None  # that runs it; None: none yet
-        self.forks = False  # there is a place for it, and a process is to be forked
-        self.has_begun = False  # its process has taken it from its tray
-        self.is_dismissed = False  # it is out of line
-        self.is_unwanted = False  # it was cancelled when that had happened, and we had not heard of it
-
-
-class Worker:
-    """One process of the pool. OSError: no fd is left."""
-
-    __slots__ = ("began", "child", "doubted", "fresh_mib", "is_held", "jobs", "key", "memory_mib", "next", "tray", "turn")
-
-    def __init__(self, child: Child, key: tuple[Any, ...], began: float) -> None:
-        self.child = child
-        self.key = key
-        self.began = began
-        self.jobs = 0  # that it has begun
-        self.turn: Turn | None = None  # the run that it is at, as far as it has told
-        self.next: deque[Turn] = deque()  # in its tray, or taken from it and not told of
-        self.is_held = False  # nothing may follow the run that it is at
-        self.doubted: float | None = None  # when it was first seen to have gone on, by the clock; None: it was not
-        self.fresh_mib = self.memory_mib = resident_mib(child.pid)  # at first, and after its last job
-        self.tray = Tray()
-
-    @property
-    def is_of_line(self) -> bool:
-        """Whether what it is at has one of the pool's places."""
-        return self.turn is not None and self.turn.in_line
-
-    @property
-    def retained_mib(self) -> float:
-        """What it keeps of its jobs."""
-        return max(0.0, self.memory_mib - self.fresh_mib)
 
 
 class Pool:
@@ -112,27 +38,19 @@ class Pool:
 
     def __init__(self, kernel: Kernel, events: Events, link: Templates, settings: PoolSettings) -> None:
         self._kernel = kernel
-        self._events = events
-        self._link = link
-        self._settings = settings
+        self._workers = Workers(kernel, events, link, settings)
+        self.size = settings.size  # processes at once, but for calls
         self._busy = 0  # places that are taken: processes that run a job, or are being forked for one
         self._line: deque[Turn] = deque()  # without a place, and in no tray
         self._parked: deque[Task] = deque()  # of those in line and in trays
         self._running: list[Worker] = []
-        self._idle: list[Worker] = []
-        self._numbers = 0  # of processes so far
         self._usual_s = SLOW_S  # what a run takes, of late
         self._no_wait_until = 0.0  # by the clock; until then nobody is to wait here who may have his turn elsewhere
-        self._said: set[tuple[str, str]] = set()  # (job, what it changes) that the operator has been told of
-
-    @property
-    def size(self) -> int:
-        return self._settings.size
 
     @property
     def has_a_line(self) -> bool:
         """Whether so many jobs wait for a process that none will be without a job within the next milliseconds."""
-        return len(self._parked) > LINE * self._settings.size
+        return len(self._parked) > LINE * self.size
 
     @property
     def held(self) -> int:
@@ -147,7 +65,7 @@ class Pool:
         whoever comes then runs at once. Where runs take so long that there is no hurry, as many as wait here already: they need
         nothing that somebody else could have, and behind them there may be jobs that are not for the pool.
         """
-        size = self._settings.size
+        size = self.size
         if self.held < size:
             return 0
         useful = min(MOST_AHEAD, int(AHEAD_S / self._usual_s)) * size
@@ -188,11 +106,11 @@ class Pool:
             self._usual_s += ((SLOW_S if done is None else done.duration_s) - self._usual_s) / 8
         if done is not None:
             worker.memory_mib = done.memory_mib
-            self._tell(job, done, worker.is_of_line)
+            self._workers.tell(job, done, worker.is_of_line)
             if done.next and attempt.is_reusable and self._goes_on(worker, done.next):
                 return
         undisturbed = done is not None and not done.next and attempt.is_reusable
-        self._leave(worker, undisturbed and self._may_go_on(worker, worker.memory_mib))
+        self._leave(worker, undisturbed)
 
     def hold(self, worker: Worker) -> bool:
         """Let nothing follow the run that `worker` is at. False: something has already, as its process is about to say.
@@ -232,15 +150,12 @@ class Pool:
         self._assign()
 
     def retire_idle(self) -> None:
-        """Retire all that run nothing now."""
-        while self._idle:
-            self._retire(self._idle.pop())
+        """Retire all processes that run nothing now."""
+        self._workers.retire_idle()
 
     def forget_lost(self) -> None:
         """Let go of those that died idle with their template."""
-        for worker in [worker for worker in self._idle if worker.child.lost]:
-            self._idle.remove(worker)
-            self._retire(worker)
+        self._workers.forget_lost()
 
     def _wait(self, turn: Turn) -> Steps:
         """Until it has a process, or is to fork one."""
@@ -264,14 +179,14 @@ class Pool:
         line = self._line
         while line:
             turn = line[0]
-            if self._busy < self._settings.size:
+            if self._busy < self.size:
                 self._busy += 1
                 self._begin(line.popleft())
             elif not self._put_into_a_tray(turn):
                 return
             else:
                 line.popleft()
-        if self._busy < self._settings.size:
+        if self._busy < self.size:
             self._share()
 
     def _share(self) -> None:
@@ -287,9 +202,9 @@ class Pool:
 
     def _begin(self, turn: Turn) -> None:
         """It has a place: in a process that is idle, or in one that its own task has to fork."""
-        worker = self._idle_one(turn.key)
+        worker = self._workers.idle_one(turn.key)
         if worker is None:
-            self._make_room()
+            self._workers.make_room(self._busy)
             turn.forks = True
         else:
             self._run(worker, turn)
@@ -309,7 +224,7 @@ class Pool:
         for worker in self._running:
             if (
                 len(worker.next) < (DEPTH if emptiest is None else len(emptiest.next))
-                and worker.key == turn.key and not worker.is_held and self._link.is_current(worker.child)
+                and worker.key == turn.key and not worker.is_held and self._workers.is_current(worker)
             ):  # fmt: skip
                 emptiest = worker
         if emptiest is None or not emptiest.tray.put(turn.message):
@@ -374,80 +289,21 @@ class Pool:
         is_reusable = is_reusable and not worker.next
         while worker.next:
             self._back_in_line(worker.next.pop())
-        if is_reusable:
-            self._idle.append(worker)
-        else:
-            self._retire(worker)
+        self._workers.leave(worker, is_reusable)
         self._assign()
-
-    # -- its processes ----------------------------------------------------------------------------------------------
 
     def _fork(self, turn: Turn) -> Steps:
         """A process for `turn`, which has a place for it."""
-        self._numbers += 1
-        settings = self._settings
-        request = {
-            **dict(zip(LASTING, turn.key, strict=True)),
-            "id": f"pool-{self._numbers}", "job": "(pool)", "limits": {}, "start": "pool",
-            "until": {"jobs": settings.max_jobs, "memory_mib": settings.max_memory_mib, "age_s": settings.max_age_s},
-        }  # fmt: skip
         try:
-            child: Child = yield from self._link.fork(request)
-            try:
-                worker = Worker(child, turn.key, self._kernel.clock.monotonic())
-            except OSError as error:
-                self._link.forget(child)
-                raise NotStarted(f"no tray for a process of the pool: {error.strerror}") from None
+            worker: Worker = yield from self._workers.fork(turn.key)
         except BaseException:
             self._busy -= turn.in_line
             self._assign()
             raise
-        child.give(worker.tray.its_fd)
         self._run(worker, turn)
         self._assign()
-
-    def _retire(self, worker: Worker) -> None:
-        self._link.forget(worker.child)
-        worker.tray.close()
 
     def _current(self) -> Task:
         task = self._kernel.current
         assert task is not None
         return task
-
-    def _idle_one(self, key: tuple[Any, ...]) -> Worker | None:
-        for worker in reversed(self._idle):
-            if worker.key == key:
-                self._idle.remove(worker)
-                if self._may_go_on(worker, 0.0):
-                    return worker
-                self._retire(worker)
-        return None
-
-    def _make_room(self) -> None:
-        """Idle processes of another key give way, the one that has been idle longest first."""
-        while self._idle and self._busy + len(self._idle) > self._settings.size:
-            self._retire(self._idle.pop(0))
-
-    def _may_go_on(self, worker: Worker, memory_mib: float) -> bool:
-        settings, child = self._settings, worker.child
-        age_s = self._kernel.clock.monotonic() - worker.began
-        spent = (
-            bool(settings.max_jobs and worker.jobs >= settings.max_jobs)
-            or bool(settings.max_memory_mib and memory_mib > settings.max_memory_mib)
-            or bool(settings.max_age_s and age_s >= settings.max_age_s)
-        )
-        return not spent and child.exit is None and self._link.is_current(child)
-
-    def _tell(self, job: str, done: Done, in_line: bool) -> None:
-        """Once of each job and each thing that it changes. `in_line` False: it was a call, which has no `start`."""
-        if not done.changed:
-            return
-        new = [(what, detail) for what, detail in done.changed if (job, what) not in self._said]
-        if not new:
-            return
-        self._said.update((job, what) for what, _ in new)
-        listed = "; ".join(f"{what} ({detail})" if detail else what for what, detail in new)
-        do = 'Have it put things back, or declare it start="fork"' if in_line else "Have it put things back"
-        what = f"{job} leaves its pool process changed, so that each of its runs costs a process: {listed}"
-        self._events.emit(Warned(f"{what}. {do}"))

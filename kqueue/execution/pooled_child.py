@@ -32,11 +32,8 @@ PASSES: Final = 100  # over the processes that a job has left; then the supervis
 PASS_S: Final = 0.002
 
 
-def serve(supervisor: socket.socket, until: Mapping[str, float]) -> int:
-    """Run what it is given until the supervisor is gone. Returns the exit status.
-
-    `until`: so many `jobs`, so old as `age_s`, or so large as `memory_mib`, it goes on by itself. 0: for ever.
-    """
+def serve(supervisor: socket.socket, until: tray.Until) -> int:
+    """Run what it is given until the supervisor is gone, by itself as long as its life is not over. Returns the exit status."""
     limits.prctl(limits.PR_SET_CHILD_SUBREAPER, 1)  # what a job leaves behind, at whatever depth, is to be seen here
     try:
         pool = _Pooled(supervisor, _receive_tray(supervisor), until)
@@ -69,7 +66,7 @@ class _Used(NamedTuple):
 
 
 class _Pooled:
-    def __init__(self, supervisor: socket.socket, its_tray: socket.socket, until: Mapping[str, float]) -> None:
+    def __init__(self, supervisor: socket.socket, its_tray: socket.socket, until: tray.Until) -> None:
         self._socket = supervisor
         self._tray = its_tray
         self._until = until
@@ -139,14 +136,9 @@ class _Pooled:
         """Whether there is nothing for the supervisor to decide. What it reads while this run lasts, it takes for this run's."""
         if run.was_interrupted or run.ran_out_of_memory:
             return False
-        until = self._until
-        spent = (
-            (until["jobs"] and self._runs >= until["jobs"])
-            or (until["memory_mib"] and self._memory > until["memory_mib"] * limits.MIB)
-            or (until["age_s"] and time.monotonic() - self._began >= until["age_s"])
-        )
+        is_over = self._until.is_over(self._runs, self._memory / limits.MIB, time.monotonic() - self._began)
         try:
-            return not spent and not tray.unread(1) and not tray.unread(2)
+            return not is_over and not tray.unread(1) and not tray.unread(2)
         except OSError:
             return False
 

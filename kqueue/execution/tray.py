@@ -1,4 +1,5 @@
 """The tray of a pool process: what it will run next, while it is still busy with another. Whole messages, each of them one job.
+Both sides of it stand here, and what both must know to do without asking each other.
 
     supervisor --put--> | B | C | D | --> the process takes one when it is through with A, before it says so
                         <-- take_back, all that it has not taken
@@ -13,14 +14,29 @@ import fcntl
 import socket
 import struct
 import termios
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_MESSAGE: Final = 16 * 1024  # bytes; a larger job waits for a process that is free
 DEPTH: Final = 16  # jobs in one tray: of 0.1 ms each they last while a busy host has the supervisor wait for a CPU
 
+DOUBT_S: Final = 0.5  # within which a process says that it has taken one, after it has
+
 _AT_ONCE: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _INT: Final = struct.Struct("i")
 _ZERO: Final = bytes(_INT.size)
+
+
+class Until(NamedTuple):
+    """What ends the life of a pool process, between two runs. 0: nothing."""
+
+    jobs: int
+    memory_mib: float  # resident after a job
+    age_s: float
+
+    def is_over(self, jobs: int, memory_mib: float, age_s: float) -> bool:
+        return (
+            0 < self.jobs <= jobs or 0 < self.memory_mib < memory_mib or 0 < self.age_s <= age_s
+        )
 
 
 class Tray:
