@@ -23,35 +23,23 @@ from ..dispatch import NewJob
 from ..errors import JobCancelled, KQueueError
 from ..events import Events, JobOutput
 from ..kernel import READ, Kernel, Task, wait_io
-from ..outcome import Outcome, command_outcome
-from ..process import signal_name
+from ..outcome import Outcome
 from ..program import Capture
 from . import stack, wire
 from .child_frames import Backoff, Done, Failure, Progress, Result, Said, Then, parse
-from .handle import Child, ChildExit
+from .ending import Ending, Killer
+from .handle import Child
 from .output import Lines, Rate, Tail
 from .tray import DOUBT_S
 
 Steps = Generator[Any, Any, Any]
 EnqueueFromChild = Callable[[Sequence[NewJob]], Steps]
 CheckFromChild = Callable[[NewJob], NewJob]
-Killer = Callable[[], tuple[str, str]]  # who sent a SIGKILL that we did not: one of outcome.ENDED_BY, and how we know
-
-NO_WAY_TO_SAY: Final = 70  # the status of a child that has no other way; see child.main
 READ_SIZE: Final = 16384  # at most so much of one pipe per turn, so that a flood cannot keep the loop
 PROGRESS_AT_ONCE: Final = 8  # that is passed on, of what comes with one read
 LAST_WORDS: Final = 100
 DOUBT_ENDS_S: Final = DOUBT_S + 0.1  # after which `hold` knows whether its process has gone on to another run
 DRAIN_SIZE: Final = 2 * 1024 * 1024  # after its end: a result of 1 MiB, and what a socket holds before it
-
-# Over one of these there is no SIGTERM: a job that takes all the memory there is would only get the time to take more.
-_LIMITS: Final = {  # what its error says then, and the cause
-    "memory": ("MemoryError", "memory"), "processes": ("TooManyProcesses", "signal"), "output": ("TooMuchOutput", "signal"),
-}  # fmt: skip
-
-# Who sends these when the supervisor did not: the kernel, for what the process did.
-_FROM_KERNEL: Final = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGXCPU", "SIGXFSZ", "SIGTRAP")
-_ENDED_BY: Final = {"timeout": "supervisor", "cancelled": "shutdown", "memory": "kernel", "refused": "supervisor"}
 
 
 class Attempt:
@@ -97,11 +85,11 @@ class Attempt:
     _said: Result | Failure | None = None  # the first of either, which decides
     _backoff = Backoff(None, "")  # what its backoff function said after a failure, if it has one
     _garbage: str | None = None  # what was wrong with its frames, or with what it read; None: nothing
-    # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", or one of _LIMITS; "": we are not.
+    # We are ending it because of: "timeout", "cancelled", "garbage", "lingering", or one of WATCHED_LIMITS; "": we are not.
     _why = ""
     _why_later = ""  # as _why, when its process has gone on to no other run by `_doubt_ends`
     _doubt_ends: float | None = None  # None: there is no doubt
-    _too_much = ""  # one of _LIMITS: it is over that, and to be killed; "": it is not
+    _too_much = ""  # one of WATCHED_LIMITS: it is over that, and to be killed; "": it is not
     _numbers = ""  # what there is to say of that
     _asked = False  # it was asked where it stands; the next step is SIGKILL
     _has_printed = False
@@ -461,81 +449,22 @@ class Attempt:
         `killer` says who sent a SIGKILL that was not ours. `roots`: where the job's modules are found, so how files are named.
         `duration_s`: that we waited for it. `seen_mib`: what it was seen to have.
         """
-        done, exit = self._done, self._done or self._child.exit
-        verdict = self._verdict(killer)
+        done, exit, printed = self._done, self._done or self._child.exit, self._tail.text() if self._has_printed else ""
+        ending = Ending(
+            self._request, self._said, self._why, self._numbers, self._garbage, self._child.exit, self._backoff,
+            () if self._context.inline else self._context.follow_ups, self._printed, printed, self._kill_grace_s,
+        )  # fmt: skip
+        verdict = ending.verdict(killer)
         return verdict._replace(
             pid=self._child.pid or None,
             limits={name: value for name, value in self._request["limits"].items() if value},
-            output=self._tail.text() if self._has_printed else "",
+            output=printed,
             stack=self._stack.text(roots) if not verdict.ok and self._stack.came else "",
             duration_s=duration_s if done is None else done.duration_s,
             cpu_user_s=0.0 if exit is None else exit.cpu_user_s,
             cpu_system_s=0.0 if exit is None else exit.cpu_system_s,
             max_memory_mib=seen_mib if exit is None else max(seen_mib, exit.max_memory_mib),
         )
-
-    def _verdict(self, killer: Killer) -> Outcome:
-        exit = self._child.exit
-        signaled = signal_name(os.WTERMSIG(exit.status)) if exit and os.WIFSIGNALED(exit.status) else None
-        code = os.WEXITSTATUS(exit.status) if exit and os.WIFEXITED(exit.status) else None
-        if isinstance(self._said, Result):
-            follow_ups = () if self._context.inline else self._context.follow_ups
-            return Outcome("ok", result=self._said.json, exit_code=code, signal=signaled, follow_ups=follow_ups)
-        if isinstance(self._said, Failure):
-            return self._failed(self._said, code)
-        if self._why in _LIMITS:
-            kind, cause = _LIMITS[self._why]
-            error = {"class": kind, "message": self._numbers}
-            return Outcome(cause, "supervisor", error=error, exit_code=code, signal=signaled)
-        if self._garbage is not None:
-            return Outcome("exception", "supervisor", error=_error("WireError", self._garbage), exit_code=code, signal=signaled)
-        if self._why in ("timeout", "cancelled"):
-            late = _error(signaled or "JobTimedOut", self._how_late(signaled)) if self._why == "timeout" else None
-            return Outcome(self._why, _ENDED_BY[self._why], error=late, exit_code=code, signal=signaled)
-        if exit is None:
-            return Outcome("lost", "kernel", error=_error("TemplateDied", "the template that it was forked from has died"))
-        if code is not None and "command" in self._request:
-            return command_outcome(self._request["job"], code, self._printed, self._tail.text())
-        if signaled is None:
-            closed = code == NO_WAY_TO_SAY and wire.SOCKET_CLOSED in self._tail.text()
-            return Outcome("exit", exit_code=code, error=_error("WireError", wire.SOCKET_CLOSED) if closed else None)
-        return self._signaled(signaled, exit, killer)
-
-    def _how_late(self, signaled: str | None) -> str:
-        deaf = f", and {self._kill_grace_s:g} s after SIGTERM" if signaled == "SIGKILL" else ""
-        return f"it ran longer than its timeout of {self._request['limits']['timeout']:g} s{deaf}"
-
-    def _failed(self, said: Failure, code: int | None) -> Outcome:
-        """It said so itself."""
-        cause = self._why if self._why in ("timeout", "cancelled") else said.cause
-        if cause in ("timeout", "cancelled") and cause != self._why:
-            cause = "exception"  # the job raised it itself; to release it for that would run it for ever
-        return Outcome(
-            cause, _ENDED_BY.get(cause, "job"), error=said.error, backoff_s=self._backoff.seconds,
-            exit_code=said.exit_code if said.exit_code is not None else code, backoff_failed=self._backoff.why_not,
-            asked=said.asked if cause == "exception" else "", retry_in_s=said.retry_in_s,
-        )  # fmt: skip
-
-    def _signaled(self, name: str, exit: ChildExit, killer: Killer) -> Outcome:
-        """A signal ended it that we did not send, or not as its time-out or for a limit."""
-        limits = self._request["limits"]
-        cpu_s, max_cpu_s, size_mib = exit.cpu_user_s + exit.cpu_system_s, limits["max_cpu"], limits["max_file_size"]
-        # Who ignores SIGXCPU gets a SIGKILL a second later; the kernel counts by ticks then, and not quite as we are told.
-        if name == "SIGXCPU" or (name == "SIGKILL" and max_cpu_s and cpu_s > 0.95 * max(1, int(max_cpu_s)) + 0.5):
-            text = f"its max_cpu is {max_cpu_s:g} s" if max_cpu_s else "its host's RLIMIT_CPU is less"
-            return Outcome("cpu", "kernel", signal=name, error=_error(name, f"it used {cpu_s:.3g} s of CPU, and {text}"))
-        if name == "SIGXFSZ":
-            text = f"its max_file_size, {size_mib:g} MiB" if size_mib else "its host's RLIMIT_FSIZE"
-            return Outcome("signal", "kernel", signal=name, error=_error(name, f"it made a file larger than {text}"))
-        if name == "SIGKILL":
-            by, text = killer()
-            return Outcome("memory" if by == "kernel" else "signal", by, signal=name, error=_error(name, text))
-        ended_by = "kernel" if name in _FROM_KERNEL else "job" if name == "SIGABRT" else "operator"
-        return Outcome("signal", ended_by, signal=name)
-
-
-def _error(name: str, message: str) -> dict[str, str]:
-    return {"class": name, "message": message}
 
 
 def _readable(fd: int) -> bool:

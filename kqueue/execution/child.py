@@ -49,7 +49,7 @@ def main(template_pid: int, config: Mapping[str, Any], order: Order | None, orde
 
     `config`: what the template was told to import. `order`: what to do; None: it will come through `orders`.
     """
-    status = 70
+    status = wire.NO_WAY_TO_SAY
     try:
         settling_in.prepare(template_pid, config["privileges"]["nice"])
         request, fds = order or _wait(orders)

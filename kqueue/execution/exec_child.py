@@ -204,7 +204,7 @@ def run_python(request: Mapping[str, Any]) -> NoReturn:
 
 def main(bundle: Mapping[str, Any]) -> NoReturn:
     """In the new interpreter. Never returns."""
-    status = 70
+    status = wire.NO_WAY_TO_SAY
     try:
         request = bundle["request"]
         for fd in (wire.JOB_FD, wire.STACK_FD):

@@ -27,9 +27,8 @@ from ..registry import Registration
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
-from .cgroup import KERNEL_MIB
 from .handle import Child, memory_file
-from .oom import Mark
+from .oom import NOTHING_SEEN
 from .pool import Pool
 from .privileges import DEFAULT, Privileges
 from .sampler import Sampler
@@ -259,28 +258,13 @@ class IsolatedExecutionStrategy:
         finally:
             context.pid = None
             self.sampler.forget(sampled)
-        killer = partial(self._killer, child, sampled.oom_mark)
+        seen = NOTHING_SEEN if child.exit is None else child.exit.seen
+        killer = partial(self.sampler.oom.killer, sampled.oom_mark, seen)
         duration_s = self._kernel.clock.monotonic() - began
         outcome: Outcome = attempt.outcome(killer, child.link.roots, duration_s, sampled.peak_mib)
-        outcome = _with_refused_tasks(outcome, child)
         if outcome.error is not None:
             self._hint_at_environment(request["job"], outcome.error)
         return outcome
-
-    def _killer(self, child: Child, mark: Mark) -> tuple[str, str]:
-        """Who sent a SIGKILL that was not ours, and how that is known."""
-        seen = None if child.exit is None else child.exit.seen
-        if seen is None or seen.oom_kills < 0:
-            return self.sampler.oom.killer(mark)
-        if not seen.oom_kills:
-            nor = "nor did the kernel's OOM killer (oom_kill of its cgroup did not rise)"
-            return "operator", f"killed by somebody else: KQueue did not send it, {nor}"
-        self.sampler.oom.claim(seen.oom_kills)
-        counted = f"oom_kill of its cgroup rose by {seen.oom_kills}"
-        if not seen.over_limit or not seen.memory_max_mib:
-            return "kernel", f"by the kernel's OOM killer, since the host or the service had no memory left: {counted}"
-        limits = f"its max_memory, isolated.memory_headroom and {KERNEL_MIB} MiB for the kernel"
-        return "kernel", f"by the kernel's OOM killer: over {seen.memory_max_mib} MiB, {limits}; {counted}"
 
     def _hint_at_environment(self, job: str, error: Mapping[str, Any]) -> None:
         """Say so, once, when a job missed a variable that the daemon has."""
@@ -290,16 +274,6 @@ class IsolatedExecutionStrategy:
         if hint and hint not in self._hinted:
             self._hinted.add(hint)
             self._events.emit(Warned(f"{job} failed with {error['class']}: {hint}"))
-
-
-def _with_refused_tasks(outcome: Outcome, child: Child) -> Outcome:
-    """`outcome`, which says so if the job failed after its cgroup had refused it a process or a thread."""
-    seen = None if child.exit is None else child.exit.seen
-    if outcome.error is None or seen is None or not seen.refused_tasks:
-        return outcome
-    allowed = f"its cgroup allows {seen.tasks_max} processes and threads, for its max_processes"
-    text = f"{outcome.error['message']} ({allowed}; the kernel refused it {seen.refused_tasks} more)"
-    return outcome._replace(error={**outcome.error, "message": text})
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

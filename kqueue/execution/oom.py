@@ -4,7 +4,7 @@ The kernel tells nobody whom it killed but its own log. What it counts is `oom_k
 is a cgroup v2 with the memory controller, which has those of us and our children alone; else in /proc/vmstat, which has those of
 the whole host. So it is evidence, not proof: a job that somebody else killed while the OOM killer took another process reads as
 the OOM killer's. Of two jobs that died so while one kill was counted, one does. Where each job has a cgroup with the memory
-controller of its own, that one's count is proof, and there is no need for this.
+controller of its own, that one's count is proof.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 from typing import Final, NamedTuple
 
 from ..process import PAGE
+from .cgroup import KERNEL_MIB, Seen
 
+NOTHING_SEEN: Final = Seen()
 VMSTAT: Final = "/proc/vmstat"
 _RARITY_S: Final = 0.2  # a look is good for so long
 
@@ -48,12 +50,14 @@ class OomKills:
     def mark(self) -> Mark:
         return Mark(self._kills, self._claimed)
 
-    def claim(self, kills: int) -> None:
-        """So many are accounted for."""
-        self._claimed += kills
+    def killer(self, mark: Mark, seen: Seen = NOTHING_SEEN) -> tuple[str, str]:
+        """Who sent a SIGKILL to a job that began at `mark`: ("kernel" or "operator", the evidence).
 
-    def killer(self, mark: Mark) -> tuple[str, str]:
-        """Who sent a SIGKILL to a job that began at `mark`: ("kernel" or "operator", the evidence)."""
+        `seen`: what was counted in its own cgroup, if anything was.
+        """
+        if seen.oom_kills >= 0:
+            self._claimed += seen.oom_kills
+            return _by_its_cgroup(seen)
         self._looked_at = None
         self.look(0.0)
         where = f"oom_kill of {self._events or self._vmstat}"
@@ -65,6 +69,17 @@ class OomKills:
             return "kernel", f"by the kernel's OOM killer, for {where} rose from {mark.kills} to {self._kills} while it ran"
         nor = f"nor did the kernel's OOM killer ({where} is {self._kills})"
         return "operator", f"killed by somebody else: KQueue did not send it, {nor}"
+
+
+def _by_its_cgroup(seen: Seen) -> tuple[str, str]:
+    if not seen.oom_kills:
+        nor = "nor did the kernel's OOM killer (oom_kill of its cgroup did not rise)"
+        return "operator", f"killed by somebody else: KQueue did not send it, {nor}"
+    counted = f"oom_kill of its cgroup rose by {seen.oom_kills}"
+    if not seen.over_limit or not seen.memory_max_mib:
+        return "kernel", f"by the kernel's OOM killer, since the host or the service had no memory left: {counted}"
+    limits = f"its max_memory, isolated.memory_headroom and {KERNEL_MIB} MiB for the kernel"
+    return "kernel", f"by the kernel's OOM killer: over {seen.memory_max_mib} MiB, {limits}; {counted}"
 
 
 def _numbers(path: str, names: tuple[bytes, ...]) -> list[int]:

@@ -109,7 +109,7 @@ def die_with(template_pid: int) -> None:
     """When the template dies, the kernel ends this process. Changing the user undoes it."""
     limits.prctl(limits.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != template_pid:  # it has died just before
-        os._exit(70)
+        os._exit(wire.NO_WAY_TO_SAY)
 
 
 def equip(request: Mapping[str, Any], fds: Sequence[int], template_pid: int) -> None:

@@ -215,7 +215,7 @@ class Template:
                 self._leftovers.enter(job)
                 child_main(parent, self._config, order, orders)
             finally:  # whatever happens, a child is never a second template
-                os._exit(70)
+                os._exit(wire.NO_WAY_TO_SAY)
         self._running[pid] = job
         return Forked(pid, os.pidfd_open(pid))
 

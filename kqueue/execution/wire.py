@@ -48,6 +48,7 @@ DONE: Final = 26  # a pool process is through with a TAKE, what that has cost, a
 
 CONTROL_FD: Final = 3  # where the template finds its end of its socket
 JOB_FD: Final = 3  # where a child finds its own
+NO_WAY_TO_SAY: Final = 70  # the exit status of a child that has no other way to say it could not begin (EX_SOFTWARE)
 SOCKET_CLOSED: Final = "the job has closed KQueue's socket"  # what a child says on stderr then
 STACK_FD: Final = 4  # and the pipe into which it says where it stands, when it is asked or crashes
 TRAY_FD: Final = 5  # and, in a process of the pool, its end of its tray
