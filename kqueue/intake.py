@@ -128,6 +128,7 @@ class Intake:
         self._room = room
         self._ahead = ahead
         self._batch = BATCH  # by what starts took lately
+        self._starts = (0, 0.0)  # how many are on their way, and since when
         self.taken_at = 0.0  # when the last jobs were taken
         self.remaining = max_jobs or None  # jobs that may still be taken in this process's life; None: any number
         self.running = dict.fromkeys(LANES, 0)
@@ -145,10 +146,16 @@ class Intake:
         """Isolated jobs beyond their slots."""
         return max(0, self.running["isolated"] - self._slots.get("isolated", 0))
 
-    def starts_took(self, seconds: float, count: int) -> None:
-        """The last `count` jobs began to run within so many seconds: how many may be asked for at once follows from that."""
+    def starts_begin(self, count: int) -> None:
+        """The first of `count` jobs, which were taken together, is about to run."""
+        self._starts = count, self._clock()
+
+    def starts_end(self) -> None:
+        """The last of them has: how many may be asked for at once follows from how long that took."""
+        (count, began), self._starts = self._starts, (0, 0.0)
         if not count:
             return
+        seconds = self._clock() - began
         fitting = BATCH if seconds <= 0 else int(count * STARTING_S / seconds)
         self._batch = max(SMALLEST_BATCH, min(BATCH, (self._batch + fitting) // 2))
 

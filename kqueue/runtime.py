@@ -16,13 +16,14 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Container, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, NoReturn
 
 from . import events as facts
 from . import signing
+from .ahead import Ahead
 from .brokers import open_broker
 from .brokers.base import LEASE_S, NO_RETENTION, STALE, Broker, Lease, Owner, Retention
 from .budget import MemoryBudget
@@ -63,9 +64,6 @@ from .verdict import defer, exhausted, judge, keep_apart, move, postpone, put_ba
 
 Steps = Generator[Any, Any, Any]
 
-AHEAD_PATIENCE_S: Final = 1.0  # how long a job beyond the slots waits for its turn here,
-SLOW_PATIENCE_S: Final = 5.0  # and where all are slow, so that those that are not for the pool can be found behind them
-ELSEWHERE_S: Final = 1.0  # for which another daemon may have it then
 SETTLE_S: Final = 1.0  # to settle what was ended at shutdown; all of it stays within grace + kill_grace + 5 s (INTERFACES)
 
 
@@ -125,16 +123,14 @@ class KQueueRuntime:
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
+        self._ahead = Ahead(self.isolated.pool, self.memory, lambda: self._intake.excess, self._put_back)
         self._settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
         self._settling.is_unhurried = lambda: self.isolated.pool.has_a_line
         self.promotions = Promotions(self, pins or {}, can_isolate=max_isolated > 0)
         self.slices = Slices(self.kernel, self.events, self.promotions, max_slice_s)
         self._burst = False
         self._nudged = False
-        self._starting = 0  # jobs that were taken last, and
-        self._starts_began = 0.0  # when, by the clock, the first of them began to run
         self._nudging = False  # a nudge is on its way
-        self._looks_ahead = False  # somebody looks after jobs that were reserved before their turn
         self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
         self._loops: list[Task] = []
         self._signals: Signals | None = None
@@ -297,8 +293,9 @@ class KQueueRuntime:
             took, next_due_s = yield from self._reserve()
             if took:
                 yield  # let them run before more are taken
-                self._look_after_those_ahead()
-                self._intake.starts_took(self.kernel.clock.monotonic() - self._starts_began, self._starting)
+                self._intake.starts_end()
+                if self._ahead.has_to_be_watched:
+                    self._loop(self._ahead.watch(self.nudge))
                 if self._nudged or self._is_hungry():
                     continue
                 self._sated = False  # a slot that is freed is news
@@ -339,16 +336,15 @@ class KQueueRuntime:
         """Reserve what is asked for, and start it."""
         reserved = yield from self.broker.reserve(ask.queue, ask.wants)
         self._intake.got(ask, len(reserved.leases))
-        self._starting = len(reserved.leases)
         if reserved.leases:
-            self.kernel.spawn(self._begin_starts(), name="starts")
+            self.kernel.spawn(self._begin_starts(len(reserved.leases)), name="starts")
         for lease in reserved.leases:
             self._start_life(lease)
         return reserved
 
-    def _begin_starts(self) -> Steps:
+    def _begin_starts(self, count: int) -> Steps:
         """Runs right before those that were just taken."""
-        self._starts_began = self.kernel.clock.monotonic()
+        self._intake.starts_begin(count)
         yield from ()
 
     def _start_life(self, lease: Lease) -> None:
@@ -406,32 +402,11 @@ class KQueueRuntime:
         if self._feeder:
             self.kernel.unpark(self._feeder)
 
-    # -- ahead of their turn ----------------------------------------------------------------------------------------
-
-    def _look_after_those_ahead(self) -> None:
-        if not self._looks_ahead and self._intake.excess:
-            self._looks_ahead = True
-            self._loop(self._watch_those_ahead())
-
-    def _watch_those_ahead(self) -> Steps:
-        """Jobs beyond the slots that do not have their turn soon, since those before them take long, may have it elsewhere."""
-        pool = self.isolated.pool
-        while self._intake.excess:
-            waited = pool.waiting()
-            yield sleep(SLOW_PATIENCE_S if pool.is_slow else AHEAD_PATIENCE_S)
-            if waited & pool.waiting():
-                pool.slow_down(ELSEWHERE_S)
-                self._dismiss(waited, self._intake.excess)
-                yield sleep(ELSEWHERE_S)
-                self.nudge()
-        self._looks_ahead = False
-
-    def _dismiss(self, tasks: Container[Task], most: int | None = None) -> None:
-        """Put up to `most` (None: all) of `tasks` back that wait for their turn in the pool."""
-        held = {each.task: each for each in self.held if each.task in tasks}
-        for task in self.isolated.pool.dismiss(held, most):
-            held[task].is_dismissed = True
-            self._end(held[task], "it had not begun")
+    def _put_back(self, task: Task) -> None:
+        """The job of `task` waits for the pool, and has not begun: its queue has it again."""
+        held = next(held for held in self.held if held.task is task)
+        held.is_dismissed = True
+        self._end(held, "it had not begun")
 
     # -- settling ---------------------------------------------------------------------------------------------------
 
@@ -513,7 +488,7 @@ class KQueueRuntime:
         self.state = "terminating"
         self.exit_code = exit_code
         self.events.emit(facts.DaemonStopping(why, len(self.held)))
-        self._dismiss(self.isolated.pool.waiting())
+        self._ahead.give_all_back()
         self.kernel.unpark(self._stopper)
         self.nudge()
 
@@ -530,7 +505,7 @@ class KQueueRuntime:
         if self.state == "running":
             self.state = "quiet"
             self.events.emit(facts.Warned("quiet: no more jobs are reserved; those that run go on. SIGTERM ends the daemon"))
-            self._dismiss(self.isolated.pool.waiting())
+            self._ahead.give_all_back()
             self.nudge()
 
     def execute_job(self, job: BoundJob) -> Task:
@@ -704,12 +679,8 @@ class KQueueRuntime:
         return Intake(
             self._specs, self._slots, strict_order=self._strict_order, concurrent=self.security.max_concurrent,
             per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic, room=self.memory.room,
-            ahead=self._ahead,
+            ahead=lambda: self._ahead.most(),
         )  # fmt: skip
-
-    def _ahead(self) -> int:
-        """Who only waits in the pool has memory booked all the same, of which most is for those that run."""
-        return 0 if self.isolated.pool.is_slow and self.memory.is_half_used else self.isolated.pool.ahead
 
     def template(self) -> Mapping[str, Any]:
         return self._template_given if self._template_given is not None else template_config(security=self.security)

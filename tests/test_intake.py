@@ -441,17 +441,22 @@ def test_fewer_are_asked_for_at_once_while_their_starts_are_long() -> None:
         assert ask is not None
         return ask.wants["inline"]
 
+    def starts(seconds: float, count: int) -> None:
+        shop.intake.starts_begin(count)
+        shop.now += seconds
+        shop.intake.starts_end()
+
     assert asked() == BATCH
     for _ in range(10):
-        shop.intake.starts_took(STARTING_S * 4, BATCH)
+        starts(STARTING_S * 4, BATCH)
     assert BATCH // 5 <= asked() <= BATCH // 3, "a quarter of them takes as long as all should"
     for _ in range(10):
-        shop.intake.starts_took(5.0, 3)
+        starts(5.0, 3)
     assert asked() == SMALLEST_BATCH
-    shop.intake.starts_took(0.0, 0)
+    starts(0.0, 0)
     assert asked() == SMALLEST_BATCH, "none says nothing"
     for _ in range(20):
-        shop.intake.starts_took(0.0, 1)
+        starts(0.0, 1)
     assert BATCH - 1 <= asked() <= BATCH
 
 

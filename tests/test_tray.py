@@ -380,7 +380,7 @@ def test_who_is_not_for_the_pool_runs_beside_those_that_wait_for_it(bench: TrayB
 
 
 def test_slow_ones_that_wait_are_few_and_may_be_had_elsewhere(bench: TrayBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kqueue.runtime.SLOW_PATIENCE_S", 0.3)
+    monkeypatch.setattr("kqueue.ahead.SLOW_PATIENCE_S", 0.3)
     runtime = bench.runtime()
     runtime._slots["isolated"] = 4
     most = 4 + MOST_WAITING
