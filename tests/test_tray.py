@@ -219,9 +219,10 @@ def test_who_is_cancelled_after_it_has_run_has_run(bench: TrayBench) -> None:
     runtime = bench.runtime()
 
     def cancel(pool: Pool) -> None:
-        turns = list(the(pool).next)
+        worker = the(pool)
+        turns = list(worker.next)
         bench.open_gate()
-        until(lambda: len(bench.noted()) == DEPTH)
+        until(lambda: len(bench.noted()) == DEPTH and is_asleep(worker.child.pid))  # it has said so of the last one, too
         for turn in turns:
             runtime.kernel.cancel(turn.task, JobCancelled("for a test"), 5.0)
 
