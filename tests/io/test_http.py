@@ -72,6 +72,8 @@ def test_names_that_are_not_ascii() -> None:
     assert parse("http://[::1]:80/").authority == "[::1]"
     assert parse("HTTP://EXAMPLE.org").target == "/"
     assert join_urls(parse("http://me:pw@a/b/c"), "../d?x") == parse("http://a/d?x")
+    assert join_urls(parse("http://a/b"), "/c?next=http://d/") == parse("http://a/c?next=http://d/")
+    assert join_urls(parse("http://a/b"), "https://e/?f") == parse("https://e/?f")
     assert parse("http://a/%41%zz").path == "/%41%zz", "what is quoted already, or wrongly, goes as it is"
     assert "geheim" not in parse("http://u:geheim@a/x?geheim").shown
 
@@ -191,6 +193,19 @@ def test_what_cannot_be_sent_is_refused_before_anything_is(kernel: Kernel, url: 
     kernel.run(job())
 
 
+def test_a_client_with_a_base_refuses_the_same(kernel: Kernel, site: Site) -> None:
+    client = http.Client(base_url=site.url, proxy="")
+
+    def job() -> Any:
+        assert (yield client.get("echo?next=http://other/")).json()["target"] == "/echo?next=http://other/"
+        for wrong in ("/a\r\nX: 1", "//[::1/", "http://[::1/", "ftp://h/", 5):
+            with pytest.raises(http.InvalidRequest):
+                yield client.get(wrong)
+
+    kernel.run(job())
+    assert len(site.asked) == 1
+
+
 def test_methods(kernel: Kernel, site: Site) -> None:
     def job() -> Any:
         for name in ("get", "post", "put", "patch", "delete", "options"):
@@ -307,7 +322,7 @@ def test_redirects_that_are_not_followed(kernel: Kernel, site: Site) -> None:
             yield http.get(f"{site.url}/loop")
         assert len(site.asked) == 11
         assert (yield http.get(f"{site.url}/loop", redirects=0)).status == 302
-        for where in ("ftp://x/", "http://h:77777/", "http://a b/"):
+        for where in ("ftp://x/", "http://h:77777/", "http://a b/", "http://[::1/", "//[::1/"):
             with pytest.raises(http.RedirectRefused, match="leads nowhere"):
                 yield http.get(f"{site.url}/to", params={"url": where})
         with pytest.raises(http.RedirectRefused, match="read once only"):

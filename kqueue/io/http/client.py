@@ -6,7 +6,6 @@ import sys
 from collections.abc import Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypedDict
-from urllib.parse import urljoin
 
 from ...context import current_or_none
 from ...errors import UsageError
@@ -224,6 +223,7 @@ class Client:
 
         try:
             url = join(before.url, response.headers.get_all("location")[0])
+            url = url._replace(user="", password="")  # who sends us there does not decide who we are
         except HTTPFailed as error:
             raise refused(f"leads nowhere: {error}") from None
         if before.url.scheme == "https" and url.scheme == "http" and not allow_downgrade:
@@ -241,9 +241,7 @@ class Client:
         return self._made(method, url, headers, body, before.timeouts, before.ends_at, before.max_body)
 
     def _url(self, text: str) -> URL:
-        if self._base is None:
-            return parse(text)
-        return parse(text if "://" in text else urljoin(str(self._base), text))
+        return parse(text) if self._base is None else join(self._base, text)
 
     def _pool(self) -> Pool:
         return pools().of(self, lambda: Pool(*self._limits))

@@ -57,10 +57,7 @@ class URL(NamedTuple):
 @lru_cache(maxsize=512)
 def parse(text: str) -> URL:
     """Raises InvalidRequest for what is no http or https URL."""
-    if not isinstance(text, str):
-        raise InvalidRequest(f"a URL is a str, not {type(text).__name__}")
-    if any((ord(char) < 33 and char != " ") or ord(char) == 127 for char in text) or text != text.strip() or "\\" in text:
-        raise InvalidRequest(f"the URL {_harmless(text)} has characters in it that no URL has")
+    _check(text)
     try:
         parts = urlsplit(text)
         scheme, port, host = parts.scheme.lower(), parts.port, parts.hostname
@@ -76,9 +73,21 @@ def parse(text: str) -> URL:
     return URL(scheme, _host(host, "[" in parts.netloc), port or DEFAULT_PORTS[scheme], path, query, user, password)
 
 
-def join(base: URL, location: str) -> URL:
-    """Where a redirect from `base` leads. A user in it is ignored: who sends us there does not decide who we are."""
-    return parse(urljoin(str(base), location))._replace(user="", password="")
+def join(base: URL, text: str) -> URL:
+    """Where `text` leads from `base`; it may be a whole URL, too. Raises InvalidRequest."""
+    _check(text)  # urljoin leaves line breaks out in silence
+    try:
+        whole = urljoin(str(base), text)
+    except ValueError as error:
+        raise InvalidRequest(f"the URL {_harmless(text)} cannot be read: {error}") from None
+    return parse(whole)
+
+
+def _check(text: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"a URL is a str, not {type(text).__name__}")
+    if any((ord(char) < 33 and char != " ") or ord(char) == 127 for char in text) or text != text.strip() or "\\" in text:
+        raise InvalidRequest(f"the URL {_harmless(text)} has characters in it that no URL has")
 
 
 def _host(host: str, is_literal: bool) -> str:
