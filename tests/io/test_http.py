@@ -354,6 +354,10 @@ def test_secrets_stay_with_their_origin(kernel: Kernel, site: Site) -> None:
         client = http.Client(base_url=site.url, headers={"Authorization": "Bearer x"}, proxy="")
         assert secrets((yield client.get("echo")).json()) == {"authorization"}
         assert secrets((yield client.get(other.url)).json()) == set()
+        client = http.Client(base_url=url, proxy="")
+        told = (yield client.get("echo")).json()
+        assert ["authorization", "Basic bWU6cEBzcw=="] in told["headers"]
+        assert secrets((yield client.get(f"{other.url}/echo")).json()) == set()
 
     try:
         kernel.run(job())

@@ -78,6 +78,8 @@ class Client:
             raise UsageError("a client needs at least one connection: max_connections= and max_per_host= are at least 1")
         self._base = parse(base_url) if base_url else None
         self._headers = merged(_default_headers(), encode(headers))
+        if auth is None and self._base is not None and self._base.user:
+            auth = (self._base.user, self._base.password)
         if auth is not None:
             self._headers = merged(self._headers, _authorization(auth))
         self._public_headers = [pair for pair in self._headers if pair[0] not in _SECRET]
