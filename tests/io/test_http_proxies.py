@@ -178,6 +178,12 @@ def test_a_proxy_that_is_silent_and_one_that_says_too_much(kernel: Kernel, serve
         ({"ALL_PROXY": "p:1", "NO_PROXY": "10.0.0.0/8"}, "https://10.1.2.3/", None),
         ({"ALL_PROXY": "p:1", "NO_PROXY": "10.0.0.0/8"}, "https://11.1.2.3/", "http://p:1/"),
         ({"ALL_PROXY": "p:1", "NO_PROXY": "10.0.0.0/8"}, "https://ten/", "http://p:1/"),
+        ({"ALL_PROXY": "p:1", "NO_PROXY": "10.0.0.0/8:443"}, "https://10.1.2.3/", None),
+        ({"ALL_PROXY": "p:1", "NO_PROXY": "10.0.0.0/8:444"}, "https://10.1.2.3/", "http://p:1/"),
+        ({"ALL_PROXY": "p:1", "NO_PROXY": "fd00::/8"}, "https://[fd00::1]/", None),
+        ({"ALL_PROXY": "p:1", "NO_PROXY": "[fd00::/8]:443"}, "https://[fd00::1]/", None),
+        ({"ALL_PROXY": "p:1", "NO_PROXY": "*:443"}, "https://a/", None),
+        ({"ALL_PROXY": "p:1", "NO_PROXY": "*:444"}, "https://a/", "http://p:1/"),
     ],
 )
 def test_which_proxy(environment: dict[str, str], url: str, expected: str | None) -> None:

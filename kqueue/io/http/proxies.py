@@ -67,20 +67,20 @@ def proxy_url(text: str) -> URL:
 
 def _is_meant(rule: str, url: URL) -> bool:
     """Whether a rule of NO_PROXY means this host: a name and what is below it, an address, a network, "*"; maybe with a port."""
+    name, colon, port = rule.rpartition(":")
+    if colon and port.isdecimal() and (":" not in name or name.endswith("]")):
+        if int(port) != url.port:
+            return False
+        rule = name
     if rule == "*":
         return True
     if "/" in rule:
         from ipaddress import ip_address, ip_network  # half a megabyte, and seldom needed
 
         try:
-            return ip_address(url.host) in ip_network(rule, strict=False)
+            return ip_address(url.host) in ip_network(rule.strip("[]"), strict=False)
         except ValueError:
             return False
-    name, colon, port = rule.rpartition(":")
-    if colon and port.isdecimal() and (":" not in name or name.endswith("]")):
-        if int(port) != url.port:
-            return False
-        rule = name
     rule = rule.strip("[]").lstrip("*").lstrip(".")
     return bool(rule) and (url.host == rule or url.host.endswith(f".{rule}"))
 
