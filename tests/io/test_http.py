@@ -393,7 +393,7 @@ def test_cookies_are_kept_only_when_asked_for(kernel: Kernel, site: Site) -> Non
         return str(dict(map(tuple, response.json()["headers"])).get("cookie", ""))
 
     def job() -> Any:
-        lines = "a=1; Path=/|b=2; Path=/echo|c=3; Secure|d=4; Domain=example.org|e=5; Max-Age=0|f|=g"
+        lines = "a=1; Path=/; Max-Age=--5|b=2; Path=/echo; Expires=never|c=3; Secure|d=4; Domain=example.org|e=5; Max-Age=0|f|=g"
         lines += "|h=8; Expires=Wed, 21 Oct 2015 07:28:00 GMT"
         client = http.Client(cookies=True, base_url=site.url, proxy="")
         for asking in (http, client):

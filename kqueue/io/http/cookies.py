@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final, NamedTuple
 
+from .dates import moment_of
 from .headers import Headers
 from .urls import URL
 
@@ -44,9 +45,6 @@ class Cookies:
         """Keep what the response from `url` sets."""
         for line in headers.get_all("set-cookie"):
             self._set(url, line)
-
-    def clear(self) -> None:
-        self._kept.clear()
 
     def _set(self, url: URL, line: str) -> None:
         pair, *attributes = line.split(";")
@@ -95,15 +93,7 @@ def _is_for(url: URL, domain: str, path: str, cookie: _Cookie) -> bool:
 
 def _until(said: dict[str, str]) -> float:
     age = said.get("max-age", "")
-    if age.lstrip("-").isdecimal():
+    if age.removeprefix("-").isdecimal():
         return time.time() + float(age[:10])
-    if "expires" in said:
-        from email.utils import mktime_tz, parsedate_tz  # loaded only where a server sends dates
-
-        try:
-            date = parsedate_tz(said["expires"])
-            if date is not None:
-                return float(mktime_tz(date))
-        except (ValueError, OverflowError):
-            return float("inf")
-    return float("inf")
+    until = moment_of(said["expires"]) if "expires" in said else None
+    return float("inf") if until is None else until

@@ -18,10 +18,12 @@ next step; never a password, nor what stands in a query.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ..errors import CertificateRefused, ConnectFailed, ConnectionLost, IOFailed, TimedOut
+from .dates import moment_of
 
 if TYPE_CHECKING:
     from .response import Response
@@ -105,14 +107,8 @@ class HTTPStatusError(HTTPFailed):
         text = self.response.headers.get("retry-after", "").strip()
         if text.isdecimal():
             return float(text[:9])
-        try:
-            from email.utils import mktime_tz, parsedate_tz  # loaded only where a server sends dates
-            from time import time
-
-            date = parsedate_tz(text)
-            return None if date is None else max(0.0, mktime_tz(date) - time())
-        except (ValueError, OverflowError):
-            return None
+        moment = moment_of(text)
+        return None if moment is None else max(0.0, moment - time.time())
 
 
 def _advice(status: int, retryable: bool) -> str:
