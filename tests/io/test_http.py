@@ -456,6 +456,26 @@ def test_not_more_at_once_than_allowed(kernel: Kernel, site: Site) -> None:
     assert site.connections <= 4
 
 
+def test_who_waits_for_one_server_does_not_cost_another_its_connections(kernel: Kernel, site: Site) -> None:
+    """He may have no connection more to his, so what comes back from elsewhere is of no use to him: it is kept."""
+    other = Site()
+    client = http.Client(max_per_host=1, max_connections=2, proxy="")
+
+    def job() -> Any:
+        with (yield client.stream("GET", f"{site.url}/bytes?count=1000000")):
+            waiter = kernel.spawn(client.get(site.url).__await__())
+            for _ in range(10):
+                yield client.get(other.url)
+            assert pool_counts(kernel) == [(1, 1, 1)]
+        assert (yield join(waiter)).status == 200
+
+    try:
+        kernel.run(job())
+    finally:
+        other.stop()
+    assert other.connections == 1
+
+
 def test_an_idle_connection_is_closed_in_time(kernel: Kernel, site: Site) -> None:
     client = http.Client(idle_timeout=0.01, proxy="")
 

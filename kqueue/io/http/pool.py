@@ -211,7 +211,7 @@ class Pool:
         is_wanted = gate().waiting > self._connecting and self._handed % SHARE == 0
         if key in self._waiting and not is_wanted and self._longest_waiting(key) == key:
             self._next_of(key).set(connection)
-        elif self._is_closed or self._waiting or gate().waiting:
+        elif self._is_closed or self._longest_waiting() is not None or gate().waiting:
             connection.close()
         else:
             connection.idle_until = now() + self._idle_timeout_s
