@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 from ...context import current_or_none
 from ...errors import UsageError
 from ..operation import Operation, operation
-from ..surroundings import now
+from ..surroundings import deadline_in
 from .bodies import NOTHING, Body, body_of
 from .cookies import Cookies
 from .errors import HTTPFailed, InvalidRequest, RedirectRefused, TooManyRedirects
@@ -203,8 +203,8 @@ class Client:
             headers = merged(headers, _authorization(auth))
         headers = _with_body(headers, given, body, method)
         timeouts = timeouts_of(asked.get("timeout"), self._timeouts)
-        ends_at = None if timeouts.total is None else now() + timeouts.total
-        return self._made(method, url, headers, body, timeouts, ends_at, self._max_body if max_body is None else max_body)
+        most = self._max_body if max_body is None else max_body
+        return self._made(method, url, headers, body, timeouts, deadline_in(timeouts.total), most)
 
     def _made(
         self, method: str, url: URL, headers: list[Pair], body: Body, timeouts: Timeouts, ends_at: float | None, max_body: int

@@ -73,9 +73,6 @@ class Exchange:
 
     # -- time -------------------------------------------------------------------------------------------------------
 
-    def deadline(self, timeout_s: float | None) -> float | None:
-        return None if timeout_s is None else now() + timeout_s
-
     def until(self, phase: str, deadline: float | None = None) -> float | None:
         """When a wait of `phase` that begins now is over: by its own time, by the total, or at `deadline`. None: never."""
         seconds: float | None = getattr(self.timeouts, phase)

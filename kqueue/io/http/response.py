@@ -10,7 +10,7 @@ import h11
 
 from ..errors import Closed, ConnectionLost, TimedOut
 from ..operation import operation
-from ..surroundings import left
+from ..surroundings import deadline_in, left
 from .decoding import Decoder
 from .errors import HTTPBodyTooLarge, HTTPConnectionLost, HTTPProtocolError, HTTPStatusError
 from .headers import Headers
@@ -121,8 +121,7 @@ class StreamedResponse(_Head):
         """
         if limit < 1:
             raise ValueError(f"read() takes at least 1 byte, not {limit}")
-        deadline = self.exchange.deadline(timeout)
-        return (yield from self._read(limit, deadline))
+        return (yield from self._read(limit, deadline_in(timeout)))
 
     @operation
     def read_all(self, max_body: int | None = None) -> Generator[Any, Any, bytes]:
