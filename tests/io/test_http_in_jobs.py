@@ -79,7 +79,6 @@ from aiohttp import web
 
 async def echo(request):
     body = await request.read()
-    form = {}
     return web.json_response({"method": request.method, "size": len(body), "first": body[:4].decode("latin-1"),
                               "query": dict(request.query)})
 
