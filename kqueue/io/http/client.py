@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Unpack  # Python 3.11
 
+    import h11
+
+    from .pool import Connection
+
 MAX_BODY: Final = 64 * 1024 * 1024
 DRAINED: Final = 65536  # bytes of the body of a redirect that are read, so that its connection can be used again
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
@@ -58,6 +62,10 @@ class _Follow:
     def __init__(self, asked: Asked, most: int) -> None:
         self.most = asked.get("redirects", most)
         self.allow_downgrade = asked.get("allow_downgrade", False)
+
+    def wants(self, response: StreamedResponse) -> bool:
+        """Whether it is a redirect that is to be followed."""
+        return response.status in _REDIRECTS and self.most > 0 and "location" in response.headers
 
 
 class Client:
@@ -125,8 +133,8 @@ class Client:
         exchange = self._exchange(method, url, max_body, asked)
         follow = _Follow(asked, self._redirects)
         del asked, url  # thousands may wait from here on
-        response = StreamedResponse(exchange, *(yield from exchange.run(self._pool())))
-        if self._is_redirect(response, follow):
+        response = self._arrived(exchange, *(yield from exchange.run(self._pool())))
+        if follow.wants(response):
             response = yield from self._follow(response, follow)
         with response:
             body = yield from response.whole(response.exchange.max_body)
@@ -137,8 +145,8 @@ class Client:
         """The response as soon as its headers are there: `with (yield client.stream("GET", url)) as response:`."""
         exchange = self._exchange(method, url, None, asked)
         follow = _Follow(asked, self._redirects)
-        response = StreamedResponse(exchange, *(yield from exchange.run(self._pool())))
-        if self._is_redirect(response, follow):
+        response = self._arrived(exchange, *(yield from exchange.run(self._pool())))
+        if follow.wants(response):
             response = yield from self._follow(response, follow)
         if response.has_no_body:
             yield from response.whole(0)
@@ -159,11 +167,14 @@ class Client:
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    def _is_redirect(self, response: StreamedResponse, follow: _Follow) -> bool:
-        """Whether it is one to be followed. Its cookies are taken here, too."""
+    def _arrived(
+        self, exchange: Exchange, connection: Connection, head: h11.Response, history: tuple[Response, ...] = ()
+    ) -> StreamedResponse:
+        """The response that begins with `head`, of which the cookies are taken."""
+        response = StreamedResponse(exchange, connection, head, history)
         if self.cookies is not None:
-            self.cookies.learn(response.exchange.url, response.headers)
-        return response.status in _REDIRECTS and follow.most > 0 and "location" in response.headers
+            self.cookies.learn(exchange.url, response.headers)
+        return response
 
     def _follow(self, response: StreamedResponse, follow: _Follow) -> Generator[Any, Any, StreamedResponse]:
         """The response at the end of the redirects that begin with this one."""
@@ -178,8 +189,8 @@ class Client:
                 exchange = self._redirected(response.exchange, response, follow.allow_downgrade)
                 yield from _drain(response)
             history = (*history, response.with_body(b""))
-            response = StreamedResponse(exchange, *(yield from exchange.run(self._pool())), history)
-            if not self._is_redirect(response, follow):
+            response = self._arrived(exchange, *(yield from exchange.run(self._pool())), history)
+            if not follow.wants(response):
                 return response
 
     def _exchange(self, method: str, text: str, max_body: int | None, asked: Asked) -> Exchange:
