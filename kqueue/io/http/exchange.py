@@ -18,6 +18,7 @@ from .errors import (
     IDEMPOTENT,
     HTTPConnectFailed,
     HTTPConnectionLost,
+    HTTPFailed,
     HTTPProtocolError,
     HTTPTimeout,
     InvalidRequest,
@@ -160,7 +161,7 @@ class Exchange:
             if isinstance(error, TimedOut):
                 why = str(error) if "file descriptor" in str(error) else ""
                 raise self.late(self._phase, why=why) from None
-            if isinstance(error, IOFailed) and not hasattr(error, "retryable"):
+            if isinstance(error, IOFailed) and not isinstance(error, HTTPFailed):  # that would be the proxy's
                 raise HTTPConnectFailed(error, method=self.method, url=self.url.shown) from error
             raise
 
