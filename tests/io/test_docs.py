@@ -79,6 +79,11 @@ def test_every_error_is_in_the_table() -> None:
     assert sorted(told) == sorted(there)
 
 
+def test_every_page_is_in_the_list_of_pages() -> None:
+    listed = re.findall(r"^\| \[(.+)\]\(\1\) \|", (DOCS / "io/README.md").read_text(), re.MULTILINE)
+    assert sorted([*listed, "README.md"]) == sorted(page.name for page in (DOCS / "io").glob("*.md"))
+
+
 def test_every_name_is_told_of_and_can_be_had() -> None:
     text = "".join(page.read_text() for page in (DOCS / "io").glob("*.md"))
     for name in set(io.__all__) - {"Operation"}:
