@@ -1,4 +1,4 @@
-"""The helper that looks names up, since getaddrinfo() blocks. Run by its path, in an interpreter of its own; imports nothing.
+"""The helper that looks names up, since getaddrinfo() blocks. Run by its path, in an interpreter of its own; imports `os` alone.
 
 Its stdin is a socket whose messages keep their bounds (SOCK_SEQPACKET): "NUMBER NAME" comes in, and when that is known "NUMBER
 ok" or "NUMBER CODE why" goes out, followed by lines "4 ADDRESS" and "6 ADDRESS SCOPE". Each name has a thread, so a slow one
