@@ -162,6 +162,20 @@ def job_in(context: Context) -> JobContext | None:
     return context.get(_current)
 
 
+def keep(thing: Closeable) -> None:
+    """Close `thing` when the job that runs here, if any, ends."""
+    context = _current.get()
+    if context is not None:
+        context.keep(thing)
+
+
+def forget(thing: Closeable) -> None:
+    """The job that runs here, if any, is not to close `thing`."""
+    context = _current.get()
+    if context is not None:
+        context.forget(thing)
+
+
 def close_all() -> None:
     """The job that runs here, if any, has ended: close what it left open."""
     context = _current.get()

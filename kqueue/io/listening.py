@@ -8,9 +8,10 @@ import stat
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from ..context import current_or_none
+from ..context import forget, keep
 from ..errors import UsageError
 from ..kernel.traps import READ, wait_io
+from .closing import Closing
 from .errors import Closed, IOFailed, TimedOut
 from .gate import Gate, gate
 from .operation import operation
@@ -19,7 +20,6 @@ from .surroundings import deadline_in, left, release
 
 if TYPE_CHECKING:
     import ssl
-    from types import TracebackType
 
 
 def listen(
@@ -44,7 +44,7 @@ def listen(
     return Listener(sock, where, unix, gate(), tls)
 
 
-class Listener:
+class Listener(Closing):
     """Accepts streams. Closed like a stream; a Unix socket's path is removed then."""
 
     __slots__ = ("__weakref__", "_gate", "_path", "_socket", "_tls", "where")
@@ -56,9 +56,7 @@ class Listener:
         self._gate = gate
         gate.taken += 1
         self.where = where
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     @property
     def port(self) -> int:
@@ -101,9 +99,7 @@ class Listener:
         sock, self._socket = self._socket, None
         if sock is None:
             return
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
         release(sock.fileno())
         sock.close()
         self._gate.give()
@@ -122,20 +118,6 @@ class Listener:
     def __del__(self) -> None:
         if self._socket is not None:
             self.close()
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Listener:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _name(address: Any) -> str:

@@ -21,8 +21,9 @@ import socket
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from ..context import current_or_none
+from ..context import forget, keep
 from ..kernel.traps import READ, WRITE, wait_io
+from .closing import Closing
 from .errors import Closed, ConnectionLost, IncompleteRead, IOFailed, StreamLimit, TimedOut
 from .gate import Gate
 from .operation import operation
@@ -30,7 +31,6 @@ from .surroundings import deadline_in, left, release
 
 if TYPE_CHECKING:
     import ssl
-    from types import TracebackType
 
 RECEIVE: Final = 65536  # bytes that one recv() may bring
 FAIR: Final = 262144  # bytes that are written before others may run
@@ -38,7 +38,7 @@ FAIR: Final = 262144  # bytes that are written before others may run
 Wait = Generator[Any, Any, Any]
 
 
-class Stream:
+class Stream(Closing):
     """A connected stream. Closed by `close`, by the end of its `with`, and by the end of the job that opened it.
 
     `peer` says whom it is connected to, as error messages do. Timeouts are in seconds; None: until the job's own is up.
@@ -53,9 +53,7 @@ class Stream:
         self._gate = gate  # a place of which is ours
         self._buffer = bytearray()  # received, and not asked for yet
         self._ended = False  # the other side has said that no more will come
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     def __repr__(self) -> str:
         return f"<Stream {self.peer} {'closed' if self._socket is None else f'fd {self._fd}'}>"
@@ -309,9 +307,7 @@ class Stream:
         sock, self._socket = self._socket, None
         if sock is None:
             return
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
         release(self._fd)
         self._say_goodbye(sock)
         sock.close()
@@ -319,15 +315,11 @@ class Stream:
 
     def disown(self) -> None:
         """Leave it open when the job ends. For a pool, which closes it itself."""
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
 
     def adopt(self) -> None:
         """Close it when the job that runs now ends. For a pool, which lends it."""
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     def _open(self) -> socket.socket:
         if self._socket is None:
@@ -337,17 +329,3 @@ class Stream:
     def __del__(self) -> None:
         if self._socket is not None:
             self.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
