@@ -160,11 +160,7 @@ class Stream(Closing):
                 events = self._events(error, READ)
                 continue
             except OSError as error:
-                lost = self._lost(error)
-                if lost is not None:
-                    self._break()
-                    raise lost from None
-                data = b""
+                data = self._orderly_end(error)
             if data:
                 return data
             self._ended = True
@@ -180,14 +176,18 @@ class Stream(Closing):
         except self._blocked as error:
             return self._events(error, READ)
         except OSError as error:
-            lost = self._lost(error)
-            if lost is not None:
-                self._break()
-                raise lost from None
-            data = b""
+            data = self._orderly_end(error)
         self._ended = not data
         self._buffer += data
         return 0
+
+    def _orderly_end(self, error: OSError) -> bytes:
+        """b"" when `error` of reading amounts to an orderly end; else the stream is closed, and ConnectionLost raised."""
+        lost = self._lost(error)
+        if lost is None:
+            return b""
+        self._break()
+        raise lost from None
 
     # What is different over TLS.
 
@@ -287,14 +287,10 @@ class Stream(Closing):
             return False
         while not self._ended and len(self._buffer) < RECEIVE:
             try:
-                data = self._socket.recv(RECEIVE)
-            except self._blocked:
-                break
-            except OSError:
-                self._break()
+                if self.receive_now():
+                    break
+            except ConnectionLost:
                 return False
-            self._ended = not data
-            self._buffer += data
         return not self._ended
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from kqueue import io
 from kqueue.context import enter
 from kqueue.errors import JobCancelled, UsageError
 from kqueue.io.gate import Gate
-from kqueue.kernel import Kernel, join
+from kqueue.kernel import Kernel, join, sleep
 from tests.io.conftest import Server, a_job
 from tests.servers import Certificates, lack
 
@@ -218,6 +218,28 @@ def test_a_stream_that_was_cut_is_no_end(
             with pytest.raises(io.Truncated, match="without the close_notify") as error:
                 yield stream.read_exactly(100)
             assert error.value.partial == b"half of it"
+
+    kernel.run(job())
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_an_end_is_noticed_without_reading(
+    kernel: Kernel, serve: Serve, authority: Authority, context: ssl.SSLContext, is_cut: bool
+) -> None:
+    def ends(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"late")
+        if is_cut:
+            sock.shutdown(socket.SHUT_RDWR)
+        else:
+            sock.unwrap()
+
+    def job() -> Any:
+        with (yield io.connect("localhost", serve(over_tls(context, ends)).port, tls=authority.trusting)) as stream:
+            yield stream.read_exactly(1)
+            while stream.is_alive():
+                yield sleep(0.001)
+            assert stream.closed == is_cut, "one that was cut is of no use"
+            assert stream.buffered == 3, "what came before is still there"
 
     kernel.run(job())
 
