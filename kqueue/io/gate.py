@@ -18,7 +18,7 @@ from typing import Any, Final
 from ..errors import JobTimedOut
 from ..kernel.traps import sleep
 from .errors import TimedOut
-from .surroundings import Signal, left, local
+from .surroundings import Signal, in_line, left, local
 
 RESERVE: Final = 256  # fds that are not for jobs, or a quarter where that is less
 LOOK_AGAIN_S: Final = 0.05  # when the process has no fd although the gate has a place
@@ -50,20 +50,18 @@ class Gate:
 
     def take(self, purpose: str, deadline: float | None) -> Generator[Any, Any, None]:
         """Wait for a place. TimedOut at `deadline`; `purpose` ("to connect to …") is for the message."""
-        if not self.is_full:
+        is_full = self.is_full
+        if is_full and any(close() for close in self.spare):
+            is_full = self.is_full
+        if not is_full:
             self.taken += 1
             return
-        signal = Signal()
-        self._waiting.append(signal)
         try:
-            any(close() for close in self.spare)
-            yield from signal.within(left(deadline))
+            has_it = yield from in_line(self._waiting, left(deadline), self.give)
         except BaseException as error:
-            self._leave(signal)
             _explain(error, self._shortage(purpose))
             raise
-        if not signal.is_set:
-            self._leave(signal)
+        if not has_it:
             raise TimedOut(self._shortage(purpose))
 
     def give(self) -> None:
@@ -91,12 +89,6 @@ class Gate:
             self.give()
             _explain(error, self._shortage(purpose))
             raise
-
-    def _leave(self, signal: Signal) -> None:
-        if signal.is_set:
-            self.give()
-        else:
-            self._waiting.remove(signal)
 
     def _shortage(self, purpose: str) -> str:
         return (

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from ..errors import UsageError
 from .errors import Closed, TimedOut
 from .operation import operation
-from .surroundings import Signal, deadline_in, left
+from .surroundings import Signal, deadline_in, in_line, left
 
 T = TypeVar("T")
 
@@ -39,15 +39,7 @@ class Semaphore:
         if self._free:
             self._free -= 1
             return self
-        signal = Signal()
-        self._waiting.append(signal)
-        try:
-            yield from signal.within(timeout)
-        except BaseException:
-            self._leave(signal)
-            raise
-        if not signal.is_set:
-            self._leave(signal)
+        if not (yield from in_line(self._waiting, timeout, self.release)):
             raise TimedOut(f"no place was free in {timeout:g} s")
         return self
 
@@ -57,12 +49,6 @@ class Semaphore:
             self._waiting.popleft().set()
         else:
             self._free += 1
-
-    def _leave(self, signal: Signal) -> None:
-        if signal.is_set:
-            self.release()  # it was given in the very moment
-        else:
-            self._waiting.remove(signal)
 
     def __enter__(self) -> Semaphore:
         return self
@@ -109,15 +95,7 @@ class Queue(Generic[T]):
         while not self._things:
             if self._is_closed:
                 raise Closed("the queue was closed, and nothing is left in it")
-            signal = Signal()
-            self._filled.append(signal)
-            try:
-                yield from signal.within(left(deadline))
-            except BaseException:
-                self._leave(signal)
-                raise
-            if not signal.is_set:
-                self._leave(signal)
+            if not (yield from in_line(self._filled, left(deadline), self._wake)):
                 raise TimedOut(f"nothing came in {timeout:g} s")
         thing = self._things.popleft()
         self._room.release()
@@ -134,9 +112,3 @@ class Queue(Generic[T]):
     def _wake(self) -> None:
         if self._filled:
             self._filled.popleft().set()
-
-    def _leave(self, signal: Signal) -> None:
-        if signal.is_set:
-            self._wake()  # what was for us is the next one's
-        else:
-            self._filled.remove(signal)

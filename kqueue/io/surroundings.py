@@ -7,6 +7,7 @@ Operations wait by traps, which both answer. Here is what cannot be had by a tra
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -120,3 +121,22 @@ class Signal(Trap):
             finally:
                 self._future = None
         return self.value
+
+
+def in_line(line: deque[Signal], timeout_s: float | None, pass_on: Callable[[], None]) -> Generator[Any, Any, bool]:
+    """Wait at the end of `line` for whoever takes us off it and sets our signal; False: not within `timeout_s` seconds.
+
+    `pass_on` is called when that was done, and we are interrupted in the same moment: what was for us is the next one's.
+    """
+    signal = Signal()
+    line.append(signal)
+    try:
+        yield from signal.within(timeout_s)
+    except BaseException:
+        if signal.is_set:
+            pass_on()
+        raise
+    finally:
+        if not signal.is_set:
+            line.remove(signal)
+    return signal.is_set
