@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable
-from math import ceil
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -93,8 +92,7 @@ class Poller:
 
     def select(self, timeout_s: float | None) -> list[tuple[int, int]]:
         """Wait for events up to `timeout_s` seconds (None: without end): (fd, what epoll says of it)."""
-        # Rounded up to what epoll can tell apart, or the loop would spin through the last part of a millisecond.
-        timeout_s = -1 if timeout_s is None else ceil(timeout_s * 1000) / 1000
+        # poll() itself rounds up to milliseconds, so the loop does not spin through the last part of one.
         return self._epoll.poll(timeout_s, AT_ONCE)
 
     def ready(self, events: list[tuple[int, int]]) -> list[tuple[Task, Any]]:

@@ -109,6 +109,20 @@ def test_a_direction_that_nobody_waits_for_any_longer_wakes_nobody(kernel: Kerne
     assert (writer.value, reader.value, now(kernel)) == (WRITE, 0, 5)
 
 
+def test_a_wait_shorter_than_epoll_can_tell_is_one_turn() -> None:
+    """Rounded down it would be none at all, and the loop would spin until it is over."""
+    kernel = Kernel()
+
+    def job() -> Any:
+        yield
+        before = kernel.turns
+        yield sleep(0.0009)
+        return kernel.turns - before
+
+    assert kernel.run(job()) <= 2
+    kernel.close()
+
+
 def test_a_second_waiter_for_a_direction_is_refused_and_told_who_has_it(kernel: Kernel, pair: Pair) -> None:
     ours, theirs = pair
 
