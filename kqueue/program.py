@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-ENDS: Final = ("", "timeout", "output", "refused", "limit", "lost")
-
 
 class Program(NamedTuple):
     """What is to run. No shell, and no text: a process has bytes."""
@@ -33,7 +31,7 @@ class ProgramEnd(NamedTuple):
     returncode: int  # as subprocess has it: less than 0 for a signal
     stdout: bytes
     stderr: bytes
-    why: str = ""  # one of ENDS; "": it ended by itself
+    why: str = ""  # "timeout", "output", "refused", "limit" or "lost"; "": it ended by itself
     message: str = ""  # what there is to say of that
 
 

@@ -18,7 +18,6 @@ A job that swallows that is interrupted again, MAX_THROWN times in all; then the
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -32,7 +31,7 @@ from ..registry import Registration, call_target
 from ..retries import ask_backoff
 from . import instead
 from .inline import GRACE_S, InlineExecutionStrategy
-from .instead import Standing
+from .instead import OURS, Standing
 
 MAX_THROWN: Final = 3  # in one slice, GRACE_S apart
 LATE_S: Final = 1.0  # after the time for which it was armed
@@ -133,8 +132,6 @@ class SliceGuard:
         raise error
 
 
-_OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
 # Those of our functions that call into a job, and are ready for whatever comes out of it.
 _CALLERS: Final[set[CodeType]] = {
     InlineExecutionStrategy._run.__code__, Registration.call.__code__, call_target.__code__, ask_backoff.__code__,
@@ -154,7 +151,7 @@ def _job_stands_at(innermost: FrameType | None) -> Standing | None:
     frame = innermost
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(_OURS):
+        if code.co_filename.startswith(OURS):
             if innermost is None or frame is innermost:
                 return None
             if code is not _TRANSPARENT:

@@ -20,7 +20,7 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
 _LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
-_OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 SLEEP: Final = "`yield kqueue.sleep(…)`"
 HTTP: Final = "kqueue.io.http"
@@ -143,7 +143,7 @@ def standing(frame: FrameType, until: CodeType) -> Standing:
 def is_own(code: CodeType) -> bool:
     """Whether `code` is the application's, as far as its file tells."""
     name = code.co_filename
-    return not name.startswith((_OURS, _LIBRARY, "<frozen")) and "site-packages" not in name
+    return not name.startswith((OURS, _LIBRARY, "<frozen")) and "site-packages" not in name
 
 
 def line_of(frame: FrameType) -> str:
@@ -260,9 +260,9 @@ def _async_call(trace: TracebackType | None) -> str:
         module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
         if (top := module.partition(".")[0]) in _WRAPPERS or _looked_up(_ASYNC, top):
             return _public(top, name, module, frame)
-    if 0 <= last_own < len(frames):
-        return next((found for name in _names_in(frames[last_own]) if _looked_up(_ASYNC, found := name)), "")
-    return ""
+    if last_own < 0:
+        return ""
+    return next((name for name in _names_in(frames[last_own]) if _looked_up(_ASYNC, name)), "")
 
 
 def _public(top: str, name: str, module: str, frame: FrameType) -> str:

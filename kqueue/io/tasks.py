@@ -70,11 +70,10 @@ def race(*things: Thing) -> Generator[Any, Any, Any]:
     except BaseException:
         yield from group.end()
         raise
-    failed, results = group.failed, dict(group.results)
     yield from group.end()
-    for value in results.values():
-        return value
-    raise failed if failed is not None else AssertionError("somebody was first")
+    if group.failed is not None and not group.results:
+        raise group.failed
+    return next(iter(group.results.values()))
 
 
 class _Group:

@@ -123,7 +123,6 @@ class wait_io(Trap):
             kernel.wake_at(task, kernel.clock.monotonic() + self.timeout_s, value=0)
         return PARKED
 
-
     def _undo(self) -> None:
         self._poller.remove(self.fd, self._task)
 

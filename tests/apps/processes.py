@@ -125,12 +125,6 @@ def pid_of_process() -> int:
     return os.getpid()
 
 
-def sleeps(seconds: float) -> int:
-    mark("sleeps", os.getpid())
-    time.sleep(seconds)
-    return os.getpid()
-
-
 def is_stubborn() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     mark("stubborn", os.getpid())
@@ -177,7 +171,7 @@ def any_note() -> Any:
 
 CALLS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (pid_of_process, sleeps, is_stubborn, cleans_up, eats, raises, measures, dispatches)
+    for function in (pid_of_process, is_stubborn, cleans_up, eats, raises, measures, dispatches)
 }
 
 
