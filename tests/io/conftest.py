@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kqueue.context import JobContext
+from kqueue.context import JobContext, enter
+from kqueue.errors import JobCancelled
 from kqueue.io.gate import Gate
 from kqueue.kernel import Kernel, Task
 from tests.test_inline import Services
@@ -42,6 +43,30 @@ def _crashed(task: Task) -> None:
 
 def a_job() -> JobContext:
     return JobContext(id="1", name="the_job", queue="q", attempt=1, deadline=None, inline=True, services=Services())
+
+
+def cancel_at_every_wait(kernel: Kernel, job: Callable[[], Any]) -> int:
+    """Cancel `job` before its first turn, after one, after two … until it gets through; the turns that it took.
+
+    Each time it is a job that ends, and has no place of the gate left.
+    """
+    turns = 0
+    while True:
+        enter(a_job())
+        task = kernel.spawn(job())
+        for _ in range(turns):
+            if not task.ended:
+                kernel.turn()
+        if not task.ended:
+            kernel.cancel(task, JobCancelled("stop"))
+            while not task.ended:
+                kernel.turn()
+        enter(None)
+        assert kernel.locals.get(Gate) is None or kernel.locals[Gate].taken == 0
+        if task.error is None:
+            return turns
+        assert isinstance(task.error, JobCancelled)
+        turns += 1
 
 
 class Server:

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from kqueue import io
-from kqueue.context import enter
 from kqueue.errors import JobCancelled, UsageError
 from kqueue.io import IncompleteRead
 from kqueue.kernel import Kernel, join, sleep
-from tests.io.conftest import Server, a_job
+from tests.io.conftest import Server, cancel_at_every_wait
 
 Serve = Callable[..., Server]
 
@@ -298,33 +297,15 @@ def test_nobody_is_there(kernel: Kernel, tmp_path: Path) -> None:
 
 
 def test_a_cancellation_at_every_wait_leaves_nothing(kernel: Kernel, serve: Serve) -> None:
-    """The job is cancelled before its first turn, after one, after two … until it gets through."""
     port = serve(echo).port
-    ended = []
 
     def job() -> Any:
         with (yield io.connect("127.0.0.1", port)) as stream:
             yield stream.write(b"x" * 3_000_000)
             yield stream.read_exactly(10)
             yield stream.finish()
-            ended.append(stream)
 
-    turns = 0
-    while not ended:
-        enter(a_job())
-        task = kernel.spawn(job())
-        for _ in range(turns):
-            if not task.ended:
-                kernel.turn()
-        if not task.ended:
-            kernel.cancel(task, JobCancelled("stop"))
-            while not task.ended:
-                kernel.turn()
-            assert isinstance(task.error, JobCancelled)
-        turns += 1
-        assert kernel.locals.get(io.gate.Gate) is None or kernel.locals[io.gate.Gate].taken == 0
-    enter(None)
-    assert turns > 2, "there are waits to be cancelled at"
+    assert cancel_at_every_wait(kernel, job) > 1, "there are waits to be cancelled at"
 
 
 def test_closing_wakes_who_waits(kernel: Kernel, serve: Serve) -> None:

@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 
 from kqueue import io
-from kqueue.context import enter
-from kqueue.errors import JobCancelled, UsageError
-from kqueue.io.gate import Gate
+from kqueue.errors import UsageError
 from kqueue.kernel import Kernel, join, sleep
-from tests.io.conftest import Server, a_job
+from tests.io.conftest import Server, cancel_at_every_wait
 from tests.servers import Certificates, lack
 
 Serve = Callable[..., Server]
@@ -298,25 +296,10 @@ def test_a_cancellation_at_every_wait_leaves_nothing(
     kernel: Kernel, serve: Serve, authority: Authority, context: ssl.SSLContext
 ) -> None:
     port, trusting = serve(over_tls(context, echo)).port, authority.trusting
-    ended = []
 
     def job() -> Any:
         with (yield io.connect("localhost", port, tls=trusting)) as stream:
             yield stream.write(b"x" * 200_000)
             yield stream.read_exactly(10)
-            ended.append(stream)
 
-    turns = 0
-    while not ended:
-        enter(a_job())
-        task = kernel.spawn(job())
-        for _ in range(turns):
-            if not task.ended:
-                kernel.turn()
-        kernel.cancel(task, JobCancelled("stop"))
-        while not task.ended:
-            kernel.turn()
-        turns += 1
-        assert kernel.locals.get(Gate) is None or kernel.locals[Gate].taken == 0
-    enter(None)
-    assert turns > 2, "there are waits to be cancelled at"
+    assert cancel_at_every_wait(kernel, job) > 1, "there are waits to be cancelled at"
