@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..kernel.traps import WRITE, sleep, wait_any
 from .errors import ConnectFailed, TimedOut
 from .gate import gate
-from .names import Address, addresses_of
+from .names import Address, addresses_of, shown
 from .operation import operation
 from .streams import Stream
 from .surroundings import deadline_in, left, now
@@ -51,7 +51,7 @@ def connect(
     if tls is not False and not server_name:
         raise UsageError("connect() with unix= and tls= needs server_name=, the name that the certificate is for")
     deadline = deadline_in(timeout)
-    peer = unix or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    peer = unix or shown(host, port)
     addresses: list[Address] = [(socket.AF_UNIX, unix)] if unix else (yield from addresses_of(host, port, deadline))
     sock = yield from _first(addresses, peer, deadline)
     if tls is False:

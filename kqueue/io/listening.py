@@ -14,6 +14,7 @@ from ..kernel.traps import READ, wait_io
 from .closing import Closing
 from .errors import Closed, IOFailed, TimedOut
 from .gate import Gate, gate
+from .names import shown
 from .operation import operation
 from .streams import Stream
 from .surroundings import deadline_in, left, release
@@ -29,7 +30,7 @@ def listen(
     if bool(host) == bool(unix):
         raise UsageError(f"listen() takes an address and a port, or unix=PATH, not {host!r} and unix={unix!r}")
     family = socket.AF_UNIX if unix else socket.AF_INET6 if ":" in host else socket.AF_INET
-    where = unix or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    where = unix or shown(host, port)
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if unix:
@@ -87,7 +88,7 @@ class Listener(Closing):
         except BaseException:
             self._gate.give()
             raise
-        client = _name(address) or f"a client of {self.where}"
+        client = shown(*address[:2]) if isinstance(address, tuple) else f"a client of {self.where}"  # a Unix socket has no name
         if self._tls is None:
             return Stream(sock, client, self._gate)
         from .tls import secure  # and with it ssl, which is 4 MB
@@ -118,10 +119,3 @@ class Listener(Closing):
     def __del__(self) -> None:
         if self._socket is not None:
             self.close()
-
-
-def _name(address: Any) -> str:
-    """Of a client; "" for that of a Unix socket, which has none."""
-    if not isinstance(address, tuple):
-        return ""
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"

@@ -241,6 +241,11 @@ def addresses_of(host: str, port: int, deadline: float | None) -> Generator[Any,
     return [(family, (at, port)) if family == socket.AF_INET else (family, (at, port, 0, scope)) for family, at, scope in found]
 
 
+def shown(host: str, port: int) -> str:
+    """As messages have it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _numeric(host: str) -> list[Host] | None:
     """None: it is a name."""
     if host.lower() in ("localhost", "localhost."):
