@@ -7,8 +7,9 @@ from collections.abc import Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
-from ...context import current_or_none
+from ...context import forget, keep
 from ...errors import UsageError
+from ..closing import Closing
 from ..operation import Operation, operation
 from ..surroundings import deadline_in
 from .bodies import NOTHING, Body, body_of
@@ -24,7 +25,6 @@ from .urls import URL, Params, join, parse
 
 if TYPE_CHECKING:
     import ssl
-    from types import TracebackType
     from typing import Unpack  # Python 3.11
 
     import h11
@@ -68,7 +68,7 @@ class _Follow:
         return response.status in _REDIRECTS and self.most > 0 and "location" in response.headers
 
 
-class Client:
+class Client(Closing):
     """Requests with settings and connections of their own. A job's is closed when the job ends; others serve any number of jobs.
 
     `base_url`: what URLs are relative to; its headers and auth go nowhere else. `verify`: True, an ssl.SSLContext, the path of a
@@ -100,9 +100,7 @@ class Client:
         self._max_body = max_body
         self._limits = (max_connections, max_per_host, idle_timeout)
         self._is_closed = False
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     def get(self, url: str, *, max_body: int | None = None, **asked: Unpack[Asked]) -> Operation[Response]:
         return self.request("GET", url, max_body=max_body, **asked)
@@ -161,9 +159,7 @@ class Client:
 
     def disown(self) -> None:
         """Leave it open when the job ends that made it."""
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
@@ -263,20 +259,6 @@ class Client:
         if self._tls is None:
             self._tls = _context(self._verify)
         return self._tls
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Client:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _default_headers() -> list[Pair]:

@@ -18,7 +18,7 @@ from weakref import ref
 
 import h11
 
-from ...context import current_or_none
+from ...context import forget, keep
 from ...kernel import traps
 from ...kernel.loop import running
 from ...kernel.traps import sleep
@@ -62,9 +62,7 @@ class Connection:
             self.close()
             return
         self.uses += 1
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
         pool.take_back(self)
 
     def close(self) -> None:
@@ -72,16 +70,12 @@ class Connection:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
         self.stream.close()
         pool.give_place(self.key)
 
     def _lend(self) -> None:
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     def lend(self) -> bool:
         """Whether it can serve another request, which has it from now on. It is not closed otherwise, but useless."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import h11
 
+from ..closing import Closing
 from ..errors import Closed, ConnectionLost, TimedOut
 from ..operation import operation
 from ..surroundings import deadline_in, left
@@ -16,7 +17,6 @@ from .errors import HTTPBodyTooLarge, HTTPConnectionLost, HTTPProtocolError, HTT
 from .headers import Headers
 
 if TYPE_CHECKING:
-    from types import TracebackType
 
     from .exchange import Exchange
     from .pool import Connection
@@ -95,7 +95,7 @@ class Response(_Head):
         return self
 
 
-class StreamedResponse(_Head):
+class StreamedResponse(_Head, Closing):
     """A response whose body is read while it comes. Closed by `with`, `close`, and the end of the job that asked for it."""
 
     __slots__ = ("__weakref__", "_connection", "_decoder", "_head", "_is_complete", "_left", "exchange")
@@ -244,17 +244,3 @@ class StreamedResponse(_Head):
 
     def _garbage(self, what: str) -> HTTPProtocolError:
         return HTTPProtocolError(what, method=self.method, url=self.shown_url)
-
-    def __enter__(self) -> StreamedResponse:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> StreamedResponse:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
