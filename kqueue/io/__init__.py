@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         IncompleteRead,
         IOFailed,
         NameNotFound,
+        NoDescriptor,
         StreamLimit,
         TimedOut,
         TLSFailed,
@@ -65,7 +66,7 @@ _WHERE = {
     ".dialing": ("connect",),
     ".errors": (
         "CertificateRefused", "Closed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead", "NameNotFound",
-        "StreamLimit", "TLSFailed", "TimedOut", "Truncated",
+        "NoDescriptor", "StreamLimit", "TLSFailed", "TimedOut", "Truncated",
     ),
     ".listening": ("Listener", "listen"),
     ".mail": ("MailDeferred", "MailFailed", "MailRejected", "send_mail"),
@@ -83,7 +84,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __all__ = [
     "CertificateRefused", "Closed", "Completed", "ConnectFailed", "ConnectionLost", "IOFailed", "IncompleteRead",
-    "Listener", "MailDeferred", "MailFailed", "MailRejected", "NameNotFound", "Operation", "OutcomeUnknown",
+    "Listener", "MailDeferred", "MailFailed", "MailRejected", "NameNotFound", "NoDescriptor", "Operation", "OutcomeUnknown",
     "PostgresAborted", "PostgresError", "PostgresRefused", "PostgresTryAgain", "ProgramError", "ProgramFailed",
     "ProgramLost", "ProgramNotRun", "ProgramTimedOut", "Queue", "RedisError", "RedisRedirected", "RedisTryAgain",
     "Semaphore", "Stream", "StreamLimit", "TLSFailed", "TimedOut", "TooMuchOutput", "Truncated", "connect", "gather",

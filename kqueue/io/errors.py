@@ -65,5 +65,9 @@ class TimedOut(IOFailed, TimeoutError):
     """The time that an operation was given, or that of the `timeout` scope around it, was up."""
 
 
+class NoDescriptor(TimedOut):
+    """Because all file descriptors that jobs may have were in use until then."""
+
+
 class Closed(IOFailed):
     """It was used after it was closed, or closed while somebody waited for it."""

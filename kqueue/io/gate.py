@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ..errors import JobTimedOut
 from ..kernel.traps import sleep
-from .errors import TimedOut
+from .errors import NoDescriptor
 from .surroundings import Signal, in_line, left, local
 
 RESERVE: Final = 256  # fds that are not for jobs, or a quarter where that is less
@@ -49,7 +49,7 @@ class Gate:
         return bool(self._waiting) or self.taken >= room()
 
     def take(self, purpose: str, deadline: float | None) -> Generator[Any, Any, None]:
-        """Wait for a place. TimedOut at `deadline`; `purpose` ("to connect to …") is for the message."""
+        """Wait for a place. NoDescriptor at `deadline`; `purpose` ("to connect to …") is for the message."""
         is_full = self.is_full
         if is_full and any(close() for close in self.spare):
             is_full = self.is_full
@@ -62,7 +62,7 @@ class Gate:
             _explain(error, self._shortage(purpose))
             raise
         if not has_it:
-            raise TimedOut(self._shortage(purpose))
+            raise NoDescriptor(self._shortage(purpose))
 
     def give(self) -> None:
         """Give a place back; the longest waiting has it then."""
@@ -83,7 +83,7 @@ class Gate:
                         raise
                 remaining = left(deadline)
                 if remaining == 0:
-                    raise TimedOut(self._shortage(purpose))
+                    raise NoDescriptor(self._shortage(purpose))
                 yield from sleep(LOOK_AGAIN_S if remaining is None else min(LOOK_AGAIN_S, remaining))
         except BaseException as error:
             self.give()

@@ -10,7 +10,7 @@ import h11
 from ...errors import JobTimedOut
 from ...kernel.traps import READ, wait_io
 from ..dialing import connect
-from ..errors import Closed, ConnectionLost, IOFailed, TimedOut
+from ..errors import Closed, ConnectionLost, IOFailed, NoDescriptor, TimedOut
 from ..gate import gate
 from ..surroundings import left, now
 from .bodies import Body, next_piece
@@ -159,7 +159,7 @@ class Exchange:
         except BaseException as error:
             pool.not_connected(key)
             if isinstance(error, TimedOut):
-                why = str(error) if "file descriptor" in str(error) else ""
+                why = str(error) if isinstance(error, NoDescriptor) else ""
                 raise self.late(self._phase, why=why) from None
             if isinstance(error, IOFailed) and not isinstance(error, HTTPFailed):  # that would be the proxy's
                 raise HTTPConnectFailed(error, method=self.method, url=self.url.shown) from error
@@ -174,9 +174,7 @@ class Exchange:
                 until = self.until("connect", patience if gate().is_full else None)
                 stream = yield from connect(first.host, first.port, timeout=left(until))
                 break
-            except TimedOut as error:  # to wait for a file descriptor is to wait for a connection of the pool
-                if "file descriptor" not in str(error):
-                    raise
+            except NoDescriptor:  # to wait for a file descriptor is to wait for a connection of the pool
                 self._phase = "pool"
                 if left(patience) == 0:
                     raise
