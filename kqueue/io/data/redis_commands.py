@@ -6,6 +6,7 @@ Nothing here sends anything: `command` does, of whoever inherits this.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,11 +38,12 @@ def blocks(command: tuple[Arg, ...], name: str) -> bool:
     return name in _BLOCKING
 
 
-class Commands:
+class Commands(ABC):
     """Names for commands."""
 
+    @abstractmethod
     def command(self, *args: Arg) -> Any:
-        raise NotImplementedError
+        """Any command."""
 
     # -- values -----------------------------------------------------------------------------------------------------
 
