@@ -21,6 +21,7 @@ up) is cancelled at the server as well, and its connection is used again when th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import Context
@@ -77,18 +78,23 @@ def postgres(
     return Postgres(Options(dsn, max_connections, prepare, idle, lifetime), rows, timeout)
 
 
-class Statements:
+class Statements(ABC):
     """What can be asked of a database, and of a transaction in it.
 
     `%s` in SQL stands for the next of `params` (a list), `%(name)s` for that of a dict: the server gets them apart from the text,
     and nothing has to be quoted. A `%` is written `%%` where there are any. `timeout`: seconds, None: as the database has it.
     """
 
-    _rows: Any = tuple
-    _timeout_s: float | None = None
+    _rows: Any
+    _timeout_s: float | None
 
+    @abstractmethod
     def _do(self, work: Work[T], timeout: float | None) -> Steps[T]:
-        raise NotImplementedError
+        """Run `work` on a connection, by the deadline that `timeout` makes."""
+
+    @abstractmethod
+    def _lend(self, timeout: float | None) -> Steps[tuple[Link, Lease[Link] | None, float | None]]:
+        """A connection for a COPY, who gives it back (None: the transaction does), and the deadline."""
 
     @operation
     def query(self, sql: Any, params: Params = None, *, timeout: float | None = None) -> Steps[list[Any]]:
@@ -127,6 +133,29 @@ class Statements:
             return (yield from link.execute_many(sql, many, deadline))
 
         return (yield from self._do_all(work, timeout))
+
+    @operation
+    def copy_in(
+        self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
+    ) -> Steps[CopyIn]:
+        """Begin a `COPY … FROM STDIN`. Nothing of it counts until `finish` has answered. `types`: see copy_out."""
+        place = yield from self._lend(timeout)
+        from .postgres_copy import CopyIn  # which needs psycopg, so after a connection has found that it is there
+
+        return (yield from CopyIn.begin(*place, sql, params, types))
+
+    @operation
+    def copy_out(
+        self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
+    ) -> Steps[CopyOut]:
+        """Begin a `COPY … TO STDOUT`. `types` of the columns ("int4", "text[]"): else all come as str.
+
+        A COPY in binary needs them both ways.
+        """
+        place = yield from self._lend(timeout)
+        from .postgres_copy import CopyOut
+
+        return (yield from CopyOut.begin(*place, sql, params, types))
 
     def _do_all(self, work: Work[T], timeout: float | None) -> Steps[T]:
         return self._do(work, timeout)
@@ -191,37 +220,6 @@ class Postgres(Statements):
         return Operation(transact(lambda: Transaction(self, begin, timeout), function, args, attempts))
 
     @operation
-    def copy_in(
-        self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
-    ) -> Steps[CopyIn]:
-        """Begin a `COPY … FROM STDIN`. Nothing of it counts until `finish` has answered. `types`: see copy_out."""
-        copy: CopyIn = yield from self._copy("CopyIn", sql, params, timeout, types)
-        return copy
-
-    @operation
-    def copy_out(
-        self, sql: Any, params: Params = None, *, types: Sequence[str] = (), timeout: float | None = None
-    ) -> Steps[CopyOut]:
-        """Begin a `COPY … TO STDOUT`. `types` of the columns ("int4", "text[]"): else all come as str.
-
-        A COPY in binary needs them both ways.
-        """
-        copy: CopyOut = yield from self._copy("CopyOut", sql, params, timeout, types)
-        return copy
-
-    def _copy(self, kind: str, sql: Any, params: Params, timeout: float | None, types: Sequence[str]) -> Steps[Any]:
-        deadline = self._deadline(timeout)
-        lease = yield from self._pool().take(deadline)
-        from . import postgres_copy  # which needs psycopg, so after a connection has found that it is there
-
-        try:
-            begin = getattr(postgres_copy, kind).begin
-            return (yield from begin(lease.connection, lease, sql, params, deadline, types))
-        except BaseException as error:
-            yield from leave(lease, error)
-            raise
-
-    @operation
     def listen(self, *channels: str, timeout: float | None = None) -> Steps[Notifications]:
         """What is sent by NOTIFY to `channels` from now on, over a connection of its own."""
         if not channels:
@@ -258,6 +256,11 @@ class Postgres(Statements):
             raise UsageError(f"{link.address}: a statement began a transaction, which was rolled back: use db.transaction()")
         put_back(lease)
         return answer
+
+    def _lend(self, timeout: float | None) -> Steps[tuple[Link, Lease[Link] | None, float | None]]:
+        deadline = self._deadline(timeout)
+        lease = yield from self._pool().take(deadline)
+        return lease.connection, lease, deadline
 
     def _do_all(self, work: Work[T], timeout: float | None) -> Steps[T]:
         from .postgres_transaction import Transaction, transact

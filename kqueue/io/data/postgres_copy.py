@@ -15,7 +15,7 @@ Nothing counts until `finish` has answered: a block that ends without it gives t
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from psycopg import AsyncCopy, generators
 from psycopg.pq import ExecStatus
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .postgres_link import Link
 
 T = TypeVar("T")
+C = TypeVar("C", bound="_Copy")
 Steps = Generator[Any, Any, T]
 
 FAIR_ROWS: Final = 500  # that are written until others may run
@@ -41,7 +42,8 @@ FAIR_ROWS: Final = 500  # that are written until others may run
 class _Copy:
     """A COPY that goes on. Closed like a stream."""
 
-    _direction = ""
+    _direction: ClassVar[str]
+    _status: ClassVar[ExecStatus]
 
     def __init__(self, link: Link, lease: Lease[Link] | None, cursor: Any, deadline: float | None) -> None:
         self._link = link
@@ -56,21 +58,22 @@ class _Copy:
 
     @classmethod
     def begin(
-        cls, link: Link, lease: Lease[Link] | None, sql: Any, params: Any, deadline: float | None, types: Sequence[str] = ()
-    ) -> Steps[Any]:
+        cls: type[C], link: Link, lease: Lease[Link] | None, deadline: float | None, sql: Any, params: Any, types: Sequence[str]
+    ) -> Steps[C]:
         cursor: Any = link.connection.cursor()
-        yield from link.run(lambda connection: connection.wait(cursor._start_copy_gen(sql, params)), deadline)
+        try:
+            yield from link.run(lambda connection: connection.wait(cursor._start_copy_gen(sql, params)), deadline)
+        except BaseException as error:
+            if lease is not None:
+                yield from leave(lease, error)
+            raise
         copy = cls(link, lease, cursor, deadline)
-        if copy._copy._direction != cls._status():
+        if copy._copy._direction != cls._status:
             copy.close()
             raise UsageError(f"this is no `COPY … {cls._direction}`: use copy_in for FROM STDIN, copy_out for TO STDOUT")
         if types:
             copy._copy.set_types(list(types))
         return copy
-
-    @staticmethod
-    def _status() -> Any:
-        raise NotImplementedError
 
     def _run(self, make: Any) -> Steps[Any]:
         """Do something. Who fails here has ended it."""
@@ -124,11 +127,7 @@ class CopyIn(_Copy):
     """Rows, or data in the format of the COPY, to the server."""
 
     _direction = "FROM STDIN"
-
-    @staticmethod
-    def _status() -> Any:
-        return ExecStatus.COPY_IN
-
+    _status = ExecStatus.COPY_IN
     _written = 0  # rows
 
     @operation
@@ -175,10 +174,7 @@ class CopyOut(_Copy):
     """Rows, or data in the format of the COPY, from the server."""
 
     _direction = "TO STDOUT"
-
-    @staticmethod
-    def _status() -> Any:
-        return ExecStatus.COPY_OUT
+    _status = ExecStatus.COPY_OUT
 
     @operation
     def row(self) -> Steps[tuple[Any, ...] | None]:

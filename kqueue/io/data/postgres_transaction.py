@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...kernel import traps
 from ...kernel.traps import Trap, sleep
 from ..errors import ConnectionLost, TimedOut
-from ..operation import Operation, operation
+from ..operation import Operation
 from ..surroundings import deadline_in
 from .errors import OutcomeUnknown, PostgresAborted, PostgresTryAgain
 from .postgres import Statements, Work, leave, leave_to_others, put_back
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .pool import Lease
-    from .postgres import Params, Postgres
-    from .postgres_copy import CopyIn, CopyOut
+    from .postgres import Postgres
     from .postgres_link import Link
 
 T = TypeVar("T")
@@ -56,31 +55,15 @@ class Transaction(Trap, Statements):
     def _do(self, work: Work[T], timeout: float | None) -> Steps[T]:
         return (yield from work(self._link(), self._until(timeout)))
 
+    def _lend(self, timeout: float | None) -> Steps[tuple[Link, Lease[Link] | None, float | None]]:
+        yield from ()
+        return self._link(), None, self._until(timeout)
+
     def transaction(self, function: Callable[..., Any] | None = None, /, *args: Any) -> Any:
         """The same within this one, by a savepoint: what it rolls back is its own alone."""
         if function is None:
             return Transaction(self._db, "", None, self)
         return Operation(transact(lambda: Transaction(self._db, "", None, self), function, args, 1))
-
-    @operation
-    def copy_in(
-        self, sql: Any, params: Params = None, *, types: Any = (), timeout: float | None = None
-    ) -> Steps[CopyIn]:
-        """As that of a database."""
-        from .postgres_copy import CopyIn
-
-        copy: CopyIn = yield from CopyIn.begin(self._link(), None, sql, params, self._until(timeout), types)
-        return copy
-
-    @operation
-    def copy_out(
-        self, sql: Any, params: Params = None, *, types: Any = (), timeout: float | None = None
-    ) -> Steps[CopyOut]:
-        """As that of a database."""
-        from .postgres_copy import CopyOut
-
-        copy: CopyOut = yield from CopyOut.begin(self._link(), None, sql, params, self._until(timeout), types)
-        return copy
 
     def _link(self) -> Link:
         if self._lease is None:
