@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kqueue import io
+from kqueue.context import enter
 from kqueue.errors import JobTimedOut, UsageError
 from kqueue.kernel import Kernel, join, sleep
 from tests.io.conftest import a_job
@@ -566,8 +567,6 @@ def test_a_cancellation_at_every_wait_leaves_the_pool_clean(
 
 
 def test_what_a_job_left_open_ends_with_it(kernel: Kernel, table: PostgresServer) -> None:
-    from kqueue.context import enter
-
     db = io.postgres(table.dsn)
 
     async def forgets() -> None:
@@ -739,6 +738,60 @@ def test_a_copy_that_is_not_finished_does_not_count(kernel: Kernel, table: Postg
     kernel.run(job())
     settle(kernel)
     all_is_quiet(table)
+
+
+def test_a_copy_of_types_that_there_are_not_lets_go_of_its_connection(kernel: Kernel, server: PostgresServer) -> None:
+    db = io.postgres(server.dsn, max_connections=1)
+    heard: list[Any] = []
+
+    def errs() -> Any:
+        with pytest.raises(UsageError, match="couldn't find the type 'nonsense'"):
+            yield db.copy_out("copy (select 1) to stdout", types=["nonsense"])
+
+    def another() -> Any:
+        heard.append((yield db.value("select 1 from pg_sleep(0.05)")))
+
+    context = a_job()
+    enter(context)
+    kernel.run(errs())
+    enter(None)
+    settle(kernel)
+    task = kernel.spawn(another())
+    while not server.busy():
+        kernel.turn()
+    context.close_all()  # the job that erred ends while the next one has the connection
+    kernel.run(joins(task))
+    assert heard == [1]
+    all_is_quiet(server)
+
+
+def joins(task: Any) -> Any:
+    yield join(task)
+
+
+def test_what_was_read_of_a_copy_that_broke_off_is_not_taken_for_all(kernel: Kernel, server: PostgresServer) -> None:
+    def to_the_end(copy: Any, read: str) -> Any:
+        while (yield getattr(copy, read)()):
+            pass
+
+    def job() -> Any:
+        db = io.postgres(server.dsn)
+        sleepy = (
+            "copy (select repeat('x', 20000), pg_sleep(case n when 3 then 60 else 0 end) from generate_series(1, 5) n) to stdout"
+        )
+        for read in ("row", "read"):
+            with (yield db.copy_out(sleepy, timeout=0.2)) as copy:
+                with pytest.raises(io.TimedOut):
+                    yield from to_the_end(copy, read)
+                with pytest.raises(io.Closed, match="is over"):
+                    yield getattr(copy, read)()
+            with (yield db.copy_out("copy (select 1) to stdout")) as copy:
+                yield from to_the_end(copy, read)
+                assert not (yield getattr(copy, read)()), "the end stays the end"
+
+    kernel.run(job())
+    settle(kernel)
+    all_is_quiet(server)
 
 
 # -- LISTEN -----------------------------------------------------------------------------------------------------------------

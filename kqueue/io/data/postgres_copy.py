@@ -71,8 +71,12 @@ class _Copy:
         if copy._copy._direction != cls._status:
             copy.close()
             raise UsageError(f"this is no `COPY … {cls._direction}`: use copy_in for FROM STDIN, copy_out for TO STDOUT")
-        if types:
-            copy._copy.set_types(list(types))
+        try:
+            if types:
+                copy._copy.set_types(list(types))
+        except KeyError as error:
+            copy.close()
+            raise UsageError(f'types= of a COPY: {error.args[0]}; write "int4", "text[]"') from None
         return copy
 
     def _run(self, make: Any) -> Steps[Any]:
@@ -175,23 +179,26 @@ class CopyOut(_Copy):
 
     _direction = "TO STDOUT"
     _status = ExecStatus.COPY_OUT
+    _is_read = False  # to its end
 
     @operation
     def row(self) -> Steps[tuple[Any, ...] | None]:
         """The next row; None: there is none."""
-        if self._is_over:
+        if self._is_read:
             return None
         row = yield from self._run(lambda connection: self._copy.read_row())
         if row is None:
+            self._is_read = True
             self._done()
         return row  # type: ignore[no-any-return]
 
     @operation
     def read(self) -> Steps[bytes]:
         """Some more data, mostly a row; b"": there is no more."""
-        if self._is_over:
+        if self._is_read:
             return b""
         data = bytes((yield from self._run(lambda connection: self._copy.read())))
         if not data:
+            self._is_read = True
             self._done()
         return data
