@@ -860,6 +860,20 @@ def test_who_waits_for_the_pool_waits_in_his_own_time(kernel: Kernel, server: Po
     kernel.run(job())
 
 
+def test_a_pool_is_named_by_its_servers_and_no_secret(kernel: Kernel) -> None:
+    def job() -> Any:
+        for dsn, name in (
+            ("postgresql://u:secret@h:1/db?x=1", "postgresql://h:1"), ("postgresql://h/db", "postgresql://h"),
+            ("postgresql://u:secret%40@h1:1,h2", "postgresql://h1:1,h2"), ("postgresql://h?password=sec@ret", "PostgreSQL"),
+            ("postgresql://u:sec/ret@h/db", "PostgreSQL"), ("postgresql:///db?host=/run", "PostgreSQL"),
+            ("host=h password=secret", "PostgreSQL"),
+        ):  # fmt: skip
+            assert io.postgres(dsn)._pool().what == name
+        yield sleep(0)
+
+    kernel.run(job())
+
+
 def test_connections_are_not_kept_for_ever(kernel: Kernel, server: PostgresServer) -> None:
     pid = "select pg_backend_pid()"
 

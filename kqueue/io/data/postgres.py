@@ -275,8 +275,7 @@ class Postgres(Statements):
         options = self._options
 
         def make() -> Pool[Link]:
-            name = "PostgreSQL" if "://" not in options.dsn else f"postgresql://{options.dsn.rpartition('@')[2].partition('/')[0]}"
-            return Pool(self._open, name.split("?")[0], options.max_connections, options.idle_s, options.life_s)
+            return Pool(self._open, _servers(options.dsn), options.max_connections, options.idle_s, options.life_s)
 
         return pool_of(options, make)
 
@@ -288,6 +287,13 @@ class Postgres(Statements):
         return (yield from open_link(Spec(self._options.dsn, self._options.prepare), deadline))
 
 
+def _servers(dsn: str) -> str:
+    """For messages, before there is a libpq to ask: nothing that may be a secret."""
+    authority = dsn.partition("://")[2].partition("/")[0].partition("?")[0]
+    hosts = authority.rpartition("@")[2] if "@" in authority or "@" not in dsn else ""
+    return f"postgresql://{hosts}" if hosts else "PostgreSQL"
+
+
 def put_back(lease: Lease[Link]) -> None:
     """What was done with it has ended well."""
     if lease.connection.changed or not lease.connection.is_idle:
@@ -296,13 +302,12 @@ def put_back(lease: Lease[Link]) -> None:
         lease.give()
 
 
-def leave(lease: Lease[Link], error: BaseException | None) -> Steps[None]:
+def leave(lease: Lease[Link], error: BaseException) -> Steps[None]:
     """What was done with it was ended by `error`: see to it that nothing of that goes on.
 
     In the daemon a task of its own does, so that the job ends at once. In a process of the job's own nobody would be there for
     that, so there it is waited for.
     """
-    yield from ()
     if lease.is_handed_over:
         return
     if lease.connection.is_idle or lease.connection.closed:
