@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kqueue import io
+from kqueue.brokers.dial import tls_context
 from kqueue.context import enter
 from kqueue.errors import JobCancelled, UsageError
 from kqueue.kernel import Kernel, join, sleep
@@ -250,6 +251,32 @@ def test_every_form_of_url(kernel: Kernel, tmp_path: Path) -> None:
     finally:
         secured.stop()
         plain.stop()
+
+
+def test_cas_are_read_once(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(*args: Any) -> Any:
+        read.append(args[0])
+        return tls_context(*args)
+
+    monkeypatch.setattr("kqueue.brokers.dial.tls_context", counted)
+    certificates = Certificates(tmp_path)
+    server = RedisServer(tmp_path, tls=certificates).start()
+    redis = io.redis(server.url_for(query=f"ssl_ca_certs={certificates.ca}"))
+
+    def job() -> Any:
+        assert (yield redis.command("BLPOP", "nothing", 0.01)) is None
+        for _ in range(2):
+            with (yield redis.session()) as own, (yield redis.subscribe("x")) as inbox:
+                yield own.publish("x", "y")
+                assert (yield inbox.next()).data == b"y"
+
+    try:
+        kernel.run(job())
+    finally:
+        server.stop()
+    assert read == [certificates.ca]
 
 
 def test_the_master_that_a_sentinel_names(kernel: Kernel, tmp_path: Path, server: RedisServer) -> None:

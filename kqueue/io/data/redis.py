@@ -32,7 +32,7 @@ from ..errors import TimedOut
 from ..operation import Operation, operation
 from ..surroundings import deadline_in, left
 from .errors import RedisError
-from .pool import Pool, pool_of
+from .pool import IDLE_S, Pool, pool_of
 from .redis_commands import ELSEWHERE, Commands, blocks
 from .redis_wire import Arg, Command, Wire, check, name_of, open_wire, packed, read_error, tls_of
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 TIMEOUT_S: Final = 10.0  # for a command that does not wait at the server, waiting for a connection included
-
-
 _CLIENT_CHANGES: Final = ("REPLY", "TRACKING", "CACHING", "SETNAME", "SETINFO", "NO-EVICT", "NO-TOUCH")
 
 
@@ -55,7 +53,7 @@ class _Options(NamedTuple):
 
 
 def redis(
-    url: str, *, decode: bool = False, timeout: float | None = TIMEOUT_S, max_connections: int = 10, idle: float = 60.0
+    url: str, *, decode: bool = False, timeout: float | None = TIMEOUT_S, max_connections: int = 10, idle: float = IDLE_S
 ) -> Redis:
     """The Redis at `url`. Connects to nobody yet, and may be called anywhere, as often as one likes.
 
@@ -100,7 +98,7 @@ class Redis(Commands):
 
     def _command(self, command: Command, timeout: float | None) -> Generator[Any, Any, Any]:
         name = _checked(command)
-        if blocks(tuple(command), name):
+        if blocks(command, name):
             (reply,) = yield from self._ask([command], deadline_in(timeout), self._waiters())
         else:
             (reply,) = yield from self._ask([command], self._deadline(timeout), self._pool())
@@ -149,30 +147,22 @@ class Redis(Commands):
 
     def _pool(self) -> Pool[Wire]:
         options = self._options
-        return pool_of(options, lambda: Pool(self._opener(), self.address, options.max_connections, options.idle_s))
+        return pool_of(options, lambda: Pool(self._open, self.address, options.max_connections, options.idle_s))
 
     def _waiters(self) -> Pool[Wire]:
         """Connections of those who wait at the server, who must not keep others from theirs."""
-        return pool_of((self._options, "waiters"), lambda: Pool(self._opener(), self.address, inf, self._options.idle_s))
+        return pool_of((self._options, "waiters"), lambda: Pool(self._open, self.address, inf, self._options.idle_s))
 
-    def _opener(self) -> Any:
-        options = self._options
-        contexts: list[Any] = []  # made with the first connection, and kept with the pool: reading CAs takes 20 ms
-
-        def open(deadline: float | None) -> Generator[Any, Any, Wire]:
-            if not contexts:
-                contexts.append(tls_of(options.target))
-            wire = yield from open_wire(options.target, contexts[0], options.decode, deadline)
-            wire.stream.disown()
-            return wire
-
-        return open
+    def _open(self, deadline: float | None) -> Generator[Any, Any, Wire]:
+        """One for a pool, which outlives the job."""
+        wire = yield from self._connect(deadline)
+        wire.stream.disown()
+        return wire
 
     def _connect(self, deadline: float | None) -> Generator[Any, Any, Wire]:
         """One that is closed when the job ends."""
-        wire: Wire = yield from self._opener()(deadline)
-        wire.stream.adopt()
-        return wire
+        target = self._options.target
+        return (yield from open_wire(target, tls_of(target.tls), self._options.decode, deadline))
 
 
 def _checked(command: Command) -> str:
@@ -298,7 +288,7 @@ class Session(_Own, Commands):
         name = name_of(command)
         if "SUBSCRIBE" in name or name in ("MONITOR", "HELLO", "RESET", "SYNC", "PSYNC", "QUIT"):
             raise UsageError(f"{name} cannot be sent by a session: {ELSEWHERE[name]}")
-        limit = self._timeout_s if timeout is None and not blocks(tuple(command), name) else timeout
+        limit = self._timeout_s if timeout is None and not blocks(command, name) else timeout
         (reply,) = yield from self._wire.exchange([command], deadline_in(limit))
         if isinstance(reply, RedisError):
             raise reply

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from .redis_wire import Arg
+    from .redis_wire import Arg, Command
 
 # Those that wait at the server, and those that do with the word BLOCK.
 _BLOCKING: Final = frozenset(
@@ -31,7 +31,7 @@ ELSEWHERE: Final = {
 }  # fmt: skip
 
 
-def blocks(command: tuple[Arg, ...], name: str) -> bool:
+def blocks(command: Command, name: str) -> bool:
     """Whether it may wait at the server."""
     if name in _MAYBE_BLOCKING:
         return any(isinstance(arg, (str, bytes)) and arg.upper() in ("BLOCK", b"BLOCK") for arg in command)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from hiredis import ProtocolError, PushNotification, Reader, ReplyError, pack_command
@@ -22,7 +23,7 @@ from .errors import RedisError, RedisRedirected, RedisTryAgain
 if TYPE_CHECKING:
     import ssl
 
-    from ...brokers.commands.redis_url import Target
+    from ...brokers.commands.redis_url import Target, Tls
     from ..streams import Stream
 
 Arg = str | bytes | int | float | bytearray | memoryview
@@ -104,7 +105,7 @@ class Wire:
     abandon = close
 
     def exchange(self, commands: Iterable[Command], deadline: float | None) -> Generator[Any, Any, list[Any]]:
-        """The replies, errors among them as RedisError. Sent in pieces, so that neither side holds more than one of them."""
+        """The replies, errors among them as RedisError. Sent in pieces, so that the server never holds the replies to all."""
         names: list[str] = []
         waiting = bytearray()
         replies: list[Any] = []
@@ -231,14 +232,15 @@ def _dial(
     return Wire(stream, target.address, decode)
 
 
-def tls_of(target: Target) -> ssl.SSLContext | None:
-    """What the URL's ssl_* options say; None: no TLS."""
-    if target.tls is None:
+@lru_cache(maxsize=64)
+def tls_of(tls: Tls | None) -> ssl.SSLContext | None:
+    """What the URL's ssl_* options say; None: no TLS. Kept: reading CAs takes 20 ms."""
+    if tls is None:
         return None
     from ...brokers.dial import tls_context  # and with it ssl, which is 4 MB
 
     try:
-        return tls_context(*target.tls[:4], target.tls.checks_host)
+        return tls_context(*tls[:4], tls.checks_host)
     except BrokerRefused as error:
         raise TLSFailed(str(error)) from None
 
