@@ -82,7 +82,7 @@ class Lease(Generic[C]):
 class Pool(Generic[C]):
     """Connections that `open` makes, up to `size` at once. `what` ("redis://…") is for messages."""
 
-    def __init__(self, open: Open[C], what: str, size: float, idle_s: float = IDLE_S, life_s: float = LIFE_S) -> None:
+    def __init__(self, open: Open[C], what: str, size: float, idle_s: float, life_s: float = LIFE_S) -> None:
         self.what = what
         self.size = size
         self.lent = 0  # places that are taken, be the connection there yet or not

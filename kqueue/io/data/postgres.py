@@ -33,7 +33,7 @@ from ...kernel.loop import running
 from ..errors import Closed, TimedOut
 from ..operation import Operation, operation
 from ..surroundings import deadline_in, left
-from .pool import Lease, Pool, pool_of
+from .pool import IDLE_S, LIFE_S, Lease, Pool, pool_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -62,7 +62,7 @@ class Options(NamedTuple):
 
 def postgres(
     dsn: str, *, rows: type[tuple[Any, ...]] | type[dict[str, Any]] = tuple, timeout: float | None = None,
-    max_connections: int = 10, prepare: bool = True, idle: float = 60.0, lifetime: float = 1800.0,
+    max_connections: int = 10, prepare: bool = True, idle: float = IDLE_S, lifetime: float = LIFE_S,
 ) -> Postgres:  # fmt: skip
     """The database at `dsn`, a URL or "host=… dbname=…" (what it leaves out is as libpq has it: PGHOST, ~/.pgpass and the like).
     Connects to nobody yet, and may be called anywhere, as often as one likes.
