@@ -291,7 +291,7 @@ def test_a_serialization_failure_is_tried_again(kernel: Kernel, table: PostgresS
         yield db.transaction(lock, first, second, attempts=5)
 
     kernel.run(job())
-    assert len(runs) == 1 or len(runs) == 2
+    assert len(runs) == 2
     all_is_quiet(table)
 
 
