@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 import hiredis
 import pytest
 
+from tests.daemon import wait_gone
+
 START_TIMEOUT_S = 20.0
 PR_SET_PDEATHSIG = 1
 
@@ -45,8 +47,8 @@ def redis_version() -> str:
 
 def postgres_version() -> str:
     """For the header of pytest's report."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    return f"postgresql: {found[-1].parts[-3]}" if found else "postgresql: not installed by Debian"
+    found = _of_postgresql("postgres")
+    return f"postgresql: {found.parts[-3]}" if found else "postgresql: not installed by Debian"
 
 
 def free_port() -> int:
@@ -311,9 +313,14 @@ class Cluster:
 
 
 def postgres_program(name: str) -> str:
-    """Debian keeps the server's programs out of PATH, those of each version by themselves."""
-    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[-3]))
-    return str(found[-1]) if found else shutil.which(name) or lack("postgresql")
+    found = _of_postgresql(name)
+    return str(found) if found else shutil.which(name) or lack("postgresql")
+
+
+def _of_postgresql(name: str) -> Path | None:
+    """The newest there is: Debian keeps the server's programs out of PATH, those of each version by themselves."""
+    found = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
+    return max(found, key=lambda path: int(path.parts[-3]), default=None)
 
 
 class PostgresServer:
@@ -402,9 +409,7 @@ class PostgresServer:
             for pid in family:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while any(Path(f"/proc/{pid}/fd").exists() and _is_alive(pid) for pid in family) and time.monotonic() < deadline:
-                time.sleep(0.005)
+            wait_gone(family)
 
     def stop(self) -> None:
         self.kill()
@@ -424,14 +429,6 @@ class PostgresServer:
             "select state, query from pg_stat_activity "
             "where backend_type = 'client backend' and pid <> pg_backend_pid() and state <> 'idle'"
         )
-
-
-def _is_alive(pid: int) -> bool:
-    """Neither gone nor a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _port_with_a_bus() -> int:
