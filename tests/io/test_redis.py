@@ -201,6 +201,10 @@ def test_a_session_may_change_its_connection(kernel: Kernel, empty: RedisServer)
                 yield own.lpush("k", 1)
             with pytest.raises(UsageError, match="subscribe"):
                 yield own.command("SUBSCRIBE", "x")
+            with pytest.raises(UsageError, match="takes a command"):
+                yield own.command(timeout=0.1)
+            with pytest.raises(io.RedisError, match="unknown command"):
+                yield own.command("NOSUBSCRIBE")
         assert (yield redis.get("k")) == b"other"
         with pytest.raises(io.Closed):
             yield own.get("k")

@@ -33,7 +33,7 @@ from ..operation import Operation, operation
 from ..surroundings import deadline_in, left
 from .errors import RedisError
 from .pool import IDLE_S, Pool, pool_of
-from .redis_commands import ELSEWHERE, Commands, blocks
+from .redis_commands import ELSEWHERE, NOWHERE, Commands, blocks
 from .redis_wire import Arg, Command, Wire, check, name_of, open_wire, packed, read_error, tls_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Redis(Commands):
         One that waits at the server (BLPOP, XREAD BLOCK) has a connection of its own, and no time-out but its own.
         """
         if not args:
-            raise UsageError('command() takes a command and its arguments: redis.command("SET", "key", "value")')
+            check(args)  # which says so; at once, where it was written
         return Operation(self._command(args, timeout))
 
     def _command(self, command: Command, timeout: float | None) -> Generator[Any, Any, Any]:
@@ -193,12 +193,10 @@ class Pipeline(Commands):
         return len(self._commands)
 
     def command(self, *args: Arg) -> None:
-        name = _checked(args) if args else ""
-        if not name:
-            raise UsageError("command() takes a command and its arguments")
+        check(args)
+        name = _checked(args)
         if blocks(args, name):
             raise UsageError(f"{name} waits at the server, and so would all behind it: send it by redis.command(…)")
-        check(args)
         self._commands.append(args)
 
     @operation
@@ -286,8 +284,8 @@ class Session(_Own, Commands):
 
     def _command(self, command: Command, timeout: float | None) -> Generator[Any, Any, Any]:
         name = name_of(command)
-        if "SUBSCRIBE" in name or name in ("MONITOR", "HELLO", "RESET", "SYNC", "PSYNC", "QUIT"):
-            raise UsageError(f"{name} cannot be sent by a session: {ELSEWHERE[name]}")
+        if name in NOWHERE:
+            raise UsageError(f"{name} cannot be sent by a session: {NOWHERE[name]}")
         limit = self._timeout_s if timeout is None and not blocks(command, name) else timeout
         (reply,) = yield from self._wire.exchange([command], deadline_in(limit))
         if isinstance(reply, RedisError):

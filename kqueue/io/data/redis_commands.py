@@ -21,13 +21,17 @@ _MAYBE_BLOCKING: Final = frozenset({"XREAD", "XREADGROUP"})
 
 _SESSION: Final = "it changes the connection, which others use, too: `with (yield redis.session()) as own:` has one of its own"
 _PUBSUB: Final = "write `with (yield redis.subscribe(channel)) as inbox:`"
-ELSEWHERE: Final = {
+NOWHERE: Final = {  # not even by a session
     **dict.fromkeys(("SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"), _PUBSUB),
+    **dict.fromkeys(("HELLO", "RESET", "MONITOR", "SYNC", "PSYNC"), "io.redis does not speak what follows it"),
+    "QUIT": "connections are closed by the pool, and a session at the end of its `with`",
+}  # fmt: skip
+ELSEWHERE: Final = {
+    **NOWHERE,
     **dict.fromkeys(("MULTI", "EXEC", "DISCARD"), "write `with redis.pipeline(atomic=True) as pipe:`"),
-    **dict.fromkeys(("WATCH", "UNWATCH", "AUTH", "ASKING", "READONLY", "READWRITE", "QUIT"), _SESSION),
+    **dict.fromkeys(("WATCH", "UNWATCH", "AUTH", "ASKING", "READONLY", "READWRITE"), _SESSION),
     **dict.fromkeys(("WAIT", "WAITAOF"), "it waits for what its own connection wrote: send both by `redis.session()`"),
     "SELECT": "put the database into the URL: redis://host/2",
-    **dict.fromkeys(("HELLO", "RESET", "MONITOR", "SYNC", "PSYNC"), "io.redis does not speak what follows it"),
 }  # fmt: skip
 
 

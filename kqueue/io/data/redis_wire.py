@@ -46,7 +46,9 @@ _REDIRECT: Final = re.compile(r"(?:MOVED|ASK) \d+ (\S+)")
 
 
 def check(command: Command) -> None:
-    """UsageError when there is something in it that Redis has no form for."""
+    """UsageError when it is empty, or there is something in it that Redis has no form for."""
+    if not command:
+        raise UsageError('command() takes a command and its arguments: command("SET", "key", "value")')
     for place, arg in enumerate(command):
         if isinstance(arg, bool) or not isinstance(arg, (str, bytes, int, float, bytearray, memoryview)):
             raise UsageError(
