@@ -493,9 +493,17 @@ def test_who_does_not_speak_redis(kernel: Kernel, serve: Callable[..., Server]) 
         sock.sendall(b"-ERR max number of clients reached\r\n")
         sock.recv(1000)
 
+    def talkative(sock: socket.socket) -> None:
+        sock.recv(1000)
+        sock.sendall(b"%1\r\n+role\r\n+master\r\n")
+        sock.recv(1000)
+        sock.sendall(b"+one\r\n+another\r\n")
+        sock.recv(1000)
+
     def job() -> Any:
         for peer, kind, words in (
             (garbage, io.ConnectionLost, "does not speak Redis"), (old, io.RedisError, "needs Redis or Valkey 6"),
+            (talkative, io.ConnectionLost, "sent more than it was asked"),
             (full, io.RedisTryAgain, "max number of clients"),
         ):  # fmt: skip
             with pytest.raises(kind, match=words):

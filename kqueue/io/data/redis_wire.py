@@ -135,15 +135,15 @@ class Wire:
                 for reply in (yield from self.receive(deadline)):
                     if isinstance(reply, PushNotification):
                         continue  # what a module or somebody's CLIENT TRACKING says
+                    if len(replies) == len(names):
+                        raise ConnectionLost(f"{self.address} sent more than it was asked for, so nobody knows what answers what")
                     if isinstance(reply, ReplyError):
-                        name = names[min(len(replies), len(names) - 1)]
-                        reply = read_error(self.address, name, str(reply))
+                        reply = read_error(self.address, names[len(replies)], str(reply))
                     replies.append(reply)
         except TimedOut:
-            name = names[min(len(replies), len(names) - 1)]
             if deadline is None or left(deadline):
                 raise  # not our time, but that of a scope around us
-            raise TimedOut(f"{self.address} did not answer {name} in {now() - began:.3g} s") from None
+            raise TimedOut(f"{self.address} did not answer {names[len(replies)]} in {now() - began:.3g} s") from None
 
     def receive(self, deadline: float | None) -> Generator[Any, Any, list[Any]]:
         """Whatever comes next, at least one reply or push. What is interrupted here loses nothing."""
