@@ -32,4 +32,4 @@ class Closing(ABC):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.__exit__(kind, error, trace)

@@ -313,10 +313,6 @@ class Stream(Closing):
         """Leave it open when the job ends. For a pool, which closes it itself."""
         forget(self)
 
-    def adopt(self) -> None:
-        """Close it when the job that runs now ends. For a pool, which lends it."""
-        keep(self)
-
     def _open(self) -> socket.socket:
         if self._socket is None:
             raise Closed(f"the stream to {self.peer} is closed")

@@ -708,6 +708,10 @@ def test_a_copy_that_is_not_finished_does_not_count(kernel: Kernel, table: Postg
         with pytest.raises(io.Closed, match="is over"):
             yield copy.finish()
 
+    async def begins(db: Any) -> None:
+        async with await db.copy_in("copy t from stdin") as copy:
+            await copy.row((1, "x"))
+
     def swallows(tx: Any) -> Any:
         yield tx.execute("insert into t values (1)")
         with pytest.raises(ZeroDivisionError):
@@ -717,6 +721,8 @@ def test_a_copy_that_is_not_finished_does_not_count(kernel: Kernel, table: Postg
         db = io.postgres(table.dsn, max_connections=1)
         with pytest.raises(UsageError, match="not finished, so it does not count"):
             yield from copies(db, (1, "x"), finish=False)
+        with pytest.raises(UsageError, match="not finished, so it does not count"):
+            yield from begins(db).__await__()
         with pytest.raises(io.PostgresError, match="duplicate key"):
             yield from copies(db, (1, "x"), (1, "y"))
         with pytest.raises(io.PostgresError, match="invalid input syntax"):

@@ -13,13 +13,13 @@ from collections.abc import Callable, Generator, Hashable
 from contextvars import Context
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from ...context import current_or_none
+from ...context import forget, keep
 from ...errors import JobTimedOut
 from ...kernel.loop import running
 from ...kernel.traps import sleep
 from ..errors import Closed, TimedOut
 from ..gate import gate
-from ..surroundings import Signal, left, local, now
+from ..surroundings import Signal, in_line, left, local, now
 
 IDLE_S: Final = 60.0  # that a connection may lie unused
 LIFE_S: Final = 1800.0  # after which one is not lent again, so that what stands behind a name is found
@@ -52,9 +52,7 @@ class Lease(Generic[C]):
         self.connection = connection
         self.born = born
         self.is_handed_over = False  # a task of its own sees to its end
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     def give(self) -> None:
         self._end(is_clean=True)
@@ -65,18 +63,13 @@ class Lease(Generic[C]):
     def hand_over(self) -> None:
         """Let it outlive the job: a task of its own sees to it from now on."""
         self.is_handed_over = True
-        self._disown()
+        forget(self)
 
     def _end(self, is_clean: bool) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
-            self._disown()
+            forget(self)
             pool.take_back(self, is_clean)
-
-    def _disown(self) -> None:
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
 
 
 class Pool(Generic[C]):
@@ -153,24 +146,14 @@ class Pool(Generic[C]):
         if self.lent < self.size and not self._waiting:
             self.lent += 1
             return
-        signal = Signal()
-        self._waiting.append(signal)
         try:
-            yield from signal.within(left(deadline))
+            has_it = yield from in_line(self._waiting, left(deadline), self._free)
         except BaseException as error:
-            self._leave(signal)
             if isinstance(error, JobTimedOut) and self.what not in str(error):
                 error.args = (f"{error}; {self._shortage()}",)
             raise
-        if not signal.is_set:
-            self._leave(signal)
+        if not has_it:
             raise TimedOut(self._shortage())
-
-    def _leave(self, signal: Signal) -> None:
-        if signal.is_set:
-            self._free()
-        else:
-            self._waiting.remove(signal)
 
     def _free(self) -> None:
         self.lent -= 1

@@ -27,17 +27,16 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, overload
 
-from ...context import current_or_none
+from ...context import current_or_none, forget, keep
 from ...errors import UsageError
 from ...kernel.loop import running
+from ..closing import Closing
 from ..errors import Closed, TimedOut
 from ..operation import Operation, operation
 from ..surroundings import deadline_in, left
 from .pool import IDLE_S, LIFE_S, Lease, Pool, pool_of
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from .postgres_copy import CopyIn, CopyOut
     from .postgres_link import Link
     from .postgres_transaction import Transaction
@@ -357,16 +356,14 @@ class Notify(NamedTuple):
     pid: int
 
 
-class Notifications:
+class Notifications(Closing):
     """What NOTIFY sends. Closed like a stream; what came and was not asked for by then is lost."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._came: deque[Notify] = deque()
         link.connection.add_notify_handler(lambda came: self._came.append(Notify(*came)))
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     @operation
     def next(self, *, timeout: float | None = None) -> Steps[Notify]:
@@ -396,21 +393,5 @@ class Notifications:
 
     def close(self) -> None:
         """At once."""
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
         self._link.close()
-
-    def __enter__(self) -> Notifications:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Notifications:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

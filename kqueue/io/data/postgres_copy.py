@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from psycopg import AsyncCopy, generators
 from psycopg.pq import ExecStatus
 
-from ...context import current_or_none
+from ...context import forget, keep
 from ...errors import UsageError
+from ..closing import Closing
 from ..errors import Closed
 from ..operation import operation
 from .postgres import leave, leave_to_others, put_back
@@ -39,7 +40,7 @@ Steps = Generator[Any, Any, T]
 FAIR_ROWS: Final = 500  # that are written until others may run
 
 
-class _Copy:
+class _Copy(Closing):
     """A COPY that goes on. Closed like a stream."""
 
     _direction: ClassVar[str]
@@ -52,9 +53,7 @@ class _Copy:
         self._copy: Any = AsyncCopy(cursor)
         self._deadline = deadline
         self._is_over = False
-        job = current_or_none()
-        if job is not None:
-            job.keep(self)
+        keep(self)
 
     @classmethod
     def begin(
@@ -93,9 +92,7 @@ class _Copy:
 
     def _end(self) -> None:
         self._is_over = True
-        job = current_or_none()
-        if job is not None:
-            job.forget(self)
+        forget(self)
 
     def _done(self) -> None:
         """It has ended well."""
@@ -111,20 +108,6 @@ class _Copy:
         self._link.tear(Closed("a COPY was given up"))
         if self._lease is not None:
             leave_to_others(self._lease)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Any:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.__exit__(kind, error, trace)
 
 
 class CopyIn(_Copy):

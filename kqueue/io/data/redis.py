@@ -28,6 +28,7 @@ from hiredis import ReplyError
 
 from ...brokers.commands.redis_url import Target, parse_url
 from ...errors import UsageError
+from ..closing import Closing
 from ..errors import TimedOut
 from ..operation import Operation, operation
 from ..surroundings import deadline_in, left
@@ -243,7 +244,7 @@ def _as_error(address: str, command: Command, reply: Any) -> Any:
     return read_error(address, name_of(command), str(reply)) if isinstance(reply, ReplyError) else reply
 
 
-class _Own:
+class _Own(Closing):
     """A connection of one's own, closed like a stream."""
 
     def __init__(self, wire: Wire) -> None:
@@ -255,20 +256,6 @@ class _Own:
 
     def close(self) -> None:
         self._wire.close()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Any:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Session(_Own, Commands):
