@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -519,6 +520,27 @@ def test_a_timeout_ends_the_statement_at_the_server_too(kernel: Kernel, server: 
 
     kernel.run(job())
     all_is_quiet(server)
+
+
+def test_time_is_up_even_while_there_is_always_more(kernel: Kernel) -> None:
+    from kqueue.io.data.postgres_link import drive
+    from kqueue.kernel.traps import READ
+
+    def reads(count: int) -> Any:
+        for _ in range(count):
+            yield READ
+        return "all"
+
+    def job(fd: int) -> Any:
+        now = kernel.clock.monotonic()
+        with pytest.raises(io.TimedOut, match="did not come to an end"):
+            yield from drive(reads(1_000_000), fd, now + 0.01)
+        assert (yield from drive(reads(1), fd, now)) == "all", "what has come is not late"
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        kernel.run(job(ours.fileno()))
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["by libpq", "as before libpq 17"])

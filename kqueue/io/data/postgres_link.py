@@ -23,7 +23,7 @@ import psycopg
 from psycopg import capabilities, generators, pq, waiting
 
 from ...errors import UsageError
-from ...kernel.traps import wait_io
+from ...kernel.traps import READ, wait_io
 from ..errors import ConnectionLost, TimedOut
 from ..gate import Gate
 from ..operation import Operation
@@ -85,7 +85,7 @@ def _execute(cursor: Any, sql: Any, params: Any, prepare: bool, connection: Driv
 
 
 def drive(gen: Any, fd: int, deadline: float | None, whose: Driven | None = None) -> Steps[Any]:
-    """Run one of psycopg's generators. TimedOut at `deadline`."""
+    """Run one of psycopg's generators. TimedOut at `deadline`, though there may always be more to read."""
     try:
         wanted = next(gen)
         while True:
@@ -95,6 +95,8 @@ def drive(gen: Any, fd: int, deadline: float | None, whose: Driven | None = None
             if whose is not None:
                 whose._unbroken = 0
             wanted = gen.send(ready)
+            if ready & READ and left(deadline) == 0:
+                raise TimedOut("the server did not come to an end in time")
     except StopIteration as end:
         return end.value
     finally:
