@@ -642,7 +642,7 @@ def test_nothing_is_lost_whatever_is_killed(run_chaos: Callable[..., Chaos]) -> 
         verdict = result["verdict"]
         assert verdict["dispatched"] + verdict["unknown"] >= 750, said
         assert verdict["done"] >= 650, said
-        assert verdict["recovered"], said  # it did hit something
+        assert verdict["recovered"] or verdict["duplicated"], said  # it did hit something
         assert set(result["strikes"]) <= set(SHORT_RUN[broker]), said
         assert len(result["strikes"]) >= 5, said
 
@@ -669,7 +669,8 @@ def test_what_a_killed_daemon_had_is_done_by_the_next_one_or_by_another(run_chao
         result, said = run.ended(0)
         assert result["verdict"]["done"] == 400, said
         assert result["strikes"] == {"kill-daemon": 5 if scenario == "kills" else 1}, said
-        assert result["verdict"]["recovered"], said
+        taken_over = {**result["verdict"]["recovered"], **result["verdict"]["duplicated"]}  # done, but not settled, is in hand, too
+        assert "kill-daemon" in str(taken_over), said
 
 
 def test_ctrl_c_leaves_nothing_behind(run_chaos: Callable[..., Chaos]) -> None:
