@@ -225,6 +225,10 @@ class Intake:
             mine.ask(wants[lane])
         return Ask(name, wants) if any(wants.values()) else None
 
+    def has_room(self, name: str) -> bool:
+        """Whether a job of `name`, in some lane, could start now."""
+        return self._left(name) > 0 and any(self._free(lane) > 0 for lane in LANES)
+
     def ask_one(self, name: str, lane: str) -> Ask | None:
         """To ask `name` for one job of `lane`, whatever its share is; None: its limits do not let one through."""
         queue = self._queues.get(name)

@@ -282,6 +282,12 @@ class KQueueRuntime:
     # -- reserving --------------------------------------------------------------------------------------------------
 
     def _feed(self) -> Steps:
+        """Reserve as long as we run; then see that nothing more comes."""
+        yield from self._keep_fed()
+        for queue in self.queues:
+            yield from self.broker.withdraw(queue)
+
+    def _keep_fed(self) -> Steps:
         """Reserve for every slot that is free, start what came, then wait for a doorbell, a due job, a rate or a slot."""
         while self.state == "running":
             if self._settling.full:
@@ -322,6 +328,9 @@ class KQueueRuntime:
                 took += len(reserved.leases)
                 if reserved.next_due_s is not None and (next_due_s is None or reserved.next_due_s < next_due_s):
                     next_due_s = reserved.next_due_s
+        for queue in self.queues:
+            if not self._intake.has_room(queue):
+                yield from self.broker.withdraw(queue)
         return took, next_due_s
 
     def _reserve_what_waited(self) -> Steps:

@@ -3,6 +3,7 @@
     open     settle what an earlier life of ours could not; become an epoch of an owner; recover what our own dead epochs hold
     enqueue  add jobs, idempotent by id
     reserve  lease the best ready jobs of a queue, by lane
+    withdraw want no more of a queue, until the next reserve
     settle   end leases: ack, release or bury, fenced by token; or hold: see that they are still ours
     renew    say that this epoch lives
     sweep    move what is due, recover what dead epochs hold, forward follow-ups, expire results and old dead letters
@@ -190,7 +191,13 @@ class Broker(Protocol):
         It may return fewer than there are (batches are bounded), but never none. The runtime has one reserve and one settle under
         way at a time, and a broker may count on that. An epoch that expired meanwhile is registered again in the same step, so
         that no lease is ever without an owner.
+
+        One that found less than it wanted may be answered later by a job that is added then (decision 0023): that one rings, and
+        the next reserve brings it.
         """
+
+    def withdraw(self, queue: str) -> Verb[None]:
+        """Take nothing of `queue` that no reserve has asked for: give it back, and let nobody hand us more."""
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         """End leases; SETTLED or STALE for each, in order."""

@@ -72,6 +72,10 @@ class MemoryBroker:
         return self.store.reserve(self._owner, self._lease_s, queue, wants)
 
     @at_once
+    def withdraw(self, queue: str) -> None:
+        pass  # nobody is handed anything
+
+    @at_once
     def settle(self, batch: Sequence[Settlement]) -> list[str]:
         return self.store.settle(batch)
 

@@ -1,4 +1,4 @@
-"""Redis and Valkey behind the nine verbs: what to ask (commands.redis), and what to make of the replies. redis_nodes knows whom.
+"""Redis and Valkey behind the ten verbs: what to ask (commands.redis), and what to make of the replies. redis_nodes knows whom.
 
 Rule 1. Every request carries a number, and the scripts remember each sender's last one. So a verb repeats a request whose reply
         was lost, with the same number, and gets the answer that was lost. For that to hold, a sender has one request under way:
@@ -8,6 +8,8 @@ Rule 3. What a full Redis refuses and jobs can do without (names of queues, docu
         starts on a full Redis, and works off what is there: that is what makes room.
 Rule 4. A reservation whose task was cancelled before its reply came is asked for again by the next one, and by `close`: no job
         is left leased that nobody knows of. What comes back beyond what was wanted is released, at no cost to the job.
+Rule 5. A reservation that found nothing offers that the next one may be made for us by whoever adds a job: its number is in the
+        offer, and the job comes with the ring. So the next one takes what came, or asks, and is answered as in Rule 1.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class RedisBroker:
     def __init__(self, url: str, *, on_event: News = lambda kind, text, retry_in_s: None) -> None:
         self._target = target = parse_url(url)
         self.address = target.address
-        self._nodes = RedisNodes(target, SCRIPTS, on_bell=self._heard_bell, on_ready=self._connected, on_news=on_event)
+        self._nodes = RedisNodes(target, SCRIPTS, on_bell=self._heard, on_ready=self._connected, on_news=on_event)
         self._kernel: Kernel | None = None
         self._owner = Owner("", "")
         self._queues: Sequence[str] = ()
@@ -76,6 +78,10 @@ class RedisBroker:
         self._listed: set[str] = set()  # queues that kq:queues is known to hold
         self._requests: dict[str, int] = {}  # queue -> number of the reservation that comes next, or is under way
         self._unheard: set[str] = set()  # queues whose last reservation has had no reply
+        self._offers: set[str] = set()  # queues whose next reservation somebody may make for us
+        self._own_channels: dict[bytes, str] = {}  # and the queue of each
+        self._handed: dict[str, bytes] = {}  # by queue: what came by them last
+        self._due_at: dict[str, float | None] = {}  # queue -> clock seconds: when its next delayed job is due; None: there is none
         self._surplus: list[Lease] = []  # leases to be released
         self._number = int.from_bytes(os.urandom(6), "big")  # of the last settlement; an epoch may be opened twice
         self._turns: dict[str, Slots] = {}  # by verb and queue
@@ -87,7 +93,7 @@ class RedisBroker:
         self._unpublished: dict[str, bytes] = {}  # documents that a full Redis has not taken; renewals try again
         self._full = False  # it refused something that can wait; told once
 
-    # -- the nine verbs ---------------------------------------------------------------------------------------------
+    # -- the ten verbs ----------------------------------------------------------------------------------------------
 
     def open(
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
@@ -95,8 +101,9 @@ class RedisBroker:
     ) -> Verb[Opened]:  # fmt: skip
         self._kernel = kernel = yield this_kernel()
         self._owner, self._queues, self._lease_s, self._retention = owner, list(queues), lease_s, retention
-        channels = [commands.bell(queue) for queue in queues]
-        self._nodes.start(kernel, f"kqueued:{owner.epoch}", channels, lease_s / 3)
+        bells, own = ([channel(queue) for queue in queues] for channel in (commands.bell, self._own_channel))
+        self._own_channels = {channel.encode(): queue for channel, queue in zip(own, queues, strict=True)}
+        self._nodes.start(kernel, f"kqueued:{owner.epoch}", bells + own, lease_s / 3)
         try:
             yield from self._list_queues(queues)
             answers = (yield from self.settle(unsettled)) if unsettled else []
@@ -125,17 +132,26 @@ class RedisBroker:
             yield from self._release_surplus()
             left = {lane: max(0, wants.get(lane, 0)) for lane in LANES}
             leases: list[Lease] = []
+            found, repeated = self._take_handed(queue), True
             while not leases:
-                repeated, next_due_s, found = yield from self._reserve(queue, _share(*left.values()))
+                if not found:
+                    repeated, found = yield from self._reserve(queue, _share(*left.values()))
                 for lease in found:
                     wanted = left[lease.lane] > 0
                     left[lease.lane] -= wanted
                     (leases if wanted else self._surplus).append(lease)
+                found = []
                 if not repeated:
                     break
-            return Reserved(leases, next_due_s)
+            if not leases:
+                yield from self._release_surplus()
+            return Reserved(leases, self._next_due_s(queue))
         finally:
             turn.give()
+
+    def withdraw(self, queue: str) -> Verb[None]:
+        if queue in self._offers or queue in self._unheard:
+            yield from self.reserve(queue, {})
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         answers = [""] * len(batch)
@@ -175,7 +191,9 @@ class RedisBroker:
             if reply is None:
                 continue  # its node is away; that our epoch has lapsed there is heard of when it is back
             flag, lapses[queue] = reply
-            if not flag and queue in self._idle:  # somebody took it away, and the ring was lost
+            ours = flag is not None and flag.startswith(self._owner.epoch.encode())
+            # Somebody took it away, and the ring was lost, or what came with it.
+            if (flag is None and queue in self._idle) or (not ours and queue in self._offers):
                 self._ring([queue])
         before, self._lapses = self._lapses, {**self._lapses, **lapses}
         return all(lapsed in (b"", before.get(queue)) for queue, lapsed in lapses.items())
@@ -238,7 +256,7 @@ class RedisBroker:
         try:
             if self._nodes.ready and self._opened:
                 self._closing = True
-                for queue in list(self._unheard):
+                for queue in self._unheard | self._offers:
                     yield from self.reserve(queue, {})
                 yield from self._release_surplus()
                 if give_up:
@@ -251,17 +269,40 @@ class RedisBroker:
 
     # -- their parts ------------------------------------------------------------------------------------------------
 
-    def _reserve(self, queue: str, wants: Sequence[int]) -> Verb[tuple[bool, float | None, list[Lease]]]:
-        """One request: whether it was answered before, seconds until the next delayed job, the leases."""
+    def _own_channel(self, queue: str) -> str:
+        return commands.own_channel(queue, self._owner.epoch)
+
+    def _take_handed(self, queue: str) -> list[Lease]:
+        """What came with a ring, if no reservation is to bring it, or has brought it already."""
+        message = self._handed.pop(queue, None)
+        if message is None or queue in self._unheard:
+            return []
+        number, lease = commands.read_handed(self._owner.epoch, queue, message)
+        if number != self._requests.get(queue):
+            return []
+        self._requests[queue] = number + 1
+        self._offers.discard(queue)
+        return [lease]
+
+    def _next_due_s(self, queue: str) -> float | None:
+        assert self._kernel is not None
+        due_at = self._due_at.get(queue)
+        return None if due_at is None else max(0.0, due_at - self._kernel.clock.monotonic())
+
+    def _reserve(self, queue: str, wants: Sequence[int]) -> Verb[tuple[bool, list[Lease]]]:
+        """One request: whether it was answered before, and the leases."""
+        assert self._kernel is not None
         request = self._requests.setdefault(queue, self._number)
         self._unheard.add(queue)
         call = commands.reserve(self._owner, self._lease_s, request, queue, wants)
-        ((how, due, *lanes),) = yield from self._ask([call])
+        ((how, answered, due, *lanes),) = yield from self._ask([call])
         self._unheard.discard(queue)
-        self._requests[queue] = request + 1
-        if how == b"short":
+        self._requests[queue] = answered + 1
+        self._due_at[queue] = None if due is None else self._kernel.clock.monotonic() + float(due)
+        if how in (b"short", b"offered"):
             self._idle.add(queue)
-        return how == b"repeated", None if due is None else float(due), commands.read_leases(self._owner.epoch, queue, lanes)
+        (self._offers.add if how == b"offered" else self._offers.discard)(queue)
+        return how == b"repeated", commands.read_leases(self._owner.epoch, queue, lanes)
 
     def _sweep(self, kernel: Kernel, queues: Sequence[str], swept: Swept) -> Verb[list[str]]:
         """One round. The queues in which there is more to do."""
@@ -415,8 +456,13 @@ class RedisBroker:
 
     # -- hearing ----------------------------------------------------------------------------------------------------
 
-    def _heard_bell(self, channel: bytes) -> None:
-        self._ring({queue for queue in self._idle if commands.bell(queue).encode() == channel})
+    def _heard(self, channel: bytes, message: bytes) -> None:
+        queue = self._own_channels.get(channel)
+        if queue is not None:
+            self._handed[queue] = message
+            self._ring([])
+        else:
+            self._ring({queue for queue in self._idle if commands.bell(queue).encode() == channel})
 
     def _connected(self) -> None:
         self._listed.clear()  # it may be another server by now

@@ -34,10 +34,10 @@ LEARN_AGAIN_S: Final = 0.5  # between two looks at the map of a cluster
 
 
 class RedisNodes:
-    """`on_bell(channel)`, `on_ready()` and `on_news` as of RedisTransport, from all of them."""
+    """`on_bell(channel, message)`, `on_ready()` and `on_news` as of RedisTransport, from all of them."""
 
     def __init__(
-        self, target: Target, scripts: Mapping[str, str], *, on_bell: Callable[[bytes], None], on_ready: Callable[[], None],
+        self, target: Target, scripts: Mapping[str, str], *, on_bell: Callable[[bytes, bytes], None], on_ready: Callable[[], None],
         on_news: News,
     ) -> None:  # fmt: skip
         self.routes = Routes(target.known)
@@ -218,11 +218,11 @@ class RedisNodes:
 
     # -- what they say ----------------------------------------------------------------------------------------------
 
-    def _pushed(self, node: Address, channel: bytes) -> None:
+    def _pushed(self, node: Address, channel: bytes, message: bytes) -> None:
         home = self.routes.of(channel)
         transport = self._transports.get(home)
         if home == node or transport is None or transport.state != "ready":  # Rule 2
-            self._on_bell(channel)
+            self._on_bell(channel, message)
 
     def _heard(self, node: Address, kind: str, text: str, retry_in_s: float) -> None:
         """Pass news on. With several nodes, say which one is lost, and that all is well only when it is."""

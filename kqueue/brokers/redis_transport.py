@@ -84,12 +84,12 @@ class _Request(Trap):
 class RedisTransport:
     """The connection. `start` spawns the task that keeps it, `call` is for everyone else, `stop` leaves nothing behind.
 
-    `on_push(channel)` hears of doorbells, `on_ready()` of every new connection, `on_news` of trouble.
+    `on_push(channel, message)` hears of doorbells, `on_ready()` of every new connection, `on_news` of trouble.
     `locate`: asks Sentinels; None: it is always `target`.
     """
 
     def __init__(
-        self, target: Target, scripts: Mapping[str, str], *, on_push: Callable[[bytes], None], on_ready: Callable[[], None],
+        self, target: Target, scripts: Mapping[str, str], *, on_push: Callable[[bytes, bytes], None], on_ready: Callable[[], None],
         on_news: News, locate: Locate | None = None,
     ) -> None:  # fmt: skip
         self.target = target
@@ -390,7 +390,7 @@ class RedisTransport:
         if push[0] == b"subscribe":
             self._pushed += 1
         elif push[0] == b"message":
-            self._on_push(push[1])
+            self._on_push(push[1], push[2])
 
     def _heard(self) -> float:
         return self._heard_at if self._wire is None else max(self._heard_at, self._wire.heard_at)

@@ -107,6 +107,9 @@ class SQLiteBroker:
             raise
         return reserved
 
+    def withdraw(self, queue: str) -> Verb[None]:
+        yield from ()  # nobody is handed anything
+
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
         answers: list[str] = yield self._ask(commands.settle, batch)
         return answers

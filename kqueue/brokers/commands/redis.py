@@ -61,6 +61,11 @@ def bell(queue: str) -> str:
     return f"kq:{{{queue}}}:bell"
 
 
+def own_channel(queue: str, epoch: str) -> str:
+    """The channel by which `epoch` is handed jobs of `queue`. Read what comes by `read_handed`."""
+    return f"kq:{{{queue}}}:to:{epoch}"
+
+
 def publish(documents: Mapping[str, bytes]) -> Command:
     return ("HSET", DOCUMENTS_KEY, *(part for document in documents.items() for part in document))
 
@@ -321,6 +326,16 @@ def read_leases(epoch: str, queue: str, lanes: Sequence[Sequence[Any]]) -> list[
             token = Token(epoch, id.decode("utf-8", "surrogateescape"), number)
             leases.append(Lease(token, queue, lane, envelope, counters, _seconds(available_at)))
     return leases
+
+
+def read_handed(epoch: str, queue: str, message: bytes) -> tuple[int, Lease]:
+    """The number of the reservation that a client has made for us, and what it brings."""
+    head, _, rest = message.partition(b"\n")
+    number, length = map(int, head.split(b" "))
+    id, job = rest[:length], rest[length:]
+    lane, _, available_at, envelope = _read_job(job)
+    token = Token(epoch, id.decode("utf-8", "surrogateescape"), 1)
+    return number, Lease(token, queue, lane.decode(), envelope, _NONE, _seconds(available_at))
 
 
 def _read_job(job: bytes | None) -> tuple[bytes, bytes, bytes, bytes | None]:

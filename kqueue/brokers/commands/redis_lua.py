@@ -15,7 +15,8 @@ Everything of a queue lives under one hash tag, `kq:{QUEUE}:`, so that a script 
     epochs, owners  zset    epoch -> expiry (0: given up); hash: epoch -> identity
     outbox          hash    name -> a job that follows one of this queue and goes into another (Rule 6)
     handed:<name>   string  there for a while after that job was handed over to this queue
-    idle            string  there when some daemon found less than it wanted: who adds something deletes it, and rings `bell`
+    idle            string  there when some daemon found less than it wanted: who adds something deletes it, and rings `bell`.
+                            More than "1": epoch, number and lanes of who takes a job directly, by the channel `to:<epoch>`
     beat, hush      string  when an epoch was last renewed, or a sweep made; there while nobody may be taken for dead
     lapsed:<epoch>  string  when it was last found expired; its owner hears of it by its next renewal
     last:<epoch>, settled:<epoch>, client:<sender>   the last request of each sender, and what it was answered

@@ -15,6 +15,24 @@ from .redis_lua import BASE, BELL, CERTIFY, DUE, EPOCHS, FOLLOW, FUNCTIONS, JOB,
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
 # ->    a digit a job (1: new), or the depth that left no room, as an integer
 _ENQUEUE = """
+-- Lease a new job to the daemon that offered to take one of its lane, if there is one (decision 0023); whether it has it.
+local function hand(id, lane, value)
+  local epoch, request, lanes = string.match(redis.call('GET', prefix .. 'idle') or '', '^(%S+) (%d+) (.+)$')
+  if not epoch or not string.find(lanes, lane, 1, true) then return false end
+  local leased, last = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
+  local answered = number(string.match(redis.call('GET', last) or '', '^%d+'), 0)
+  redis.call('HLEN', leased)
+  if number(redis.call('ZSCORE', prefix .. 'epochs', epoch), 0) <= now or answered + 1 >= tonumber(request) then return false end
+  if redis.call('ZCARD', prefix .. 'ready:' .. lane) > 0 then return false end
+  redis.call('SET', job_key(id), value)
+  local heard = redis.pcall('PUBLISH', prefix .. 'to:' .. epoch, request .. ' ' .. #id .. '\\n' .. id .. value)
+  if type(heard) ~= 'number' or heard == 0 then return false end
+  redis.call('HSET', leased, id, 1)
+  redis.call('SET', last, request .. ' ' .. cmsgpack.pack({id}))
+  redis.call('SET', prefix .. 'idle', 1)
+  return true
+end
+
 local memory = prefix .. 'client:' .. ARGV[1]
 local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
 if request == ARGV[2] then return answers end
@@ -35,8 +53,11 @@ for i, key in ipairs(keys) do
   digits[i] = '0'
   if not seen[key] and (all_new or redis.call('EXISTS', key) == 0) then
     digits[i] = '1'
-    moments[i] = tonumber(ARGV[at + 4]) or now + (tonumber(ARGV[at + 3]) or 0)
-    place(ARGV[at], lane_of(ARGV[at + 1]), tonumber(ARGV[at + 2]), moments[i])
+    local lane, due = lane_of(ARGV[at + 1]), tonumber(ARGV[at + 4]) or now + (tonumber(ARGV[at + 3]) or 0)
+    if #keys > 1 or due > now or not hand(ARGV[at], lane, job_value(lane, ARGV[at + 2], due, ARGV[at + 5])) then
+      moments[i] = due
+      place(ARGV[at], lane, tonumber(ARGV[at + 2]), due)
+    end
   end
   seen[key] = true
 end
@@ -71,7 +92,8 @@ end
 )
 
 # ARGV: epoch, identity, lease in seconds, request, how many of each lane
-# ->    "repeated", "short" or "enough"; seconds to the next delayed job, or nil; then three lists a lane: ids; what stands in
+# ->    "repeated", "offered" (nothing was there, and who adds a job may hand it to us), "short" or "enough"; the number of the
+#       request that is answered; seconds to the next delayed job, or nil; then three lists a lane: ids; what stands in
 #       job:<id> of each; and, three for each job that is not reserved for the first time: its position, n, and what it went
 #       through: attempts, crashes, recoveries, deferrals, memory, available_at
 _RESERVE = """
@@ -86,9 +108,9 @@ local function next_age()
 end
 
 local age = next_age()
-local function answer(how)
+local function answer(how, number)
   local due = age and string.format('%.6f', math.min(math.max(0, -age), 1e9)) or false
-  return {how, due, ids[1], jobs[1], others[1], ids[2], jobs[2], others[2]}
+  return {how, number, due, ids[1], jobs[1], others[1], ids[2], jobs[2], others[2]}
 end
 
 local function past_of(id)
@@ -107,9 +129,10 @@ local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch))
 local living = expiry and expiry > now and expiry < 1e15
 if not living then redis.call('HLEN', prefix .. 'owners') end
 local last = redis.call('GET', memory)
-if last and string.sub(last, 1, #request + 1) == request .. ' ' then
+local answered = last and string.match(last, '^%d+ ')
+if answered and tonumber(answered) >= tonumber(request) then -- greater: of what it was handed since
   local look = seldom()
-  local readable, taken = pcall(cmsgpack.unpack, string.sub(last, #request + 2))
+  local readable, taken = pcall(cmsgpack.unpack, string.sub(last, #answered + 1))
   taken = readable and type(taken) == 'table' and taken or {}
   for i, n in ipairs(#taken > 0 and redis.call('HMGET', leased, unpack(taken)) or {}) do
     if n then
@@ -120,7 +143,7 @@ if last and string.sub(last, 1, #request + 1) == request .. ' ' then
       add_other(index, at, string.match(n, '^%d*'), past_of(id))
     end
   end
-  return answer('repeated')
+  return answer('repeated', tonumber(answered))
 end
 
 if age and age >= 0 then
@@ -182,8 +205,21 @@ if #held > 0 then
   redis.call('SET', memory, request .. ' ' .. cmsgpack.pack(taken))
 end
 short = short and not cut
-if short then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
-return answer(short and 'short' or 'enough')
+local how = short and 'short' or 'enough'
+if #held > 0 then
+  if short then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
+else
+  local flag = redis.call('GET', prefix .. 'idle')
+  local ours = flag and string.sub(flag, 1, #epoch + 1) == epoch .. ' '
+  if short and (ours or not flag or flag == '1') then
+    local lanes = (ARGV[5] + 0 > 0 and 'inline' or '') .. (ARGV[6] + 0 > 0 and 'isolated' or '')
+    redis.pcall('SET', prefix .. 'idle', string.format('%s %.0f %s', epoch, request + 1, lanes))
+    how = 'offered'
+  elseif ours then
+    redis.pcall('SET', prefix .. 'idle', 1)
+  end
+end
+return answer(how, tonumber(request))
 """
 
 # ARGV: the tokens' epoch, sender, request, number of plain acks, identity, lease in seconds; the ids of the plain acks, none
@@ -325,14 +361,14 @@ if recovered > 0 then ring() end
 return {recovered, recovered == MAX_BATCH and 1 or 0}
 """
 
-# ARGV: epoch, identity, lease in seconds  ->  whether the idle flag stands; "" or when the epoch was last found expired
+# ARGV: epoch, identity, lease in seconds  ->  the idle flag, or nil; "" or when the epoch was last found expired
 _RENEW = """
 local lapsed = redis.call('GET', prefix .. 'lapsed:' .. ARGV[1]) or ''
 local living = alive(ARGV[1])
 redis.call('HLEN', prefix .. 'owners')
 beat(ARGV[3])
 if living then register(ARGV[1], ARGV[2], ARGV[3]) else lapsed = revive(ARGV[1], ARGV[2], ARGV[3]) end
-return {redis.call('EXISTS', prefix .. 'idle'), lapsed}
+return {redis.call('GET', prefix .. 'idle'), lapsed}
 """
 
 # ARGV: lease in seconds, 1 when who has expired may be taken for dead, certificate of what was lost, greatest age of dead letters
