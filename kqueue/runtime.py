@@ -351,6 +351,17 @@ class KQueueRuntime:
             self._start_life(lease)
         return reserved
 
+    def _take_handed(self, lease: Lease) -> bool:
+        """A job came that was not asked for. It starts now, unless something is being reserved; whether it does."""
+        if not self._feeder or self.state != "running" or self._settling.full or self._upkeep.in_doubt:
+            return False
+        ask = self._intake.ask_one(lease.queue, lease.lane) if self.memory.waiting is None else None
+        if ask is None:
+            return False
+        self._intake.got(ask, 1)
+        self._start_life(lease)
+        return True
+
     def _begin_starts(self, count: int) -> Steps:
         """Runs right before those that were just taken."""
         self._intake.starts_begin(count)
@@ -625,8 +636,9 @@ class KQueueRuntime:
         kept = self._settling.kept()
         sent_at = self.kernel.clock.boottime()
         opened = yield from self.broker.open(
-            self._owner, self.queues, self._lease_s, unsettled=kept, culprit=culprit, retention=self._retention
-        )
+            self._owner, self.queues, self._lease_s, unsettled=kept, culprit=culprit, retention=self._retention,
+            take=self._take_handed,
+        )  # fmt: skip
         self._upkeep.opened(sent_at)
         self._settling.replayed(kept, opened.answers)
         if page is not None:

@@ -28,7 +28,7 @@ Who runs jobs, and why one is released, is the runtime's business and must not b
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from ..codec import to_json
@@ -38,7 +38,8 @@ from ..outcome import Outcome
 __all__ = [
     "LEASE_S", "MAX_BATCH", "MAX_CERTIFICATES", "NO_RETENTION", "PRIORITY_STEP_S", "SETTLED", "STALE", "Broker",
     "Capabilities", "Counters", "Finding", "Lease", "Mark", "NewJob", "Opened", "Owner", "QueueStats", "Reserved", "Retention",
-    "Row", "Settlement", "Store", "Swept", "Token", "Verb", "last_of_dead", "listed", "lost", "numbered", "place",
+    "Row", "Settlement", "Store", "Swept", "Take", "Token", "Verb", "last_of_dead", "listed", "lost", "nobody", "numbered",
+    "place",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -99,6 +100,14 @@ class Reserved(NamedTuple):
 
     leases: list[Lease]
     next_due_s: float | None
+
+
+Take = Callable[[Lease], bool]  # whether the job is begun
+
+
+def nobody(lease: Lease) -> bool:
+    """Takes no job."""
+    return False
 
 
 class Settlement(NamedTuple):
@@ -169,14 +178,15 @@ class Broker(Protocol):
 
     def open(
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
-        retention: Retention = NO_RETENTION,
+        retention: Retention = NO_RETENTION, take: Take = nobody,
     ) -> Verb[Opened]:  # fmt: skip
         """Connect, check the version, settle `unsettled`, register the epoch, recover what dead epochs of `owner.identity` hold.
 
         `unsettled`: what an earlier epoch of ours could not settle before it ended; fenced as ever by its tokens, and settled
         before anything is recovered, so that what was done is not done again. `culprit`: the id of the job whose slice ran when
         an earlier epoch died: where it is recovered it counts as a crash of the job. Every other recovery counts as one.
-        `retention` holds for what `sweep` drops. Raises BrokerRefused; waits for a broker that is not there.
+        `retention` holds for what `sweep` drops. `take` is offered each job that came without being asked for. Raises
+        BrokerRefused; waits for a broker that is not there.
         """
 
     def enqueue(self, jobs: Sequence[NewJob], max_depth: int = 0) -> Verb[list[bool]]:
@@ -192,8 +202,8 @@ class Broker(Protocol):
         way at a time, and a broker may count on that. An epoch that expired meanwhile is registered again in the same step, so
         that no lease is ever without an owner.
 
-        One that found less than it wanted may be answered later by a job that is added then (decision 0023): that one rings, and
-        the next reserve brings it.
+        One that found nothing may be answered later by a job that is added then (decision 0023): it is offered to `take`. If
+        that does not want it now, it rings, and the next reserve brings it.
         """
 
     def withdraw(self, queue: str) -> Verb[None]:

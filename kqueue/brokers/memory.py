@@ -20,7 +20,9 @@ from .base import (
     Retention,
     Settlement,
     Swept,
+    Take,
     Verb,
+    nobody,
 )
 from .commands.memory import MemoryStore, shared_store
 
@@ -39,7 +41,7 @@ def at_once(method: Callable[P, T]) -> Callable[P, Verb[T]]:
 
 
 class MemoryBroker:
-    """A MemoryStore behind the nine verbs."""
+    """A MemoryStore behind the ten verbs."""
 
     capabilities = Capabilities(durable=False)
 
@@ -55,7 +57,7 @@ class MemoryBroker:
     @at_once
     def open(
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
-        retention: Retention = NO_RETENTION,
+        retention: Retention = NO_RETENTION, take: Take = nobody,
     ) -> Opened:  # fmt: skip
         self._owner, self._lease_s = owner, lease_s
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -37,7 +37,9 @@ from .base import (
     Retention,
     Settlement,
     Swept,
+    Take,
     Verb,
+    nobody,
 )
 from .commands import redis as commands
 from .commands.redis_asking import Asking, Call, Command
@@ -80,8 +82,9 @@ class RedisBroker:
         self._unheard: set[str] = set()  # queues whose last reservation has had no reply
         self._offers: set[str] = set()  # queues whose next reservation somebody may make for us
         self._own_channels: dict[bytes, str] = {}  # and the queue of each
-        self._handed: dict[str, bytes] = {}  # by queue: what came by them last
-        self._due_at: dict[str, float | None] = {}  # queue -> clock seconds: when its next delayed job is due; None: there is none
+        self._handed: dict[str, tuple[int, Lease]] = {}  # by queue: its number, and what nobody has taken
+        self._take: Take = nobody
+        self._due_at: dict[str, float | None] = {}  # queue -> clock seconds: when its next delayed job is due; None: none is there
         self._surplus: list[Lease] = []  # leases to be released
         self._number = int.from_bytes(os.urandom(6), "big")  # of the last settlement; an epoch may be opened twice
         self._turns: dict[str, Slots] = {}  # by verb and queue
@@ -97,10 +100,11 @@ class RedisBroker:
 
     def open(
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
-        retention: Retention = NO_RETENTION,
+        retention: Retention = NO_RETENTION, take: Take = nobody,
     ) -> Verb[Opened]:  # fmt: skip
         self._kernel = kernel = yield this_kernel()
         self._owner, self._queues, self._lease_s, self._retention = owner, list(queues), lease_s, retention
+        self._take = take
         bells, own = ([channel(queue) for queue in queues] for channel in (commands.bell, self._own_channel))
         self._own_channels = {channel.encode(): queue for channel, queue in zip(own, queues, strict=True)}
         self._nodes.start(kernel, f"kqueued:{owner.epoch}", bells + own, lease_s / 3)
@@ -132,7 +136,7 @@ class RedisBroker:
             yield from self._release_surplus()
             left = {lane: max(0, wants.get(lane, 0)) for lane in LANES}
             leases: list[Lease] = []
-            found, repeated = self._take_handed(queue), True
+            found, repeated = self._came(queue), True
             while not leases:
                 if not found:
                     repeated, found = yield from self._reserve(queue, _share(*left.values()))
@@ -150,7 +154,7 @@ class RedisBroker:
             turn.give()
 
     def withdraw(self, queue: str) -> Verb[None]:
-        if queue in self._offers or queue in self._unheard:
+        if queue in self._offers or queue in self._unheard or queue in self._handed:
             yield from self.reserve(queue, {})
 
     def settle(self, batch: Sequence[Settlement]) -> Verb[list[str]]:
@@ -256,7 +260,7 @@ class RedisBroker:
         try:
             if self._nodes.ready and self._opened:
                 self._closing = True
-                for queue in self._unheard | self._offers:
+                for queue in {*self._unheard, *self._offers, *self._handed}:
                     yield from self.reserve(queue, {})
                 yield from self._release_surplus()
                 if give_up:
@@ -272,17 +276,21 @@ class RedisBroker:
     def _own_channel(self, queue: str) -> str:
         return commands.own_channel(queue, self._owner.epoch)
 
-    def _take_handed(self, queue: str) -> list[Lease]:
-        """What came with a ring, if no reservation is to bring it, or has brought it already."""
-        message = self._handed.pop(queue, None)
-        if message is None or queue in self._unheard:
+    def _came(self, queue: str) -> list[Lease]:
+        """What we were handed, and is still to be begun."""
+        number, lease = self._handed.pop(queue, (0, None))
+        if lease is None or not self._is_next(queue, number):
             return []
-        number, lease = commands.read_handed(self._owner.epoch, queue, message)
-        if number != self._requests.get(queue):
-            return []
+        self._answered(queue, number)
+        return [lease]
+
+    def _is_next(self, queue: str, number: int) -> bool:
+        """Whether no reservation is to bring what was handed to us under this number, or has brought it already."""
+        return queue not in self._unheard and number == self._requests.get(queue)
+
+    def _answered(self, queue: str, number: int) -> None:
         self._requests[queue] = number + 1
         self._offers.discard(queue)
-        return [lease]
 
     def _next_due_s(self, queue: str) -> float | None:
         assert self._kernel is not None
@@ -297,11 +305,12 @@ class RedisBroker:
         call = commands.reserve(self._owner, self._lease_s, request, queue, wants)
         ((how, answered, due, *lanes),) = yield from self._ask([call])
         self._unheard.discard(queue)
-        self._requests[queue] = answered + 1
+        self._answered(queue, answered)
         self._due_at[queue] = None if due is None else self._kernel.clock.monotonic() + float(due)
         if how in (b"short", b"offered"):
             self._idle.add(queue)
-        (self._offers.add if how == b"offered" else self._offers.discard)(queue)
+        if how == b"offered":
+            self._offers.add(queue)
         return how == b"repeated", commands.read_leases(self._owner.epoch, queue, lanes)
 
     def _sweep(self, kernel: Kernel, queues: Sequence[str], swept: Swept) -> Verb[list[str]]:
@@ -458,11 +467,15 @@ class RedisBroker:
 
     def _heard(self, channel: bytes, message: bytes) -> None:
         queue = self._own_channels.get(channel)
-        if queue is not None:
-            self._handed[queue] = message
-            self._ring([])
-        else:
+        if queue is None:
             self._ring({queue for queue in self._idle if commands.bell(queue).encode() == channel})
+            return
+        number, lease = commands.read_handed(self._owner.epoch, queue, message)
+        if self._is_next(queue, number) and self._take(lease):
+            self._answered(queue, number)
+        else:
+            self._handed[queue] = number, lease
+        self._ring([])
 
     def _connected(self) -> None:
         self._listed.clear()  # it may be another server by now

@@ -37,8 +37,8 @@ class RedisNodes:
     """`on_bell(channel, message)`, `on_ready()` and `on_news` as of RedisTransport, from all of them."""
 
     def __init__(
-        self, target: Target, scripts: Mapping[str, str], *, on_bell: Callable[[bytes, bytes], None], on_ready: Callable[[], None],
-        on_news: News,
+        self, target: Target, scripts: Mapping[str, str], *, on_bell: Callable[[bytes, bytes], None],
+        on_ready: Callable[[], None], on_news: News,
     ) -> None:  # fmt: skip
         self.routes = Routes(target.known)
         self._target = target

@@ -89,8 +89,8 @@ class RedisTransport:
     """
 
     def __init__(
-        self, target: Target, scripts: Mapping[str, str], *, on_push: Callable[[bytes, bytes], None], on_ready: Callable[[], None],
-        on_news: News, locate: Locate | None = None,
+        self, target: Target, scripts: Mapping[str, str], *, on_push: Callable[[bytes, bytes], None],
+        on_ready: Callable[[], None], on_news: News, locate: Locate | None = None,
     ) -> None:  # fmt: skip
         self.target = target
         self.at = target  # whom we are, or were last, connected to

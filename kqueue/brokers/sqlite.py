@@ -40,7 +40,9 @@ from .base import (
     Retention,
     Settlement,
     Swept,
+    Take,
     Verb,
+    nobody,
 )
 from .commands import sqlite as commands
 from .commands.host_clock import HOST, HostClock
@@ -58,7 +60,7 @@ CLOSE_PATIENCE_S: Final = 2.0  # for giving up the epoch; without that, it expir
 
 
 class SQLiteBroker:
-    """A SQLiteFile behind the nine verbs. `on_event` hears when it cannot be written, and when it can again."""
+    """A SQLiteFile behind the ten verbs. `on_event` hears when it cannot be written, and when it can again."""
 
     capabilities = Capabilities(durable=True)
 
@@ -80,7 +82,7 @@ class SQLiteBroker:
 
     def open(
         self, owner: Owner, queues: Sequence[str], lease_s: float, *, unsettled: Sequence[Settlement] = (), culprit: str = "",
-        retention: Retention = NO_RETENTION,
+        retention: Retention = NO_RETENTION, take: Take = nobody,
     ) -> Verb[Opened]:  # fmt: skip
         answers: list[str] = []
         for start in range(0, len(unsettled), MAX_BATCH):

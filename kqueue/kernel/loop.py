@@ -32,6 +32,7 @@ from .traps import PARKED, Trap
 MAX_IMMEDIATE: Final = 64
 MARK: Final = Struct("64s")
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
+PUT_OFF_S: Final = 0.05  # at most, until a look comes though tasks are ready
 
 _turning: Final = ThreadLocal()  # .kernel: the one whose turn it is in this thread
 
@@ -109,7 +110,7 @@ class Kernel:
         self.page: mmap | None = None  # says which task runs, for whoever looks when this process has died; None: nobody will
         self.slice_began = 0.0  # by the clock: the step of a marked task that runs now, or ran last
         self.resumed_at = -inf  # by the clock: when the process last went on after it had been stopped (SIGCONT)
-        self.look_at = inf  # by the clock: `on_look(now)` is called at the end of the first turn after that
+        self.look_at = inf  # by the clock: `on_look(now)` is called at the end of a turn after that, if it can be an idle one
         self.on_look: Callable[[float], None] = lambda now: None
         self.unwatched = False  # `watch` is to be called before the next step of a marked task
         self.watch: Callable[[], None] = lambda: None
@@ -238,7 +239,7 @@ class Kernel:
         self.turns += 1
         now = clock.monotonic()
         self._turn_s.append(now - began)
-        if now >= self.look_at:
+        if now >= self.look_at and (not self._ready or now >= self.look_at + PUT_OFF_S):
             self.on_look(now)
 
     def close(self) -> None:

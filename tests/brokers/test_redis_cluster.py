@@ -150,12 +150,12 @@ def test_a_ring_at_any_node_is_heard_once(rig: ClusterRig, queues: list[str]) ->
     broker, client = rig.broker(queues=tuple(queues)), rig.make_client()
     rang: list[bytes] = []
     heard = broker._nodes._on_bell
-    broker._nodes._on_bell = lambda channel: (rang.append(channel), heard(channel))
+    broker._nodes._on_bell = lambda channel, message: (rang.append(channel), heard(channel, message))
     for queue in queues:
         assert reserve(rig, broker, queue) == []
         rig.do(broker.renew())  # its reply comes after what was rung before
         assert rig.do(broker.wait(0.0)) is False
-        client.enqueue([new_job(queue=queue)])
+        client.enqueue([new_job(queue=queue), new_job(queue=queue)])  # one alone would be handed over
         assert rig.do(broker.wait(20.0)) is True
         rig.do(broker.stats())  # the same at each node
     assert rang == [commands.bell(queue).encode() for queue in queues]

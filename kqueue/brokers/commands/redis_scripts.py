@@ -14,25 +14,7 @@ from .redis_lua import BASE, BELL, CERTIFY, DUE, EPOCHS, FOLLOW, FUNCTIONS, JOB,
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
 # ->    a digit a job (1: new), or the depth that left no room, as an integer
-_ENQUEUE = """
--- Lease a new job to the daemon that offered to take one of its lane, if there is one (decision 0023); whether it has it.
-local function hand(id, lane, value)
-  local epoch, request, lanes = string.match(redis.call('GET', prefix .. 'idle') or '', '^(%S+) (%d+) (.+)$')
-  if not epoch or not string.find(lanes, lane, 1, true) then return false end
-  local leased, last = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
-  local answered = number(string.match(redis.call('GET', last) or '', '^%d+'), 0)
-  redis.call('HLEN', leased)
-  if number(redis.call('ZSCORE', prefix .. 'epochs', epoch), 0) <= now or answered + 1 >= tonumber(request) then return false end
-  if redis.call('ZCARD', prefix .. 'ready:' .. lane) > 0 then return false end
-  redis.call('SET', job_key(id), value)
-  local heard = redis.pcall('PUBLISH', prefix .. 'to:' .. epoch, request .. ' ' .. #id .. '\\n' .. id .. value)
-  if type(heard) ~= 'number' or heard == 0 then return false end
-  redis.call('HSET', leased, id, 1)
-  redis.call('SET', last, request .. ' ' .. cmsgpack.pack({id}))
-  redis.call('SET', prefix .. 'idle', 1)
-  return true
-end
-
+_HAND = """
 local memory = prefix .. 'client:' .. ARGV[1]
 local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
 if request == ARGV[2] then return answers end
@@ -45,6 +27,35 @@ if max_depth > 0 then
   if depth + ARGV[5] > max_depth then return depth end
 end
 
+-- One job that is due: lease it to the daemon that has offered to take it, if there is one (decision 0023).
+local epoch, number, lanes
+if #ARGV == 11 and ARGV[9] == '' and ARGV[10] == '' then
+  epoch, number, lanes = string.match(redis.call('GET', prefix .. 'idle') or '', '^(%S+) (%d+) (.+)$')
+end
+if epoch then
+  local id, lane = ARGV[6], ARGV[7] == 'isolated' and 'isolated' or 'inline'
+  local key, leased, last = prefix .. 'job:' .. id, prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
+  local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch) or 0)
+  local answered = tonumber(string.match(redis.call('GET', last) or '', '^%d+') or 0)
+  redis.call('HLEN', leased)
+  if string.find(lanes, lane, 1, true) and expiry > now and expiry < 1e15 and answered + 1 < tonumber(number)
+      and redis.call('EXISTS', key) + redis.call('ZCARD', prefix .. 'ready:' .. lane) == 0 then
+    local job = '-' .. lane .. ' ' .. ARGV[8] .. ' ' .. string.format('%.6f', now) .. '\\n' .. ARGV[11]
+    redis.call('SET', key, job)
+    local heard = redis.pcall('PUBLISH', prefix .. 'to:' .. epoch, number .. ' ' .. #id .. '\\n' .. id .. job)
+    if type(heard) == 'number' and heard > 0 then
+      redis.call('HSET', leased, id, 1)
+      redis.call('SET', last, number .. ' ' .. cmsgpack.pack({id}))
+      redis.call('SET', prefix .. 'idle', 1)
+      redis.call('SET', memory, ARGV[2] .. ' 1', 'EX', ARGV[3])
+      return '1'
+    end
+    redis.call('DEL', key)
+  end
+end
+"""
+
+_ENQUEUE = """
 local keys, digits, moments, seen = {}, {}, {}, {}
 for i = 6, #ARGV, 6 do keys[#keys + 1] = job_key(ARGV[i]) end
 local all_new = redis.call('EXISTS', unpack(keys)) == 0
@@ -53,11 +64,8 @@ for i, key in ipairs(keys) do
   digits[i] = '0'
   if not seen[key] and (all_new or redis.call('EXISTS', key) == 0) then
     digits[i] = '1'
-    local lane, due = lane_of(ARGV[at + 1]), tonumber(ARGV[at + 4]) or now + (tonumber(ARGV[at + 3]) or 0)
-    if #keys > 1 or due > now or not hand(ARGV[at], lane, job_value(lane, ARGV[at + 2], due, ARGV[at + 5])) then
-      moments[i] = due
-      place(ARGV[at], lane, tonumber(ARGV[at + 2]), due)
-    end
+    moments[i] = tonumber(ARGV[at + 4]) or now + (tonumber(ARGV[at + 3]) or 0)
+    place(ARGV[at], lane_of(ARGV[at + 1]), tonumber(ARGV[at + 2]), moments[i])
   end
   seen[key] = true
 end
@@ -461,7 +469,7 @@ return {count('ready:inline') + count('ready:isolated'), count('delayed'), lease
 """
 
 SCRIPTS: Final[Mapping[str, str]] = {
-    "enqueue": BASE + BELL + PLACE + _ENQUEUE,
+    "enqueue": START + _HAND + FUNCTIONS + BELL + PLACE + _ENQUEUE,
     "reserve": START + _SELDOM + _RESERVE,
     "settle": START + _SETTLE_PLAIN + FUNCTIONS + BELL + JOB + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
     "open": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
