@@ -669,8 +669,8 @@ def test_what_a_killed_daemon_had_is_done_by_the_next_one_or_by_another(run_chao
         result, said = run.ended(0)
         assert result["verdict"]["done"] == 400, said
         assert result["strikes"] == {"kill-daemon": 5 if scenario == "kills" else 1}, said
-        taken_over = {**result["verdict"]["recovered"], **result["verdict"]["duplicated"]}  # done, but not settled, is in hand, too
-        assert "kill-daemon" in str(taken_over), said
+        taken = {**result["verdict"]["recovered"], **result["verdict"]["duplicated"]}  # done and not settled is in hand, too
+        assert "kill-daemon" in str(taken), said
 
 
 def test_ctrl_c_leaves_nothing_behind(run_chaos: Callable[..., Chaos]) -> None:

@@ -143,7 +143,7 @@ def books(monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
 
 def test_only_long_slices_are_looked_at_until_memory_grows(books: Books) -> None:
     def steps() -> Any:
-        for _ in range(9):
+        for _ in range(10):
             books.take(1.0, LONG_S / 2)
             yield
 
@@ -151,10 +151,10 @@ def test_only_long_slices_are_looked_at_until_memory_grows(books: Books) -> None
     books.kernel.turn()
     books.kernel.turn()
     assert books.slices.charged_mib(task) == 0, "nobody looked"
-    for _ in range(7):
+    for _ in range(8):
         books.clock.now += LOOK_S
         books.kernel.turn()
-    assert books.own.mib == 50 + 9 > 50 + SUSPICIOUS_MIB
+    assert books.own.mib == 50 + 10 > 50 + SUSPICIOUS_MIB
     assert books.kernel.max_slice_s == EVERY_SLICE
     books.clock.now += WINDOW_S + LOOK_S
     books.kernel.turn()  # it ends

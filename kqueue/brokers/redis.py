@@ -84,7 +84,7 @@ class RedisBroker:
         self._own_channels: dict[bytes, str] = {}  # and the queue of each
         self._handed: dict[str, tuple[int, Lease]] = {}  # by queue: its number, and what nobody has taken
         self._take: Take = nobody
-        self._due_at: dict[str, float | None] = {}  # queue -> clock seconds: when its next delayed job is due; None: none is there
+        self._due_at: dict[str, float | None] = {}  # queue -> clock seconds; None: no job is delayed
         self._surplus: list[Lease] = []  # leases to be released
         self._number = int.from_bytes(os.urandom(6), "big")  # of the last settlement; an epoch may be opened twice
         self._turns: dict[str, Slots] = {}  # by verb and queue

@@ -32,7 +32,6 @@ from .traps import PARKED, Trap
 MAX_IMMEDIATE: Final = 64
 MARK: Final = Struct("64s")
 LAG_SAMPLES: Final = 512  # turns that lag_s() looks back on
-PUT_OFF_S: Final = 0.05  # at most, until a look comes though tasks are ready
 
 _turning: Final = ThreadLocal()  # .kernel: the one whose turn it is in this thread
 
@@ -110,7 +109,8 @@ class Kernel:
         self.page: mmap | None = None  # says which task runs, for whoever looks when this process has died; None: nobody will
         self.slice_began = 0.0  # by the clock: the step of a marked task that runs now, or ran last
         self.resumed_at = -inf  # by the clock: when the process last went on after it had been stopped (SIGCONT)
-        self.look_at = inf  # by the clock: `on_look(now)` is called at the end of a turn after that, if it can be an idle one
+        self.look_at = inf  # by the clock: `on_look(now)` is called at the end of the first turn after that, or of the next
+        self._puts_off = False  # that look for one turn: something has just come, and should not wait for it
         self.on_look: Callable[[float], None] = lambda now: None
         self.unwatched = False  # `watch` is to be called before the next step of a marked task
         self.watch: Callable[[], None] = lambda: None
@@ -239,8 +239,10 @@ class Kernel:
         self.turns += 1
         now = clock.monotonic()
         self._turn_s.append(now - began)
-        if now >= self.look_at and (not self._ready or now >= self.look_at + PUT_OFF_S):
-            self.on_look(now)
+        if now >= self.look_at:
+            self._puts_off = bool(self._ready) and not self._puts_off
+            if not self._puts_off:
+                self.on_look(now)
 
     def close(self) -> None:
         """Release the selector, and what is in `locals`. Tasks that have not ended are kept referenced, never closed."""
