@@ -22,7 +22,7 @@ import pytest
 
 from kqueue import events as facts
 from kqueue import settling
-from kqueue.brokers.base import Counters, Lease, Owner, Row
+from kqueue.brokers.base import Counters, Lease, Owner, Row, Settlement
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
 from kqueue.client.handle import Handle
@@ -644,6 +644,81 @@ def test_an_idle_daemon_wakes_up_less_than_once_a_second(house: House) -> None:
     runtime = house.runtime()
     house.run(runtime, max_time_s=3600)
     assert runtime.kernel.turns < 3600
+
+
+class HandingBroker(MemoryBroker):
+    """Hands out the best ready job when it is told to, as Redis does (decision 0023), and writes down who wants none."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.withdrawn: list[str] = []
+
+    def open(self, *args: Any, take: Any, **how: Any) -> Any:
+        self.take = take
+        return super().open(*args, **how)
+
+    def hand(self) -> bool:
+        """Whether the job was begun; if it was not, it is released."""
+        reserved = self.store.reserve(self._owner, self._lease_s, "default", {"inline": 1})
+        begun: bool = self.take(reserved.leases[0])
+        if not begun:
+            self.store.settle([Settlement(reserved.leases[0].token, "default", "release")])
+        return begun
+
+    def withdraw(self, queue: str) -> Any:
+        self.withdrawn.append(queue)
+        return super().withdraw(queue)
+
+
+def silently(house: House, bound: BoundJob) -> str:
+    """Dispatch `bound`, and ring nobody."""
+    bells, house.store.bells = house.store.bells, []
+    id = house.dispatch(bound)
+    house.store.bells = bells
+    return id
+
+
+def test_a_job_that_is_handed_to_an_idle_daemon_starts_at_once(house: House, tick: Any, ran: list[Any]) -> None:
+    broker = HandingBroker(house.store)
+    runtime = house.runtime(broker)
+    begun: list[bool] = []
+    ids: list[str] = []
+
+    def dispatch() -> None:
+        ids.append(silently(house, tick.job("handed", seconds=1)))
+        begun.append(broker.hand())
+
+    house.at(100, dispatch, runtime)
+    house.run(runtime, max_time_s=200)
+    assert (begun, ran) == ([True], [("handed", 100)])
+    assert [house.row(id) for id in ids] == [None]
+    assert [fact.then for fact in house.facts(facts.JobEnded)] == ["done"]
+
+
+@pytest.mark.parametrize("limit", ["slots", "queue", "rate", "quiet", "doubt"])
+def test_limits_hold_for_jobs_that_are_handed_over(house: House, tick: Any, ran: list[Any], limit: str) -> None:
+    broker = HandingBroker(house.store)
+    spec = QueueSpec("default", max_concurrent=int(limit == "queue"), per_minute=int(limit == "rate"))
+    runtime = house.runtime(broker, queues=[spec], **({"max_inline": 1} if limit == "slots" else {}))
+    begun: list[bool] = []
+
+    def dispatch() -> None:
+        if limit == "quiet":
+            runtime.quiet()
+        if limit == "doubt":
+            runtime._upkeep.opened(house.clock.boottime() - 1000)
+        silently(house, tick.job("handed"))
+        begun.append(broker.hand())
+
+    house.at(1, lambda: house.dispatch(tick.job("first", seconds=20)), runtime)
+    house.at(5, dispatch, runtime)
+    house.run(runtime, max_time_s=15)
+    assert begun == [False]
+    if limit == "doubt":
+        assert ran[1:] == [("handed", 5)], "when it has renewed"
+    else:
+        assert [name for name, _ in ran] == ["first"]
+        assert broker.withdrawn[0] == "default", "as soon as there is no room"
 
 
 def test_jobs_of_a_dead_supervisor_are_recovered_and_told(house: House, tick: Any, ran: list[Any]) -> None:
