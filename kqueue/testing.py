@@ -14,14 +14,15 @@
         life = run_with_retries(SendEmail.job("nobody@example.org"))
         assert (life.then, len(life.runs)) == ("dead", 1)
 
-Everything runs in this process, isolated jobs too, so no limit is in force.
+Everything runs in this process, isolated jobs too, so no limit is in force. Real I/O takes its real time: a server that a job
+asks is waited for, and only when it has said nothing for 5 s, time jumps to whatever is to happen next, such as a time-out.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .brokers.base import Counters, Lease, Token
 from .codec import Envelope, decode, from_json, unpack
@@ -38,6 +39,8 @@ from .registry import Registration, registry
 from .security import SecurityConfig, admit
 from .states import JobState
 from .verdict import judge
+
+IO_PATIENCE_S: Final = 5.0  # real seconds of silence, until time jumps over I/O
 
 
 class FakeQueue:
@@ -139,7 +142,7 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
     queue = queue or FakeQueue()
     registration, envelope, _ = _enveloped(job)
     timeout_s = envelope.options.get("timeout", registration.options.timeout)
-    kernel = Kernel(clock=VirtualClock())
+    kernel = Kernel(clock=VirtualClock(IO_PATIENCE_S))
     services = _Services(queue)
     context = _context(registration, envelope, attempt, timeout_s or None, services)
 
@@ -193,7 +196,7 @@ def run_with_retries(job: BoundJob, *, queue: FakeQueue | None = None, security:
     """
     queue = queue or FakeQueue()
     registration, envelope, data = _enveloped(job)
-    kernel = Kernel(clock=VirtualClock())
+    kernel = Kernel(clock=VirtualClock(IO_PATIENCE_S))
 
     def steps() -> Generator[Any, Any, Life]:
         runs: list[Run] = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
 
-from kqueue import JobState, JobTimedOut, KQueueJob, current, enqueue, job, offload, progress, sleep
+from kqueue import JobState, JobTimedOut, KQueueJob, current, enqueue, io, job, offload, progress, sleep
 from kqueue.testing import FakeQueue, run
 
 
@@ -40,6 +43,41 @@ def plain(values: tuple[int, ...]) -> Any:
 
 def test_a_job_runs_to_its_end_and_no_time_passes() -> None:
     assert run(Greet.job("ada")) == "hello ada"
+
+
+@job(name="testing.asks", timeout=7200)
+def asks(port: int, timeout_s: float) -> Any:
+    with (yield io.connect("127.0.0.1", port)) as stream:
+        yield stream.write(b"how are you?\n")
+        answer = yield stream.read_until(b"\n", timeout=timeout_s)
+        yield sleep(3600)
+        return answer
+
+
+def test_a_server_that_takes_its_time_is_waited_for() -> None:
+    def answer_late() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(100)
+            time.sleep(0.3)
+            connection.sendall(b"well\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer_late)
+        thread.start()
+        assert run(asks.job(server.getsockname()[1], 60)) == b"well\n"
+        thread.join()
+
+
+def test_one_that_never_answers_times_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(io.TimedOut):
+        run(asks.job(server.getsockname()[1], 0.2))
+
+
+def test_time_jumps_over_a_silence_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kqueue.testing.IO_PATIENCE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(io.TimedOut):
+        run(asks.job(server.getsockname()[1], 3600))
 
 
 def test_arguments_go_through_json_as_they_would_in_a_queue() -> None:

@@ -29,11 +29,13 @@ class Clock:
 class VirtualClock(Clock):
     """Time that jumps to the next timer whenever nothing else is left to do. Starts at 0.
 
-    Real I/O still happens in real time: what is ready is served before time moves, what is not ready is passed over.
+    Real I/O still happens in real time: what is ready is served before time moves. What is not ready is waited for up to
+    `patience_s` seconds, which then have passed here, too; after that, time jumps over it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 0.0) -> None:
         self.now = 0.0
+        self._patience_s = patience_s
 
     def monotonic(self) -> float:
         return self.now
@@ -46,7 +48,10 @@ class VirtualClock(Clock):
             if not len(poller):
                 raise RuntimeError("every task waits for another one: nothing can ever happen")
             return poller.select(None)
-        events = poller.select(0)
+        began = time.monotonic()
+        events = poller.select(min(timeout_s, self._patience_s) if len(poller) else 0)
         if not events:
             self.now += timeout_s
+        elif self._patience_s:
+            self.now += min(timeout_s, time.monotonic() - began)
         return events
