@@ -20,15 +20,12 @@ import sys
 from collections import deque
 from collections.abc import Generator
 from contextlib import suppress
-from contextvars import Context
 from signal import SIGKILL
 from typing import Any, Final, NamedTuple
 
-from ..kernel import traps
-from ..kernel.loop import running
 from ..kernel.traps import READ, wait_io, wait_process
 from .errors import NameNotFound, TimedOut
-from .surroundings import Signal, left, local, now, release
+from .surroundings import Signal, beside, left, local, now, release
 
 Address = tuple[int, Any]  # family, and what connect() takes
 Host = tuple[int, str, int]  # family, address, scope (of IPv6)
@@ -174,11 +171,7 @@ class Names:
 
     def _start(self) -> _Helper:
         helper = self._helper = _Helper()
-        kernel = running()
-        if kernel is not None:
-            kernel.spawn(self._listen(helper), name="names", context=Context())
-        elif traps.foreign_loop is not None:
-            traps.foreign_loop.spawn(self._listen(helper))
+        beside(self._listen(helper), "names")
         return helper
 
     def _listen(self, helper: _Helper) -> Generator[Any, Any, None]:

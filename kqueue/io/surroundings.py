@@ -1,7 +1,7 @@
 """Where an operation runs: on our kernel (the daemon's, or that of a job's own process), or under asyncio in such a process.
 
 Operations wait by traps, which both answer. Here is what cannot be had by a trap: the time, what is kept once for each loop
-(`local`), waking somebody (`Signal`), and saying that an fd is about to be closed (`release`).
+(`local`), tasks of no job (`beside`), waking somebody (`Signal`), and saying that an fd is about to be closed (`release`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UsageError
@@ -51,6 +52,15 @@ def local(key: Callable[[], T]) -> T:
     if found is None:
         found = locals[key] = key()
     return found
+
+
+def beside(steps: Generator[Any, Any, Any], name: str) -> None:
+    """Run `steps` in a task of no job, as long as the loop lasts."""
+    kernel, foreign = running(), traps.foreign_loop
+    if kernel is not None:
+        kernel.spawn(steps, name=name, context=Context())
+    elif foreign is not None:
+        foreign.spawn(steps)
 
 
 def release(fd: int) -> None:

@@ -102,3 +102,16 @@ async def isolated_async_sleeper(dsn: str) -> None:
     async with io.postgres(dsn).transaction() as tx:
         await tx.execute("insert into runs values ('never')")
         await tx.query("select pg_sleep(60)")
+
+
+@kqueue.job(isolated=True, timeout=15, max_attempts=1, keep_result=60)
+async def idle_under_asyncio(url: str) -> int:
+    """How many connections are left when the one that lies idle has had its time."""
+    import asyncio
+
+    redis = io.redis(url, idle=0.05)
+    other = io.redis(url, max_connections=1)
+    await redis.get("k")
+    while (left := len((await other.command("CLIENT", "LIST", "TYPE", "normal")).splitlines())) > 1:
+        await asyncio.sleep(0.01)
+    return left

@@ -69,6 +69,11 @@ def test_every_kind_of_job_has_databases(servers: tuple[RedisServer, PostgresSer
     postgres.sql("delete from runs")
 
 
+def test_what_lies_idle_is_closed_under_asyncio_as_well(servers: tuple[RedisServer, PostgresServer]) -> None:
+    ((ended, result),) = run(databases.idle_under_asyncio.job(servers[0].url))
+    assert result == 1, ended
+
+
 SLEEPERS = (
     databases.inline_sleeper, databases.inline_async_sleeper, databases.isolated_sleeper, databases.isolated_async_sleeper,
 )  # fmt: skip

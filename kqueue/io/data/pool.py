@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
-from contextvars import Context
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ...context import forget, keep
 from ...errors import JobTimedOut
-from ...kernel.loop import running
 from ...kernel.traps import sleep
 from ..errors import Closed, TimedOut
 from ..gate import gate
-from ..surroundings import Signal, in_line, left, local, now
+from ..surroundings import Signal, beside, in_line, left, local, now
 
 IDLE_S: Final = 60.0  # that a connection may lie unused
 LIFE_S: Final = 1800.0  # after which one is not lent again, so that what stands behind a name is found
@@ -168,10 +166,9 @@ class Pool(Generic[C]):
         )
 
     def _see_to_the_idle(self) -> None:
-        kernel = running()
-        if kernel is not None and not self._is_reaped:
+        if not self._is_reaped:
             self._is_reaped = True
-            kernel.spawn(self._reap(), name=f"idle connections to {self.what}", context=Context())
+            beside(self._reap(), f"idle connections to {self.what}")
 
     def _reap(self) -> Generator[Any, Any, None]:
         while self._idle:

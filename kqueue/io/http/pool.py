@@ -12,18 +12,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
 import h11
 
 from ...context import forget, keep
-from ...kernel import traps
-from ...kernel.loop import running
 from ...kernel.traps import sleep
 from ..gate import gate
-from ..surroundings import Signal, left, local, now
+from ..surroundings import Signal, beside, left, local, now
 
 if TYPE_CHECKING:
     from ..streams import Stream
@@ -288,14 +285,9 @@ class Pool:
 
     def _reap(self) -> None:
         """See to it that nothing stays idle for too long."""
-        kernel, foreign = running(), traps.foreign_loop
-        if self._is_reaping:
-            return
-        self._is_reaping = True
-        if kernel is not None:
-            kernel.spawn(self._reaping(), name="http pool", context=Context())
-        elif foreign is not None:
-            foreign.spawn(self._reaping())
+        if not self._is_reaping:
+            self._is_reaping = True
+            beside(self._reaping(), "http pool")
 
     def _reaping(self) -> Generator[Any, Any, None]:
         try:
