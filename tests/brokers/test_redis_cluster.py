@@ -158,6 +158,7 @@ def test_a_ring_at_any_node_is_heard_once(rig: ClusterRig, queues: list[str]) ->
         client.enqueue([new_job(queue=queue), new_job(queue=queue)])  # one alone would be handed over
         assert rig.do(broker.wait(20.0)) is True
         rig.do(broker.stats())  # the same at each node
+        assert len(reserve(rig, broker, queue)) == 2
     assert rang == [commands.bell(queue).encode() for queue in queues]
 
 

@@ -34,7 +34,7 @@ def kernel() -> Iterator[Kernel]:
     gate = kernel.locals.get(Gate)
     assert gate is None or (gate.taken, gate.waiting) == (0, 0)
     kernel.close()
-    assert open_fds() == before
+    assert open_fds() <= before, "what an earlier test had left to the collector may be gone by now"
 
 
 def _crashed(task: Task) -> None:
