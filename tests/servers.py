@@ -112,19 +112,25 @@ class RedisServer:
         return self
 
     def _await(self) -> None:
-        """Until it takes connections."""
+        """Until it takes connections and has read back what it kept: it answers LOADING to commands until then."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:
                 break
             with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(START_TIMEOUT_S)
                 try:
                     probe.connect(self.socket_path)
+                    login = f"AUTH {self.password}\r\n" if self.password else ""  # NOAUTH would hide LOADING
+                    probe.sendall(f"{login}PING\r\n".encode())
+                    with probe.makefile("rb") as answers:
+                        answer = b"".join(answers.readline() for _ in range(2 if login else 1))
                 except OSError:
-                    time.sleep(0.005)
-                else:
-                    return
+                    answer = b""
+            if answer and b"-LOADING" not in answer:
+                return
+            time.sleep(0.005)
         raise RuntimeError(f"redis-server did not start:\n{(self.directory / 'redis.log').read_text()[-2000:]}")
 
     def kill(self) -> None:
