@@ -1,7 +1,8 @@
 """An HTTP server that answers every GET after some time, for any number of connections: asyncio, in a process of its own.
 
-    python answering.py SECONDS FIRST
+    python answering.py SECONDS FIRST [CERTIFICATE]
 
+With a file that has a certificate and its key, it speaks TLS.
 The first FIRST requests wait for each other: their time begins when all are there, which is said then ("all"). Before that it
 prints its port. It ends when its stdin does.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import ssl
 import sys
 
 BODY = b'{"answer": 42}'
@@ -54,11 +56,15 @@ class _Connection(asyncio.Protocol):
             self._service.asked(self._transport)
 
 
-async def _main(service: _Service) -> None:
+async def _main(service: _Service, certificate: str | None) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Connection(service), "127.0.0.1", 0, backlog=4096)
+    tls = None
+    if certificate is not None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate)
+    server = await loop.create_server(lambda: _Connection(service), "127.0.0.1", 0, backlog=4096, ssl=tls)
     print(server.sockets[0].getsockname()[1], flush=True)
     ended = asyncio.Event()
     loop.add_reader(sys.stdin.fileno(), ended.set)
@@ -66,4 +72,4 @@ async def _main(service: _Service) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(_Service(float(sys.argv[1]), int(sys.argv[2]))))
+    asyncio.run(_main(_Service(float(sys.argv[1]), int(sys.argv[2])), sys.argv[3] if len(sys.argv) > 3 else None))

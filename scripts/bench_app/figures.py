@@ -77,6 +77,10 @@ FIGURES: Sequence[Figure] = (
     Figure("http", "5,000 HTTP requests of 100 ms in flight", "/s", 2_000, more=True),
     Figure("http_memory", "memory of the daemon meanwhile (RSS)", "MiB", 60),
     Figure("http_lag", "lag of its loop meanwhile, p99", "ms", 20),
+    # connections.py
+    Figure("tls_memory", "2,000 TLS connections at once: memory of one", "KiB"),
+    Figure("tls_rate", "opened, with the server on the same machine", "/s"),
+    Figure("requests", "100,000 HTTP requests, and no file left open", "/s"),
     # crowded.py
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),

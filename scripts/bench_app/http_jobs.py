@@ -29,21 +29,42 @@ def measure(bench: Bench) -> dict[str, float]:
     jobs = bench.pick(40_000, 15_000)
     room, url = bench.empty_queue()
     client = connect(url)
-    command = [sys.executable, str(HERE / "answering.py"), str(ANSWER_S), str(IN_FLIGHT)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
-    ) as server:
-        assert server.stdout is not None
-        fill(web, jobs, f"http://127.0.0.1:{int(server.stdout.readline())}/")
+    with Answering(ANSWER_S, IN_FLIGHT) as server:
+        fill(web, jobs, f"http://127.0.0.1:{server.port}/")
         expect_ready(client, jobs)
         with Kqueued(room, url, ["webbed"], inline=IN_FLIGHT) as daemon:
-            if server.stdout.readline() != "all\n":
-                raise Failure("the server ended")
+            server.wait_for_all()
             largest_mib, lag_ms = _watch(daemon, jobs, procfs.resident_mib(daemon.pid))
             daemon.finished(client, web=jobs)
             moments = marks.read(daemon.marks, "web")
-        server.terminate()
     return {"http": marks.rate(moments[IN_FLIGHT:]), "http_memory": largest_mib, "http_lag": lag_ms}
+
+
+class Answering:
+    """answering.py, running while the `with` lasts."""
+
+    def __init__(self, seconds: float, first: int, *certificate: str) -> None:
+        self._command = [sys.executable, str(HERE / "answering.py"), str(seconds), str(first), *certificate]
+
+    def __enter__(self) -> Answering:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
+        )
+        self.port = int(self._line())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+    def wait_for_all(self) -> None:
+        """Until the first have all been asked for."""
+        if self._line() != "all\n":
+            raise Failure("the server ended")
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
 
 
 def _watch(daemon: Kqueued, jobs: int, largest_mib: float) -> tuple[float, float]:

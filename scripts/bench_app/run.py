@@ -5,7 +5,7 @@
 
 A round takes every measurement once, on each broker, so that what disturbs the machine for a while disturbs all of them alike.
 How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, elsewhere, parked,
-http_jobs, crowded. `marks` is what jobs leave behind, `kqueued` what runs them, `figures` the targets.
+http_jobs, connections, crowded. `marks` is what jobs leave behind, `kqueued` what runs them, `figures` the targets.
 
 A target that is missed is said, and is no error: machines differ. A job that is lost, runs twice or stays in the queue is one:
 that round's figure is left out, and the exit status is 1. Whatever was started is ended by its pid, and the temporary directory
@@ -25,6 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import click
+import connections
 import crowded
 import elsewhere
 import http_jobs
@@ -55,6 +56,8 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "parked": parked.measure,
     "lasting": lasting.measure,
     "http": http_jobs.measure,
+    "tls": connections.measure_tls,
+    "requests": connections.measure_requests,
     "crowded": crowded.measure,
 }
 
