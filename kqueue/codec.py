@@ -32,6 +32,9 @@ OPTIONS: Final = (  # may be in an envelope
 )  # fmt: skip
 
 
+_OPTIONS: Final = frozenset(OPTIONS)
+
+
 class Envelope(NamedTuple):
     """One job as it was dispatched. `options` holds those of OPTIONS that the dispatch set."""
 
@@ -97,7 +100,7 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Envelope:
             lane=_lane(fields),
             priority=_typed(fields, "priority", int, 0),
             enqueued_at=float(_typed(fields, "enqueued_at", (int, float), 0.0)),
-            options={name: fields[name] for name in OPTIONS if fields.get(name) is not None},
+            options={name: fields[name] for name in _OPTIONS & fields.keys() if fields[name] is not None},
             trace=_typed(fields, "trace", str, None),
             tagged=_TAG in data or b"\\" in data,
         )

@@ -149,7 +149,8 @@ class KQueueRuntime:
         """One reservation, from its bytes to its verdict. Whatever it raises is KQueue's own fault; `_ended` deals with it."""
         lease = held.lease
         try:
-            envelope = self._decode(lease)
+            data = self._unsigned(lease)
+            envelope = self._decode(lease, data)
             held.job = envelope.job
             registration = self._registration(envelope.job)
             options = held.options = admit(self.security, envelope, registration, lease.counters.memory).options
@@ -180,8 +181,8 @@ class KQueueRuntime:
                 return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
 
         attempt = lease.counters.runs + 1
-        work = self._work(registration, options, envelope, unsigned(lease.envelope or b""), attempt, strategy.name)
-        work = work._replace(alone=self._quarantine.suspects(held))
+        alone = self._quarantine.suspects(held)
+        work = self._work(registration, options, envelope, data, attempt, strategy.name, alone)
         running = self._intake.running["isolated"]
         if lease.lane == "isolated" and not self.isolated.may_start(work, running, self._slots["isolated"]):
             self.isolated.pool.slow_down()
@@ -197,10 +198,12 @@ class KQueueRuntime:
             return Ended(held, outcome, put_back(lease), ran=False)
         return Ended(held, outcome, judge(lease, options, outcome, strategy.name, convicted=self._quarantine.convicts(held)))
 
-    def _decode(self, lease: Lease) -> Any:
+    def _unsigned(self, lease: Lease) -> bytes:
         if lease.envelope is None:
             raise EnvelopeError("there is no envelope: something other than KQueue wrote or removed it")
-        data = unsigned(lease.envelope) if self.keys is None else self.keys.check(lease.envelope)
+        return unsigned(lease.envelope) if self.keys is None else self.keys.check(lease.envelope)
+
+    def _decode(self, lease: Lease, data: bytes) -> Any:
         envelope = decode(data, self.security.max_envelope_bytes)
         if envelope.id != lease.token.id:
             raise EnvelopeError(f"the envelope of {lease.token.id} says that it is {envelope.id}'s")
@@ -217,14 +220,15 @@ class KQueueRuntime:
         return self._strategies[registration.lane]
 
     def _work(
-        self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int, lane: str
-    ) -> Work:
+        self, registration: Registration, options: JobOptions, envelope: Any, data: bytes, attempt: int, lane: str,
+        alone: bool = False,
+    ) -> Work:  # fmt: skip
         deadline = self.kernel.clock.monotonic() + options.timeout if options.timeout else None
         context = JobContext(
             id=envelope.id, name=envelope.job, queue=envelope.queue, attempt=attempt, deadline=deadline,
             inline=lane == "inline", services=self._services, max_memory_mib=options.max_memory,
         )  # fmt: skip
-        return Work(envelope, data, registration, options, attempt, context)
+        return Work(envelope, data, registration, options, attempt, context, alone)
 
     def _ended(self, held: Held, task: Task) -> None:
         """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""

@@ -51,21 +51,19 @@ class InlineExecutionStrategy:
             error = JobTimedOut(f"{work.registration.name} ran longer than its timeout of {timeout_s:g} s")
             timer = kernel.throw_at(task, began + timeout_s, error, GRACE_S)
         try:
-            outcome = yield from self._run(work)
+            return (yield from self._run(work, began, {"timeout": timeout_s} if timeout_s else {}))
         finally:
             if timer is not None:
                 timer.cancel()
             work.context.close_all()
-        limits = {"timeout": timeout_s} if timeout_s else {}
-        return outcome._replace(duration_s=kernel.clock.monotonic() - began, limits={**limits, **outcome.limits})
 
-    def _run(self, work: Work) -> Generator[Any, Any, Outcome]:
+    def _run(self, work: Work, began: float, limits: dict[str, float]) -> Generator[Any, Any, Outcome]:
         try:
             try:
                 args, kwargs = work.arguments()
                 steps = work.registration.call(args, kwargs)
             except ArgumentsDoNotFit as error:
-                return Outcome("refused", "supervisor", error=describe_error(error))
+                return Outcome("refused", "supervisor", error=describe_error(error), limits=limits)
             if isinstance(steps, types.CoroutineType):
                 value = yield from steps.__await__()
             elif isinstance(steps, types.GeneratorType):
@@ -73,9 +71,12 @@ class InlineExecutionStrategy:
             else:
                 value = steps  # a plain function that was declared isolated=False
             result = result_json(value) if work.options.keep_result else None
-            return Outcome("ok", result=result, follow_ups=work.context.follow_ups)
+            duration_s = self._kernel.clock.monotonic() - began
+            return Outcome("ok", result=result, duration_s=duration_s, limits=limits, follow_ups=work.context.follow_ups)
         except BaseException as error:
-            return self._with_backoff(work, error, self._failed(error))
+            outcome = self._with_backoff(work, error, self._failed(error))
+            duration_s = self._kernel.clock.monotonic() - began
+            return outcome._replace(duration_s=duration_s, limits={**limits, **outcome.limits})
 
     def _failed(self, error: BaseException) -> Outcome:
         described = describe_error(error)
