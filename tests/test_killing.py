@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def house(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     yield house
     house.daemon.close()
     for pid in holders(str(house.files)):
-        os.kill(pid, signal.SIGKILL)  # of a test that failed
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # of a test that failed, or about to end
 
 
 # -- the end of a job ---------------------------------------------------------------------------------------------------------
