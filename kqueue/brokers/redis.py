@@ -199,8 +199,12 @@ class RedisBroker:
             # Somebody took it away, and the ring was lost, or what came with it.
             if (flag is None and queue in self._idle) or (not ours and queue in self._offers):
                 self._ring([queue])
-        before, self._lapses = self._lapses, {**self._lapses, **lapses}
-        return all(lapsed in (b"", before.get(queue)) for queue, lapsed in lapses.items())
+        lapsed = {queue for queue, when in lapses.items() if when not in (b"", self._lapses.get(queue))}
+        self._lapses |= lapses
+        if lapsed & self._handed.keys():  # somebody may have recovered it: to be asked for, as what we run is to be held
+            self._handed = {queue: handed for queue, handed in self._handed.items() if queue not in lapsed}
+            self._ring([])
+        return not lapsed
 
     def sweep(self) -> Verb[Swept]:
         """What is left after a third of a lease is left to the next one. Outboxes have their share, whatever else there is."""

@@ -401,3 +401,49 @@ def test_in_a_cluster(request: pytest.FixtureRequest, tmp_path: Any) -> None:
         assert len(daemon.offered) == 8, "each was heard once, whatever node it is on"
     finally:
         rig.close()
+
+
+def test_whoever_takes_a_job_takes_its_offer_back(rig: RedisRig, idle: Daemon) -> None:
+    """A job that came due rings nobody. If the offer stood, and the epoch was recovered and lived again, its number meant nothing."""
+    other = Daemon(rig)
+    assert other.reserve() == []
+    client = rig.make_client()
+    client.enqueue([new_job("due", delay_s=0.02)])
+    assert idle.reserve() == []
+    rig.elapse(0.03)
+    assert idle.reserve() == ["due"]
+    assert rig.server.command("GET", "kq:{q}:idle") == b"1", "who else is idle is rung"
+    idle.ack()
+    client.enqueue([new_job("a")])
+    assert idle.stats()[0] == 1
+    assert rig.do(other.broker.wait(20.0)) is True
+    assert other.reserve() == ["a"]
+
+
+def test_what_was_kept_before_a_lapse_is_not_begun_after_it(rig: RedisRig) -> None:
+    """A daemon that was stopped for longer than its lease finds the message; somebody else has had the job since."""
+    idle, other = Daemon(rig, lease_s=0.3), Daemon(rig, lease_s=30)
+    assert idle.reserve() == []
+    idle.busy = True
+    rig.make_client().enqueue([new_job("a")])
+    rig.elapse(0.35)
+    assert rig.do(other.broker.sweep()).recovered == {"q": 1}
+    assert other.reserve() == ["a"]
+    idle.hears()
+    rig.do(idle.broker.wait(0.0))
+    assert rig.do(idle.broker.renew()) is False
+    assert rig.do(idle.broker.wait(0.0)) is True
+    assert idle.reserve() == []
+    other.ack()
+
+
+def test_what_was_kept_before_a_lapse_and_nobody_has_taken_is_asked_for(rig: RedisRig) -> None:
+    idle = Daemon(rig, lease_s=0.3)
+    assert idle.reserve() == []
+    idle.busy = True
+    rig.make_client().enqueue([new_job("a")])
+    idle.hears()
+    rig.elapse(0.35)
+    assert rig.do(idle.broker.renew()) is False
+    assert idle.reserve() == ["a"]
+    idle.ack()

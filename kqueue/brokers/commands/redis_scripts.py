@@ -133,6 +133,7 @@ local function add_other(index, at, n, past)
 end
 
 redis.call('HLEN', leased)
+local flag = redis.call('GET', prefix .. 'idle')
 local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch))
 local living = expiry and expiry > now and expiry < 1e15
 if not living then redis.call('HLEN', prefix .. 'owners') end
@@ -214,18 +215,13 @@ if #held > 0 then
 end
 short = short and not cut
 local how = short and 'short' or 'enough'
-if #held > 0 then
-  if short then redis.pcall('SET', prefix .. 'idle', 1, 'NX') end
-else
-  local flag = redis.call('GET', prefix .. 'idle')
-  local ours = flag and string.sub(flag, 1, #epoch + 1) == epoch .. ' '
-  if short and (ours or not flag or flag == '1') then
-    local lanes = (ARGV[5] + 0 > 0 and 'inline' or '') .. (ARGV[6] + 0 > 0 and 'isolated' or '')
-    redis.pcall('SET', prefix .. 'idle', string.format('%s %.0f %s', epoch, request + 1, lanes))
-    how = 'offered'
-  elseif ours then
-    redis.pcall('SET', prefix .. 'idle', 1)
-  end
+local ours = flag and string.sub(flag, 1, #epoch + 1) == epoch .. ' '
+if short and #held == 0 and (ours or not flag or flag == '1') then
+  local lanes = (ARGV[5] + 0 > 0 and 'inline' or '') .. (ARGV[6] + 0 > 0 and 'isolated' or '')
+  redis.pcall('SET', prefix .. 'idle', string.format('%s %.0f %s', epoch, request + 1, lanes))
+  how = 'offered'
+elseif ours or short and not flag then
+  redis.pcall('SET', prefix .. 'idle', 1)
 end
 return answer(how, tonumber(request))
 """
