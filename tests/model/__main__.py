@@ -14,6 +14,8 @@ LARGER = {  # each takes from seconds to some minutes
     "any fault, two jobs": Bounds(faults=1, jobs=2),
     "any fault, a follow-up, a run that fails": Bounds(faults=1, jobs=2, failures=1, follow="same"),
     "any fault, a follow-up in another queue": Bounds(faults=1, jobs=2, follow="another"),
+    "any fault, a job that is handed over": Bounds(faults=1, dispatched=1),
+    "a death, a pause or a cut, two jobs, one handed over": Bounds(2, 1, ("kill", "pause", "cut"), lease=2, dispatched=1),
     "three deaths": Bounds(faults=3, kinds=("kill",)),
 }
 
@@ -26,10 +28,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--failures", type=int, default=0, help="how often a run may fail")
     parser.add_argument("--follow", choices=("same", "another"), default="", help="the last job follows the first one")
+    parser.add_argument("--dispatched", type=int, default=0, help="how many of the jobs come later, and may be handed over")
     args = parser.parse_args()
     chosen = LARGER
     if args.faults is not None or args.without:
-        bounds = Bounds(args.jobs, args.faults or 1, tuple(args.kinds), args.failures, args.follow)
+        bounds = Bounds(args.jobs, args.faults or 1, tuple(args.kinds), args.failures, args.follow, dispatched=args.dispatched)
         chosen = {f"{bounds.faults} of {', '.join(bounds.kinds)}": bounds}
     worst = 0
     for name, bounds in chosen.items():

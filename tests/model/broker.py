@@ -8,14 +8,19 @@ from .world import (
     BEGUN,
     DEAD,
     DONE,
+    DOWN,
     GIVEN_UP,
+    LAPSED,
     LEASED,
+    OFFER_GONE,
     READY,
     RUNS,
     Epoch,
+    Handed,
     Memory,
     Model,
     Request,
+    Reserved,
     Run,
     World,
     leased,
@@ -26,13 +31,14 @@ from .world import (
 
 def serve(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, Any]:
     """The world after `request`, and the answer."""
-    if request.verb == "reserve":
-        return reserve(m, w, sender, request.number)
+    if request.verb in ("reserve", "withdraw"):
+        return reserve(m, w, sender, request.number, request.verb == "reserve")
     if request.verb in ("settle", "hold"):
         return settle(m, w, sender, request)
     if request.verb == "renew":
         lapsed = sender in w.lapsed or not alive(w, sender)
-        return renew(m, register(m, w, sender), sender), lapsed
+        gone = w.offer is None or w.offer[0] != sender
+        return renew(m, register(m, w, sender), sender), LAPSED * lapsed + OFFER_GONE * (gone and m.bounds.dispatched > 0)
     if request.verb == "open":
         return open_(m, w, sender), None
     return expiring(w, sender, GIVEN_UP), None  # close
@@ -57,18 +63,45 @@ def register(m: Model, w: World, epoch: Epoch) -> World:
     return expiring(w, epoch, m.bounds.lease)._replace(lapsed=tuple(sorted({*w.lapsed, epoch})))
 
 
-def reserve(m: Model, w: World, epoch: Epoch, number: int) -> tuple[World, tuple[Run, ...]]:
-    """At most one job."""
-    last = dict(w.memory).get((epoch, "reserve"))
-    if last and last.number == number and m.has("remember reserve"):
-        return w, tuple(run for run in last.answer if leased(w, epoch, run))
-    j = next((j for j, job in enumerate(w.jobs) if job.place == READY), None)
+def reserve(m: Model, w: World, epoch: Epoch, number: int, wanted: bool) -> tuple[World, Reserved]:
+    """At most one job. When none is there, who adds one may hand it over, unless there is an offer of somebody else."""
+    last, handing = dict(w.memory).get((epoch, "reserve")), m.bounds.dispatched > 0
+    later = last is not None and last.number > number and handing and m.has("answer the next")
+    if last and (last.number == number or later) and m.has("remember reserve"):
+        return w, Reserved(last.number * handing, tuple(run for run in last.answer if leased(w, epoch, run)))
+    j = next((j for j, job in enumerate(w.jobs) if job.place == READY and wanted), None)
     if j is None:
-        return w, ()
+        offered = handing and wanted and (w.offer is None or w.offer[0] == epoch)
+        if offered or (w.offer and w.offer[0] == epoch):
+            w = w._replace(offer=(epoch, number + 1) if offered else None)
+        return w, Reserved(number * handing, (), offered)
     run = (j, w.jobs[j].number + 1, RUNS)
     w = with_job(w, j, place=LEASED, owner=epoch, number=run[1])
     w = register(m, w, epoch) if m.has("revive") else w
-    return remembering(w, epoch, "reserve", number, (run,)), (run,)
+    return remembering(w, epoch, "reserve", number, (run,)), Reserved(number * handing, (run,))
+
+
+def dispatch(m: Model, w: World, j: int, listener: bool) -> World:
+    """A client adds job `j`. Who has offered to take it is handed it; `listener`: somebody hears the channel of that."""
+    if w.offer is None or any(job.place == READY for job in w.jobs):
+        return ring(with_job(w, j, place=READY))
+    epoch, number = w.offer
+    last = dict(w.memory).get((epoch, "reserve"))
+    once = last is None or last.number + 1 < number or not m.has("hand once")
+    if not ((alive(w, epoch) or not m.has("hand to the living")) and once and (listener or not m.has("hand to a listener"))):
+        return ring(with_job(w, j, place=READY))
+    run = (j, w.jobs[j].number + 1, RUNS)
+    w = with_job(w, j, place=LEASED, owner=epoch, number=run[1])
+    w = remembering(ring(w), epoch, "reserve", number, (run,))
+    d = w.daemons[epoch[0]]
+    if d.boot == epoch[1] and d.phase != DOWN and d.linked:
+        w = with_daemon(w, epoch[0], mail=Handed(number, run))
+    return w
+
+
+def ring(w: World) -> World:
+    """Something is ready, and who waits hears of it: whoever made an offer is to reserve."""
+    return w._replace(offer=None)
 
 
 def settle(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, tuple[bool, ...]]:
@@ -89,6 +122,7 @@ def settle(m: Model, w: World, sender: Epoch, request: Request) -> tuple[World, 
         elif good and verb != "hold":
             place = {"ack": DONE, "bury": DEAD}.get(verb, READY)
             w = with_job(w, j, place=place, owner=None, ran="" if verb == "release" else job.ran)
+            w = ring(w) if place == READY else w
             if verb == "ack" and j == 0 and m.has("follow with ack"):
                 w = follow(m, w)
     return remembering(w, sender, "settle", request.number, tuple(answers)) if any(answers) else w, tuple(answers)
@@ -102,7 +136,7 @@ def follow(m: Model, w: World) -> World:
 
 
 def enqueue(w: World) -> World:
-    return with_job(w, len(w.jobs) - 1, place=READY)._replace(born=w.born + 1)
+    return ring(with_job(w, len(w.jobs) - 1, place=READY))._replace(born=w.born + 1)
 
 
 def renew(m: Model, w: World, epoch: Epoch) -> World:
@@ -129,7 +163,7 @@ def recover(m: Model, w: World, epoch: Epoch) -> World:
     for j, job in enumerate(w.jobs):
         if job.place == LEASED and job.owner == epoch:
             owner = epoch if m.has("keep token") else None
-            w = with_job(w, j, place=READY, owner=owner, ran=why if why and job.ran == BEGUN else job.ran)
+            w = ring(with_job(w, j, place=READY, owner=owner, ran=why if why and job.ran == BEGUN else job.ran))
     return w._replace(
         epochs=tuple(item for item in w.epochs if item[0] != epoch),
         memory=tuple(item for item in w.memory if item[0] != (epoch, "reserve")),

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .world import (
+    ABSENT,
+    ASK,
     BEGUN,
     DONE,
     DOWN,
+    LAPSED,
+    NEXT,
+    OFFER_GONE,
+    OFFERED,
     OPENING,
     PAUSED,
     READY,
@@ -15,8 +21,10 @@ from .world import (
     STOPPING,
     UP,
     Daemon,
+    Handed,
     Model,
     Request,
+    Reserved,
     Run,
     World,
     in_doubt,
@@ -41,16 +49,25 @@ def wants(m: Model, w: World, s: int) -> Iterator[Request]:
         elif not d.renewed or doubt:
             yield Request("renew", doubtful=doubt)
         sure = d.must_hold < 0 and not (doubt and m.has("doubt"))
-        if d.phase == UP and sure and any(job.place == READY for job in w.jobs):
-            yield Request("reserve", number)
+        if d.phase == UP and sure and (any(job.place == READY for job in w.jobs) or idle(m, w, d)):
+            yield Request("reserve", d.next or number)
+        if d.phase == STOPPING and d.offer:
+            yield Request("withdraw", d.next)
         outcomes = ended(d)
         if not m.has("ack after work"):
             outcomes = tuple((j, n, "ack") for j, n, _ in d.runs if leased(w, epoch, (j, n, RUNS)))
         if outcomes:
             yield Request("settle", number, tuple((epoch, run) for run in outcomes))
         unsettled = d.runs if m.has("settle before close") else [run for run in d.runs if run not in outcomes]
-        if d.phase == STOPPING and not unsettled:
+        if d.phase == STOPPING and not unsettled and not ((d.offer or d.kept) and m.has("withdraw")):
             yield Request("close")
+
+
+def idle(m: Model, w: World, d: Daemon) -> bool:
+    """It has a slot to offer, or is to ask what became of its offer."""
+    if d.offer or not m.bounds.dispatched:
+        return d.offer == ASK
+    return w.offer is None and any(job.place == ABSENT for job in w.jobs)
 
 
 def ended(d: Daemon) -> tuple[Run, ...]:
@@ -61,8 +78,8 @@ def ended(d: Daemon) -> tuple[Run, ...]:
 def hear(m: Model, w: World, s: int, request: Request) -> tuple[World, str]:
     """The world after `s` heard the answer, and why a job was run again ("": none was)."""
     w, d = with_daemon(w, s, wire=None), w.daemons[s]
-    if request.verb == "reserve":
-        return begin(m, w, s, request.answer)
+    if request.verb in ("reserve", "withdraw"):
+        return begin(m, hear_reserved(m, w, s, request.answer), s, request.answer.runs)
     if request.verb == "open":
         w = with_daemon(w, s, phase=UP, age=request.age, renewed=request.age == 0)
     elif request.verb == "renew":
@@ -78,9 +95,17 @@ def hear(m: Model, w: World, s: int, request: Request) -> tuple[World, str]:
     return w, ""
 
 
+def looks(m: Model, when: str) -> bool:
+    return m.has("look for the offer") and m.has(f"look when {when}")
+
+
 def hear_renewal(m: Model, w: World, s: int, request: Request) -> World:
     age = request.age if m.has("count from asking") else 0
-    doubt = (request.doubtful and m.has("doubt")) or (request.answer and m.has("tell of lapses"))
+    doubt = (request.doubtful and m.has("doubt")) or (request.answer & LAPSED and m.has("tell of lapses"))
+    if doubt and m.has("forget in doubt") and w.daemons[s].kept:
+        w = with_daemon(w, s, kept=None, offer=ASK)
+    if request.answer & OFFER_GONE and w.daemons[s].offer == OFFERED and looks(m, "renewed"):
+        w = with_daemon(w, s, offer=ASK)
     w = w._replace(lapsed=tuple(epoch for epoch in w.lapsed if epoch != (s, w.daemons[s].boot)))
     w = with_daemon(w, s, renewed=request.age == 0)
     return with_daemon(w, s, must_hold=age) if doubt and w.daemons[s].runs else with_daemon(w, s, age=age)
@@ -94,6 +119,42 @@ def hear_settled(w: World, s: int, request: Request) -> World:
     settled = {run for epoch, run in request.tokens if epoch == (s, d.boot)}
     file = () if request.tokens == d.file else d.file
     return with_daemon(w, s, runs=tuple(run for run in d.runs if run not in settled), file=file)
+
+
+def hear_reserved(m: Model, w: World, s: int, answer: Reserved) -> World:
+    """What it was handed is what this answer brings, or what the next one would."""
+    if not answer.number:
+        return w
+    d = w.daemons[s]
+    stale = d.kept and d.kept.number != answer.number + 1 and m.has("take the next")
+    return with_daemon(w, s, next=answer.number + 1, offer=OFFERED if answer.offered else "", kept=None if stale else d.kept)
+
+
+def asks_for_jobs(d: Daemon) -> bool:
+    """A reservation is under way, or was lost."""
+    return d.wire is not None and d.wire.verb in ("reserve", "withdraw")
+
+
+def may_take(m: Model, d: Daemon, handed: Handed) -> bool:
+    """Or give back: who stops takes nothing."""
+    sure = d.must_hold < 0 and not in_doubt(m, d)
+    waits = asks_for_jobs(d) and m.has("wait for the answer")
+    return (sure or d.phase != UP) and not waits and (handed.number == d.next or not m.has("take the next"))
+
+
+def hear_handed(m: Model, w: World, s: int, handed: Handed) -> tuple[World, str]:
+    """As `hear`: a job came that was not asked for."""
+    w, d = with_daemon(w, s, mail=None), w.daemons[s]
+    if may_take(m, d, handed):
+        return take(m, w, s, handed)
+    if handed.number < d.next or not m.has("keep what was handed"):
+        return w, ""
+    return with_daemon(w, s, kept=handed._replace(ahead=False)), ""
+
+
+def take(m: Model, w: World, s: int, handed: Handed) -> tuple[World, str]:
+    w = with_daemon(w, s, kept=None, offer="", next=max(w.daemons[s].next, handed.number + 1))
+    return begin(m, w, s, (handed.run,))
 
 
 def begin(m: Model, w: World, s: int, leases: tuple[Run, ...]) -> tuple[World, str]:
@@ -119,4 +180,4 @@ def leave(m: Model, w: World, s: int) -> World:
     """Its process ends, in order."""
     d = w.daemons[s]
     file = tuple(((s, d.boot), run) for run in d.runs) if m.has("keep outcomes") else ()
-    return with_daemon(w, s, **Daemon(DOWN, d.boot, file=file, why=d.why)._asdict())
+    return with_daemon(w, s, **Daemon(DOWN, d.boot, file=file, next=min(d.next, NEXT), why=d.why)._asdict())

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from .steps import steps
-from .world import ABSENT, DEAD, DONE, LEASED, RUNS, Model, World, first, in_doubt, normal
+from .world import ABSENT, DEAD, DONE, DOWN, LEASED, RUNS, Model, Reserved, World, first, in_doubt, normal
 
 
 class Found(NamedTuple):
@@ -35,11 +35,28 @@ def violated(m: Model, w: World) -> str:
             return "a job is lost: acked, and never run to its end"
         if job.place == LEASED and job.owner not in dict(w.epochs):
             return "a job is leased to an epoch that nobody knows, so nobody can recover it"
+        if job.place == LEASED and not known(w, j):
+            return "a job is leased to a daemon that does not know of it, and will not hear of it"
     if w.born > 1:
         return "a follow-up was enqueued twice"
     if w.born and w.jobs[0].place != DONE:
         return "a follow-up was enqueued, and its job is not done"
     return ""
+
+
+def known(w: World, j: int) -> bool:
+    """Its owner has it, or what brings it is under way, or is to be asked for. Looked at where jobs are handed over."""
+    assert w.jobs[j].owner is not None
+    s, boot = w.jobs[j].owner
+    d = w.daemons[s]
+    if not d.next or d.boot != boot or d.phase == DOWN:
+        return True  # then who recovers finds it
+    last = dict(w.memory).get(((s, boot), "reserve"))
+    runs = list(last.answer if last and last.number >= d.next else ())
+    runs += [*d.runs, *(handed.run for handed in (d.mail, d.kept) if handed)]
+    if d.wire and isinstance(d.wire.answer, Reserved):
+        runs += d.wire.answer.runs
+    return any(run[:2] == (j, w.jobs[j].number) for run in runs)
 
 
 def over(w: World) -> bool:
@@ -50,7 +67,7 @@ def over(w: World) -> bool:
 
 def finished(w: World) -> bool:
     """Nothing can happen any more that a job would notice."""
-    return over(w) and not (w.stray or any(d.runs or d.file or d.handing or (d.wire and d.wire.answer) for d in w.daemons))
+    return over(w) and not (w.stray or any(d.runs or d.file or d.handing or d.mail or d.kept or (d.wire and d.wire.answer) for d in w.daemons))
 
 
 def explore(model: Model) -> Found:

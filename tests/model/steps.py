@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from . import broker
-from .daemon import ended, hear, leave, wants
+from .daemon import ended, hear, hear_handed, leave, looks, may_take, take, wants
 from .world import (
     ABSENT,
     ANSWERED,
+    ASK,
     ASKED,
     BEGUN,
     CUT,
@@ -21,8 +22,11 @@ from .world import (
     LOST,
     NAMES,
     NEW,
+    NEXT,
+    OFFERED,
     OPENING,
     PAUSED,
+    READY,
     RUNS,
     STOPPING,
     UP,
@@ -30,6 +34,7 @@ from .world import (
     Model,
     Request,
     World,
+    by_next,
     in_doubt,
     sound,
     with_daemon,
@@ -45,10 +50,15 @@ class Step(NamedTuple):
 
 
 def steps(m: Model, w: World) -> Iterator[Step]:
-    """While a sound daemon has a request under way, only faults come between: what others do commutes with it."""
+    """While a sound daemon has a request under way, only faults come between: what others do commutes with it.
+
+    Not so what a client adds, for that may be handed to that daemon.
+    """
     busy = [s for s, d in enumerate(w.daemons) if d.wire and sound(w, d)]
     for s in busy or range(len(w.daemons)):
         yield from of_daemon(m, w, s, w.daemons[s], NAMES[s])
+    if w.up and m.bounds.dispatched:
+        yield from dispatches(m, w)
     if w.faults < m.bounds.faults:
         yield from faults(m, w._replace(faults=w.faults + 1))
     if not busy:
@@ -67,13 +77,22 @@ def of_daemon(m: Model, w: World, s: int, d: Daemon, name: str) -> Iterator[Step
     yield from finish(m, w, s, d, name)
     if d.phase == STOPPING and not (w.up and d.linked) and len(ended(d)) == len(d.runs):
         yield Step(f"{name} exits without the broker", leave(m, w, s))
+    if d.mail:
+        after, again = hear_handed(m, w, s, d.mail)
+        yield Step(f"{name} hears that it is handed job {d.mail.run[0]}/{d.mail.run[1]} as #{d.mail.number}", after, again)
+    if d.kept and may_take(m, d, d.kept):
+        after, again = take(m, w, s, d.kept)
+        yield Step(f"{name} takes job {d.kept.run[0]}/{d.kept.run[1]}, which it was handed", after, again)
+    if d.wire and d.wire.state == ANSWERED and d.mail and d.mail.ahead:
+        return
     if d.wire and d.wire.state == ANSWERED:
         yield heard(m, w, s, d.wire, f"{name} hears the answer to its {told(d.wire)}")
     elif d.wire and sound(w, d):
         yield asked(m, w, s, d.wire, name)
     elif sound(w, d):
         for wish in wants(m, w, s):
-            yield asked(m, with_daemon(w, s, number=wish.number or d.number), s, wish, name)
+            number = d.number if by_next(d, wish.verb) else wish.number or d.number
+            yield asked(m, with_daemon(w, s, number=number), s, wish, name)
         if d.phase in (UP, STOPPING) and d.renewed and not in_doubt(m, d):
             yield from sweep(m, w, d, name)
             yield from hand_over(m, w, s, d, name)
@@ -87,7 +106,7 @@ def told(request: Request) -> str:
 
 def asked(m: Model, w: World, s: int, request: Request, name: str) -> Step:
     """It asks, or asks again, or is served. Without further faults nothing can come between that and the answer."""
-    what, at_once = told(request), w.faults == m.bounds.faults
+    what, at_once = told(request), w.faults == m.bounds.faults and not w.daemons[s].mail and not to_come(m, w)
     if request.state != ASKED and not at_once:
         verb = "asks:" if request.state == NEW else "repeats its"
         return Step(f"{name} {verb} {what}", with_daemon(w, s, wire=request._replace(state=ASKED)))
@@ -95,7 +114,8 @@ def asked(m: Model, w: World, s: int, request: Request, name: str) -> Step:
     request = request._replace(state=ANSWERED, answer=answer)
     if at_once:
         return heard(m, after, s, request, f"{name}'s {what} is served and answered")
-    return Step(f"the broker serves {name}'s {what}", with_daemon(after, s, wire=request))
+    mail = after.daemons[s].mail
+    return Step(f"the broker serves {name}'s {what}", with_daemon(after, s, wire=request, mail=mail and mail._replace(ahead=True)))
 
 
 def heard(m: Model, w: World, s: int, request: Request, what: str) -> Step:
@@ -143,6 +163,28 @@ def hand_over(m: Model, w: World, s: int, d: Daemon, name: str) -> Iterator[Step
     elif d.handing == 2:
         after = with_daemon(w, s, handing=0)._replace(entry=False, mark=w.mark and m.has("lasting mark"))
         yield Step(f"{name} takes the follow-up out of the outbox", after)
+
+
+# -- a client ---------------------------------------------------------------------------------------------------------
+
+
+def to_come(m: Model, w: World) -> list[int]:
+    """The jobs that a client has not dispatched yet."""
+    first = len(w.jobs) - m.bounds.dispatched
+    return [j for j, job in enumerate(w.jobs) if j >= first and job.place == ABSENT]
+
+
+def dispatches(m: Model, w: World) -> Iterator[Step]:
+    """The next job. The broker may not have noticed yet that a connection is broken, and then counts it as a listener."""
+    for j in to_come(m, w)[:1]:
+        yield Step(f"job {j}, which had been delayed, is due", with_job(w, j, place=READY))  # that rings nobody
+        s, boot = w.offer[0] if w.offer else (0, 0)
+        d = w.daemons[s]
+        for listener in (False,) if d.phase == DOWN or d.boot != boot else (True,) if d.linked else (True, False):
+            after = broker.dispatch(m, w, j, listener)
+            epoch = after.jobs[j].owner
+            what = f"is handed to {NAMES[epoch[0]]}{epoch[1]}" if epoch else "is ready"
+            yield Step(f"a client dispatches job {j}: it {what}", after)
 
 
 # -- what comes of itself, sooner or later ----------------------------------------------------------------------------
@@ -222,7 +264,9 @@ def against(m: Model, w: World, s: int, d: Daemon) -> Iterator[tuple[str, str, W
 def broken(m: Model, w: World, s: int) -> Iterator[tuple[World, str]]:
     """The connection of `s` breaks; what was sent on it is lost, or arrives later."""
     d = w.daemons[s]
-    lost = with_daemon(w, s, wire=d.wire and d.wire._replace(state=LOST, answer=None), steady=0, handing=0)
+    lost = with_daemon(w, s, wire=d.wire and d.wire._replace(state=LOST, answer=None), steady=0, handing=0, mail=None)
+    if d.offer == OFFERED and looks(m, "connected"):
+        lost = with_daemon(lost, s, offer=ASK)
     yield lost, ""
     if not m.has("abort") and d.wire and d.wire.state == ASKED and w.stray is None:
         yield lost._replace(stray=((s, d.boot), d.wire)), f" ({told(d.wire)} is still on its way)"
@@ -233,4 +277,4 @@ def killed(w: World, s: int) -> World:
     for j, n, _ in d.runs:
         if w.jobs[j].number == n and w.jobs[j].ran == BEGUN:
             w = with_job(w, j, ran=KILLED)
-    return with_daemon(w, s, **Daemon(DOWN, d.boot, file=d.file, why=d.why)._asdict())
+    return with_daemon(w, s, **Daemon(DOWN, d.boot, file=d.file, next=min(d.next, NEXT), why=d.why)._asdict())

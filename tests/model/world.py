@@ -31,10 +31,23 @@ RULES: Final = {
     "follow with ack": "follow-ups are enqueued, or put into the outbox, in the ack's own step",
     "mark": "who hands a follow-up over leaves a mark beside it, and hands nothing over that is marked",
     "lasting mark": "the mark outlives the outbox's entry, as long as somebody may have read that",
+    "hand to the living": "a job is handed only to an epoch that lives",
+    "hand once": "a job is handed as answer to reservation N only when what is remembered is of one before N - 1",
+    "look for the offer": "who made an offer, and may have missed what became of it, makes that reservation itself",
+    "answer the next": "who asks for N - 1, and was handed a job as N, is answered N",
+    "take the next": "a job that is handed is taken only while N is the reservation that comes next",
+    "wait for the answer": "a job that is handed is not taken while a reservation is under way",
+    "forget in doubt": "who doubts its lease, or is told of a lapse, forgets what it was handed and has not begun",
 }
 ECONOMIES: Final = {  # which save work, and on which no promise rests
     "doubt": "who has not renewed for a lease, by its own clock, holds all that it has before it reserves anything",
+    "hand to a listener": "a job is handed only to who hears of it",
+    "look when connected": "who is connected again looks for its offer",
+    "look when renewed": "who hears from a renewal that its offer is gone, and knows of no job, looks for it",
+    "keep what was handed": "what comes while a reservation is under way is kept until that is answered",
+    "withdraw": "who stops takes its offer back before it gives up its epoch",
 }
+HANDING: Final = frozenset((*list(RULES)[-7:], *list(ECONOMIES)[-5:]))  # nothing of it happens without Bounds.dispatched
 
 ABSENT, READY, LEASED, DONE, DEAD = "absent", "ready", "leased", "done", "dead"
 DOWN, OPENING, UP, STOPPING = "down", "opening", "up", "stopping"
@@ -43,6 +56,9 @@ NEW, ASKED, ANSWERED, LOST = "new", "asked", "answered", "lost"
 BEGUN: Final = "begun"
 KILLED, PAUSED, CUT, GONE = "killed", "paused", "cut off", "gone"  # why a job may be run a second time: the promise
 GIVEN_UP: Final = -1
+OFFERED, ASK = "offered", "ask"  # it has made an offer, and has not heard that it is gone; it has to ask what became of it
+LAPSED, OFFER_GONE = 1, 2  # the answer to a renewal: their sum
+NEXT: Final = 2  # what normal() makes of the number of a daemon's next reservation
 FAULTS: Final = ("kill", "pause", "cut", "stop", "away", "jump")
 NAMES: Final = "AB"
 
@@ -60,6 +76,7 @@ class Bounds(NamedTuple):
     failures: int = 0  # how often a run may fail and be released; then it may be buried, too. 0: no run fails
     follow: str = ""  # the last job follows the first one's ack, in the "same" queue or in "another"
     lease: int = 3  # ticks; a tick is the time between two renewals
+    dispatched: int = 0  # so many of the jobs come later, each from a client, or due then; then who is idle may be handed one
 
 
 class Model(NamedTuple):
@@ -89,6 +106,21 @@ class Request(NamedTuple):
     answer: Any = None
 
 
+class Reserved(NamedTuple):
+    number: int  # of the reservation that is answered; 0: nobody is handed anything, so it is the one that was asked for
+    runs: tuple[Run, ...]
+    offered: bool = False  # nothing was there, and who adds a job may hand it over
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+
+class Handed(NamedTuple):
+    number: int  # of the reservation that this answers
+    run: Run
+    ahead: bool = False  # of the answer to the request that is under way, on the same connection
+
+
 class Daemon(NamedTuple):
     phase: str = UP
     boot: int = 1
@@ -103,6 +135,10 @@ class Daemon(NamedTuple):
     runs: tuple[Run, ...] = ()
     file: tuple[Token, ...] = ()  # outcomes kept over an exit
     handing: int = 0  # a follow-up: 1: it read the outbox's entry; 2: it handed it over
+    next: int = 0  # number of its next reservation; 0: nobody is handed anything
+    offer: str = ""  # OFFERED, or ASK, or none
+    mail: Handed | None = None  # is under way to it
+    kept: Handed | None = None  # it heard of that, and has neither taken nor dropped it
     why: str = ""  # ghost: why it did not renew, since its last renewal; "": for no reason of its own
 
 
@@ -125,6 +161,7 @@ class World(NamedTuple):
     stray: tuple[Epoch, Request] | None = None  # was sent on a connection that broke, and is still on its way
     entry: bool = False  # of the outbox
     mark: bool = False
+    offer: tuple[Epoch, int] | None = None  # whose, and the reservation that a job would answer
     faults: int = 0  # so far
     failed: int = 0
     born: int = 0  # ghost: how often the follow-up was enqueued
@@ -136,7 +173,8 @@ def first(m: Model) -> World:
     jobs = [Job() for _ in range(m.bounds.jobs)]
     if m.bounds.follow:
         jobs[-1] = Job(ABSENT)
-    daemon = Daemon(steady=m.bounds.lease, renewed=True)
+    jobs = jobs[: len(jobs) - m.bounds.dispatched] + [Job(ABSENT)] * m.bounds.dispatched
+    daemon = Daemon(steady=m.bounds.lease, renewed=True, next=NEXT if m.bounds.dispatched else 0)
     return World(tuple(jobs), (daemon, daemon), tuple(((s, 1), m.bounds.lease) for s in (0, 1)))
 
 
@@ -146,17 +184,45 @@ def normal(w: World) -> World:
     memory = [item for item in w.memory if item[0][0] == astray]
     living = {astray}
     for s, d in enumerate(w.daemons):
-        epoch, mine = (s, d.boot), d.wire.number if d.wire else 0
+        epoch, mine = (s, d.boot), d.wire.number if d.wire and not by_next(d, d.wire.verb) else 0
         if astray != epoch:  # its numbers are compared with that of its request under way, if with any
-            memory += [(key, last._replace(number=1)) for key, last in w.memory if key[0] == epoch and last.number == mine]
+            remembered = [item for item in w.memory if item[0][0] == epoch and not by_next(d, item[0][1])]
+            memory += [(key, last._replace(number=1)) for key, last in remembered if last.number == mine]
             if mine > 1 or d.number > mine:
-                w = with_daemon(w, s, number=min(mine, 1), wire=d.wire and d.wire._replace(number=min(mine, 1)))
+                wire = d.wire._replace(number=min(mine, 1)) if d.wire and not by_next(d, d.wire.verb) else d.wire
+                w = with_daemon(w, s, number=min(mine, 1), wire=wire)
+        if d.next:
+            w, last = renumbered(w, s)
+            memory += last
         if d.phase != DOWN:
             living.add(epoch)
     lapsed = tuple(epoch for epoch in w.lapsed if epoch in living)
     living.update(job.owner for job in w.jobs if job.place == LEASED)
     epochs = tuple(item for item in w.epochs if item[0] in living)
     return w._replace(memory=tuple(memory), lapsed=lapsed, epochs=epochs)
+
+
+def by_next(d: Daemon, verb: str) -> bool:
+    """Reservations have numbers of their own, which nothing but them counts, where jobs are handed over."""
+    return d.next > 0 and verb in ("reserve", "withdraw")
+
+
+def renumbered(w: World, s: int) -> tuple[World, list[tuple[tuple[Epoch, str], Memory]]]:
+    """Its next reservation gets the number NEXT. Of what is older than the last one, nobody asks how old it is."""
+    d = w.daemons[s]
+    epoch, less = (s, d.boot), d.next - NEXT
+    memory = [(key, last._replace(number=last.number - less)) for key, last in w.memory if key == (epoch, "reserve")]
+    memory = [item for item in memory if item[1].number > 0]
+    if less:
+        mail, kept = (it and it._replace(number=max(0, it.number - less)) for it in (d.mail, d.kept))
+        wire = d.wire
+        if wire and by_next(d, wire.verb):
+            answer = wire.answer._replace(number=wire.answer.number - less) if wire.state == ANSWERED else None
+            wire = wire._replace(number=wire.number - less, answer=answer)
+        if w.offer and w.offer[0] == epoch:
+            w = w._replace(offer=(epoch, max(0, w.offer[1] - less)))
+        w = with_daemon(w, s, next=NEXT, mail=mail, kept=kept, wire=wire)
+    return w, memory
 
 
 def put(items: tuple[T, ...], at: int, item: T) -> tuple[T, ...]:
