@@ -52,6 +52,7 @@ MISSED = {  # rule -> bounds within which it is, and how that shows
 SAVED = {  # economy -> bounds within which it is not missed
     "doubt": Bounds(faults=1),
     "hand to a listener": Bounds(faults=1, kinds=("kill",), lease=2, dispatched=1),
+    "compare numbers": Bounds(jobs=2, faults=0, lease=2, dispatched=2),
     "look when connected": Bounds(faults=1, kinds=("cut",), lease=2, dispatched=1),
     "look when renewed": Bounds(faults=1, kinds=("cut",), lease=2, dispatched=1),
     "keep what was handed": Bounds(faults=1, kinds=("kill",), lease=2, dispatched=1),

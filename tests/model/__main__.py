@@ -15,7 +15,7 @@ LARGER = {  # each takes from seconds to some minutes
     "any fault, a follow-up, a run that fails": Bounds(faults=1, jobs=2, failures=1, follow="same"),
     "any fault, a follow-up in another queue": Bounds(faults=1, jobs=2, follow="another"),
     "any fault, a job that is handed over": Bounds(faults=1, dispatched=1),
-    "a death, a pause or a cut, two jobs, one handed over": Bounds(2, 1, ("kill", "pause", "cut"), lease=2, dispatched=1),
+    "a death or a cut, two jobs that are handed over": Bounds(2, 1, ("kill", "cut"), lease=2, dispatched=2),
     "three deaths": Bounds(faults=3, kinds=("kill",)),
 }
 

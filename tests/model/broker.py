@@ -21,7 +21,6 @@ from .world import (
     Model,
     Request,
     Reserved,
-    Run,
     World,
     leased,
     with_daemon,
@@ -77,6 +76,8 @@ def reserve(m: Model, w: World, epoch: Epoch, number: int, wanted: bool) -> tupl
         return w, Reserved(number * handing, (), offered)
     run = (j, w.jobs[j].number + 1, RUNS)
     w = with_job(w, j, place=LEASED, owner=epoch, number=run[1])
+    if w.offer and w.offer[0] == epoch and m.has("hand once"):
+        w = w._replace(offer=None)
     w = register(m, w, epoch) if m.has("revive") else w
     return remembering(w, epoch, "reserve", number, (run,)), Reserved(number * handing, (run,))
 
@@ -87,7 +88,7 @@ def dispatch(m: Model, w: World, j: int, listener: bool) -> World:
         return ring(with_job(w, j, place=READY))
     epoch, number = w.offer
     last = dict(w.memory).get((epoch, "reserve"))
-    once = last is None or last.number + 1 < number or not m.has("hand once")
+    once = last is None or last.number + 1 < number or not (m.has("hand once") and m.has("compare numbers"))
     if not ((alive(w, epoch) or not m.has("hand to the living")) and once and (listener or not m.has("hand to a listener"))):
         return ring(with_job(w, j, place=READY))
     run = (j, w.jobs[j].number + 1, RUNS)

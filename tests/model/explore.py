@@ -46,8 +46,9 @@ def violated(m: Model, w: World) -> str:
 
 def known(w: World, j: int) -> bool:
     """Its owner has it, or what brings it is under way, or is to be asked for. Looked at where jobs are handed over."""
-    assert w.jobs[j].owner is not None
-    s, boot = w.jobs[j].owner
+    owner = w.jobs[j].owner
+    assert owner is not None
+    s, boot = owner
     d = w.daemons[s]
     if not d.next or d.boot != boot or d.phase == DOWN:
         return True  # then who recovers finds it
@@ -67,7 +68,9 @@ def over(w: World) -> bool:
 
 def finished(w: World) -> bool:
     """Nothing can happen any more that a job would notice."""
-    return over(w) and not (w.stray or any(d.runs or d.file or d.handing or d.mail or d.kept or (d.wire and d.wire.answer) for d in w.daemons))
+    return over(w) and not (
+        w.stray or any(d.runs or d.file or d.handing or d.mail or d.kept or (d.wire and d.wire.answer) for d in w.daemons)
+    )
 
 
 def explore(model: Model) -> Found:

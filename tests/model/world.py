@@ -32,7 +32,7 @@ RULES: Final = {
     "mark": "who hands a follow-up over leaves a mark beside it, and hands nothing over that is marked",
     "lasting mark": "the mark outlives the outbox's entry, as long as somebody may have read that",
     "hand to the living": "a job is handed only to an epoch that lives",
-    "hand once": "a job is handed as answer to reservation N only when what is remembered is of one before N - 1",
+    "hand once": "who reserves takes its own offer back or replaces it, so N is handed only when N - 1 took nothing",
     "look for the offer": "who made an offer, and may have missed what became of it, makes that reservation itself",
     "answer the next": "who asks for N - 1, and was handed a job as N, is answered N",
     "take the next": "a job that is handed is taken only while N is the reservation that comes next",
@@ -42,12 +42,13 @@ RULES: Final = {
 ECONOMIES: Final = {  # which save work, and on which no promise rests
     "doubt": "who has not renewed for a lease, by its own clock, holds all that it has before it reserves anything",
     "hand to a listener": "a job is handed only to who hears of it",
+    "compare numbers": "a job is handed as N only when the number that is remembered is below N - 1",
     "look when connected": "who is connected again looks for its offer",
     "look when renewed": "who hears from a renewal that its offer is gone, and knows of no job, looks for it",
     "keep what was handed": "what comes while a reservation is under way is kept until that is answered",
     "withdraw": "who stops takes its offer back before it gives up its epoch",
 }
-HANDING: Final = frozenset((*list(RULES)[-7:], *list(ECONOMIES)[-5:]))  # nothing of it happens without Bounds.dispatched
+HANDING: Final = frozenset((*list(RULES)[-7:], *list(ECONOMIES)[-6:]))  # nothing of it happens without Bounds.dispatched
 
 ABSENT, READY, LEASED, DONE, DEAD = "absent", "ready", "leased", "done", "dead"
 DOWN, OPENING, UP, STOPPING = "down", "opening", "up", "stopping"
