@@ -404,7 +404,7 @@ def test_in_a_cluster(request: pytest.FixtureRequest, tmp_path: Any) -> None:
 
 
 def test_whoever_takes_a_job_takes_its_offer_back(rig: RedisRig, idle: Daemon) -> None:
-    """A job that came due rings nobody. If the offer stood when the epoch was recovered and lived again, nobody knew its number."""
+    """A job that came due rings nobody. If the offer stood when the epoch was recovered and lived again, none knew its number."""
     other = Daemon(rig)
     assert other.reserve() == []
     client = rig.make_client()
