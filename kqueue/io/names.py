@@ -3,13 +3,16 @@
 getaddrinfo() knows how this host resolves names (files, DNS, mDNS, a domain's search list) and blocks, so a helper process
 calls it (names_helper.py): one for each loop, started with the first name that has to be looked up, and gone when it had
 nothing to do for a minute. The daemon has no threads and the helper has as many as it is asked names at once, so a slow name
-costs its own waiters only.
+costs its own waiters only. Its places are bounded; when slow names hold them all, more helpers are started, a few.
 
 Rule 1. Who asks for a name that is being looked up waits for the same answer.
 Rule 2. An answer is kept for KEEP_S seconds, a failure for less. (getaddrinfo tells no TTL.)
 Rule 3. When the helper dies, what it had not answered is asked once more of another one.
-Rule 4. Who stops waiting leaves; the look-up goes on, and its answer is kept.
+Rule 4. Who stops waiting leaves. A look-up that has begun goes on, and its answer is kept; one that has not is given up.
 Rule 5. The helper has no fd of ours but its socket, none of our environment but what a resolver reads, and ends when we do.
+Rule 6. When no helper has a place, another one is started if somebody has waited STUCK_S seconds for his turn, or nobody waits
+        any more for what holds a place. When there are MAX_HELPERS, one is ended of which half the places or more are held for
+        nobody; what somebody waits for is asked again.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections import deque
-from collections.abc import Generator
+from collections import OrderedDict
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from signal import SIGKILL
 from typing import Any, Final, NamedTuple
@@ -34,7 +37,9 @@ KEEP_S: Final = 30.0
 KEEP_NONE_S: Final = 5.0  # that there is no such name
 KEEP_TROUBLE_S: Final = 1.0  # that nobody could be asked
 MAX_KEPT: Final = 1024  # names
-MAX_ASKED: Final = 256  # names that are looked up at once; others wait for their turn
+MAX_ASKED: Final = 256  # names that one helper looks up at once; others wait for their turn
+MAX_HELPERS: Final = 4
+STUCK_S: Final = 2.0  # that somebody waits for his turn
 LONGEST: Final = 253  # characters of a name (RFC 1035)
 HELPER: Final = [sys.executable, "-I", "-S", os.path.join(os.path.dirname(os.path.abspath(__file__)), "names_helper.py")]
 _FOR_RESOLVERS: Final = ("HOSTALIASES", "LOCALDOMAIN", "RES_OPTIONS", "LANG", "LC_ALL")
@@ -50,10 +55,11 @@ class _Known(NamedTuple):
 class _Asked:
     """A name that is being looked up."""
 
-    __slots__ = ("asked", "name", "waiting")
+    __slots__ = ("asked", "name", "since", "waiting")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.since = now()
         self.asked = 0  # how often a helper was
         self.waiting: list[Signal] = []  # each is set to what is known then
 
@@ -78,6 +84,15 @@ class _Helper:
             raise
         finally:
             theirs.close()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.asked) < MAX_ASKED
+
+    @property
+    def waited_for(self) -> int:
+        """How many of its places somebody waits for."""
+        return sum(1 for asked in self.asked.values() if asked.waiting)
 
     def ask(self, number: int, asked: _Asked) -> bool:
         """False: it does not take it."""
@@ -107,8 +122,9 @@ class Names:
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}  # the oldest first
         self._asked: dict[str, _Asked] = {}
-        self._turn: deque[_Asked] = deque()  # who is to be asked for when the helper has answered some
-        self._helper: _Helper | None = None
+        self._turn: OrderedDict[_Asked, None] = OrderedDict()  # who is to be asked for when a helper has a place
+        self._room: Signal | None = None  # by which `_watch` is told that there may be one; None: it does not run
+        self._helpers: list[_Helper] = []
         self._number = 0
 
     def look_up(self, name: str, deadline: float | None) -> Generator[Any, Any, list[Host]]:
@@ -122,8 +138,8 @@ class Names:
 
     def close(self) -> None:
         """The loop ends."""
-        helper, self._helper = self._helper, None
-        if helper is not None:
+        helpers, self._helpers = self._helpers, []
+        for helper in helpers:
             helper.close()
 
     def _ask(self, name: str, deadline: float | None) -> Generator[Any, Any, _Known]:
@@ -134,43 +150,104 @@ class Names:
         else:
             asked = self._asked[name] = _Asked(name)
             asked.waiting.append(signal)
-            self._turn.append(asked)
+            self._turn[asked] = None
             self._go_on()
         try:
             yield from signal.within(left(deadline))
         finally:
             if not signal.is_set:
-                asked.waiting.remove(signal)
+                self._leave(asked, signal)
         if not signal.is_set:
             raise TimedOut(f"{name} was not resolved in time; see whether the name servers of this host answer")
         known: _Known = signal.value
         return known
 
+    def _leave(self, asked: _Asked, signal: Signal) -> None:
+        asked.waiting.remove(signal)
+        if asked.waiting:
+            return
+        if asked in self._turn:
+            del self._turn[asked], self._asked[asked.name]
+        elif self._room is not None:
+            self._room.set()  # not `_go_on` here: the loop may be about to end
+
     def _go_on(self) -> None:
         """Ask for those whose turn it is."""
-        while self._turn and (self._helper is None or len(self._helper.asked) < MAX_ASKED):
-            asked = self._turn.popleft()
-            if not asked.waiting and asked.asked:
-                del self._asked[asked.name]  # its helper died, and nobody waits any more
-                continue
-            asked.asked += 1
-            if asked.asked > 2:
-                self._answer(asked, _Known(now() + KEEP_TROUBLE_S, [], "the process that looks names up died twice over it"))
+        while self._turn:
+            if next(iter(self._turn)).asked > 1:
+                self._give_up("the process that looks names up died twice over it")
                 continue
             try:
-                helper = self._helper or self._start()
+                helper = self._helper_with_room()
             except OSError as error:
-                why = f"the process that looks names up cannot be started: {error.strerror or error}"
-                self._answer(asked, _Known(now() + KEEP_TROUBLE_S, [], why))
+                self._give_up(f"the process that looks names up cannot be started: {error.strerror or error}")
                 continue
+            if helper is None:
+                self._watch_on()
+                return
+            asked, _ = self._turn.popitem(last=False)
             self._number += 1
             if not helper.ask(self._number, asked):
-                asked.asked -= 1
-                self._turn.appendleft(asked)  # the helper has just ended; `_listen` is about to find out
+                self._first([asked])  # the helper has just ended; `_listen` is about to find out
                 return
+            asked.asked += 1
+
+    def _give_up(self, why: str) -> None:
+        """Whose turn it is learns that nobody can be asked."""
+        asked, _ = self._turn.popitem(last=False)
+        self._answer(asked, _Known(now() + KEEP_TROUBLE_S, [], why))
+
+    def _helper_with_room(self) -> _Helper | None:
+        """None: those whose turn it is have to wait. OSError when none can be started. See Rule 6."""
+        for helper in self._helpers:
+            if helper.has_room:
+                return helper
+        if not self._helpers:
+            return self._start()
+        emptiest = min(self._helpers, key=lambda helper: helper.waited_for)
+        if emptiest.waited_for == MAX_ASKED and now() - next(iter(self._turn)).since < STUCK_S:
+            return None
+        if len(self._helpers) < MAX_HELPERS:
+            return self._start()
+        if emptiest.waited_for > MAX_ASKED // 2:
+            return None
+        for asked in emptiest.asked.values():
+            asked.asked -= 1  # it is not what ends the helper
+        self._retire(emptiest)
+        emptiest.close()
+        return self._start()
+
+    def _watch_on(self) -> None:
+        if self._room is None:
+            self._room = Signal()
+            beside(self._watch(self._room), "turns of names")
+
+    def _watch(self, room: Signal) -> Generator[Any, Any, None]:
+        """As long as somebody waits for his turn: see whether a place can be had in another way than by an answer."""
+        while self._turn:
+            waited_s = now() - next(iter(self._turn)).since
+            yield from room.within(STUCK_S - waited_s if waited_s < STUCK_S else STUCK_S)
+            room = self._room = Signal()
+            self._go_on()
+        self._room = None
+
+    def _first(self, again: Iterable[_Asked]) -> None:
+        """They are the first to be asked for, in their order."""
+        for asked in reversed(list(again)):
+            self._turn[asked] = None
+            self._turn.move_to_end(asked, last=False)
+
+    def _retire(self, helper: _Helper) -> None:
+        """It answers no more. What nobody waits for is given up; the rest is to be asked again."""
+        self._helpers.remove(helper)
+        for asked in helper.asked.values():
+            if not asked.waiting:
+                del self._asked[asked.name]
+        self._first(asked for asked in helper.asked.values() if asked.waiting)
 
     def _start(self) -> _Helper:
-        helper = self._helper = _Helper()
+        helper = _Helper()
+        self._helpers.append(helper)
         beside(self._listen(helper), "names")
         return helper
 
@@ -189,8 +266,7 @@ class Names:
                 break
             self._learn(helper, data.decode())
             self._go_on()
-        self._helper = None
-        self._turn.extendleft(reversed(helper.asked.values()))
+        self._retire(helper)
         yield from wait_process(helper.pid)
         helper.close()
         self._go_on()

@@ -98,7 +98,7 @@ def test_the_real_helper_reads_what_the_host_knows(kernel: Kernel) -> None:
     os.set_inheritable(secret, True)
     try:
         assert "127.0.0.1" in kernel.run(resolve("ip4-loopback" if "ip4-loopback" in Path("/etc/hosts").read_text() else "127.1"))
-        pid = kernel.locals[Names]._helper.pid
+        pid = kernel.locals[Names]._helpers[0].pid
         fds = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
         assert set(fds) == {"0", "1", "2"}
         assert (fds["1"], fds["2"]) == ("/dev/null", "/dev/null")
@@ -144,6 +144,93 @@ def test_more_names_than_are_looked_up_at_once(kernel: Kernel, log: Log, monkeyp
     assert kernel.run(resolve_all(kernel, *(f"n.{number}" for number in range(200)))) == [["127.0.0.1"]] * 200
 
 
+def test_names_that_nobody_waits_for_hold_no_place(kernel: Kernel, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All places are theirs, and their look-ups never end."""
+    monkeypatch.setattr(names, "MAX_ASKED", 3)
+    monkeypatch.setattr(names, "STUCK_S", 3600.0)
+    kernel.on_crash = lambda task: None  # who gives up
+
+    def job() -> Any:
+        for generation in range(9):
+            slow = [kernel.spawn(resolve(f"hangs.{generation}.{number}", 0.01)) for number in range(9)]
+            for task in slow:
+                with pytest.raises(io.TimedOut):
+                    yield join(task)
+            assert (yield from resolve(f"quick.{generation}", 60)) == ["127.0.0.1"]
+
+    kernel.run(job())
+    known = kernel.locals[Names]
+    assert len(known._helpers) <= names.MAX_HELPERS
+    assert not known._turn
+    assert len(known._asked) <= names.MAX_ASKED * names.MAX_HELPERS, "the others are forgotten"
+
+
+def test_who_gave_up_before_his_turn_is_not_asked_for(kernel: Kernel, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "MAX_ASKED", 1)
+    monkeypatch.setattr(names, "MAX_HELPERS", 1)
+
+    def job() -> Any:
+        slow = kernel.spawn(resolve("hangs.1"))
+        while not log.asked["hangs.1"]:
+            yield sleep(0.001)
+        with pytest.raises(io.TimedOut):
+            yield from resolve("given.up", 0.01)
+        kernel.cancel(slow, GeneratorExit())
+        assert (yield from resolve("quick.1", 60)) == ["127.0.0.1"]
+
+    kernel.run(job())
+    assert log.asked == {"hangs.1": 1, "quick.1": 1}
+
+
+def test_who_waits_long_for_his_turn_gets_another_helper(kernel: Kernel, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then another, but not without end."""
+    monkeypatch.setattr(names, "MAX_ASKED", 2)
+    monkeypatch.setattr(names, "STUCK_S", 0.01)
+    kernel.on_crash = lambda task: None
+
+    def job() -> Any:
+        slow = [kernel.spawn(resolve(f"hangs.{number}")) for number in range(7)]
+        assert (yield from resolve("quick.1", 60)) == ["127.0.0.1"]
+        assert len(kernel.locals[Names]._helpers) == names.MAX_HELPERS
+        slow += [kernel.spawn(resolve(f"hangs.{number}")) for number in range(7, 20)]
+        yield sleep(0)
+        with pytest.raises(io.TimedOut):
+            yield from resolve("quick.2", 0.1)
+        assert len(kernel.locals[Names]._helpers) == names.MAX_HELPERS
+        for task in slow[:2]:
+            kernel.cancel(task, GeneratorExit())
+        for task in slow[8:]:
+            kernel.cancel(task, GeneratorExit())
+        assert (yield from resolve("quick.3", 60)) == ["127.0.0.1"]
+
+    kernel.run(job())
+    pids = log.pids
+    kernel.close()
+    assert all(ended(pid) for pid in pids)
+
+
+def test_a_helper_that_makes_room_loses_nobodys_question(kernel: Kernel, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody waits for is asked again of another one, as often as that happens."""
+    monkeypatch.setattr(names, "MAX_ASKED", 4)
+    monkeypatch.setattr(names, "MAX_HELPERS", 1)
+    kernel.on_crash = lambda task: None
+
+    def job() -> Any:
+        waits = kernel.spawn(resolve("hangs.waits", 3600))
+        for generation in range(5):
+            slow = [kernel.spawn(resolve(f"hangs.{generation}.{number}", 0.01)) for number in range(4)]
+            for task in slow:
+                with pytest.raises(io.TimedOut):
+                    yield join(task)
+            assert (yield from resolve(f"quick.{generation}", 60)) == ["127.0.0.1"]
+            while log.asked["hangs.waits"] < generation + 1:
+                yield sleep(0.001)
+        assert not waits.ended
+        kernel.cancel(waits, GeneratorExit())
+
+    kernel.run(job())
+
+
 def test_what_is_kept_is_bounded_and_grows_old(kernel: Kernel, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "MAX_KEPT", 2)
     for name in "abc":
@@ -161,7 +248,7 @@ def test_the_death_of_the_helper_is_survived(kernel: Kernel, log: Log) -> None:
         slow = kernel.spawn(resolve("hangs.1", 5))
         while log.asked["hangs.1"] < 1:
             yield sleep(0.001)
-        os.kill(kernel.locals[Names]._helper.pid, signal.SIGKILL)
+        os.kill(kernel.locals[Names]._helpers[0].pid, signal.SIGKILL)
         while log.asked["hangs.1"] < 2:
             yield sleep(0.001)
         kernel.cancel(slow, GeneratorExit())
@@ -170,7 +257,7 @@ def test_the_death_of_the_helper_is_survived(kernel: Kernel, log: Log) -> None:
 
     kernel.run(job())
     living = {pid for pid in log.pids if not ended(pid)}
-    assert living == {kernel.locals[Names]._helper.pid}
+    assert living == {kernel.locals[Names]._helpers[0].pid}
     kernel.close()
     assert all(ended(pid) for pid in log.pids)
 
