@@ -458,6 +458,24 @@ async def waits_in_a_queue() -> None:
     await asyncio.Queue().get()  # type: ignore[var-annotated]
 
 
+async def waits_for_a_lock() -> None:
+    lock = asyncio.Lock()
+    await lock.acquire()
+    await lock.acquire()
+
+
+async def waits_for_an_event() -> None:
+    await asyncio.Event().wait()
+
+
+async def waits_for_several() -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        await asyncio.wait([loop.create_future()])
+    finally:
+        loop.close()
+
+
 async def asks_for_the_loop() -> None:
     await asyncio.get_running_loop().run_in_executor(None, print)
 
@@ -483,7 +501,10 @@ async def forever() -> None:
         (to_thread, "asyncio.to_thread", "`await kqueue.offload(function, …)`"),
         (opens_a_connection, "asyncio.open_connection", "`await kqueue.io.connect(…)`"),
         (runs_a_program, "asyncio.create_subprocess_exec", "`await kqueue.io.run([…])`"),
-        (waits_in_a_queue, "asyncio.Queue", "kqueue.io"),
+        (waits_in_a_queue, "asyncio.Queue", "kqueue.io.Queue"),
+        (waits_for_a_lock, "asyncio.Lock", "kqueue.io.Semaphore"),
+        (waits_for_an_event, "asyncio.Event", "kqueue.io.Queue"),
+        (waits_for_several, "asyncio.wait", "kqueue.io.gather or kqueue.io.race"),
         (by_way_of_a_library, "aiohttp", "kqueue.io.http"),
         (asks_for_the_loop, "asyncio.get_running_loop", "kqueue.io"),
     ],
@@ -519,6 +540,31 @@ def test_a_future_of_another_loop_says_so_too(stage: Stage) -> None:
     loop.close()
     for words in ("TypeError", "awaited Future of asyncio", "kqueue.sleep", "kqueue.io", "isolated=True"):
         assert words in message(outcome)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+def test_what_asyncio_made_without_a_running_loop_names_its_replacement(stage: Stage) -> None:
+    """As asyncio.gather does where the thread has a loop that nobody runs, as Python before 3.14 makes one."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+
+    async def gathers() -> None:
+        await asyncio.gather(forever(), forever())
+
+    async def awaits_a_task() -> None:
+        await loop.create_task(forever())
+
+    try:
+        for job, what in ((gathers, "asyncio.gather(…)"), (awaits_a_task, "a Task of asyncio")):
+            said = message(stage.run(job))
+            assert f"an inline job awaited {what}, which does not run here; use `await kqueue.io.gather(…)`" in said
+            assert "isolated=True" in said
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 def test_a_bare_turn_of_asyncio_is_a_bare_yield(stage: Stage) -> None:

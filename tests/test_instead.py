@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import queue
 import signal
@@ -115,13 +116,34 @@ def test_a_request_is_named_by_what_was_imported(port: int) -> None:
     assert "kqueue.io.http, or `yield kqueue.offload(function, …)`" in where.instead
 
 
-def test_an_installed_library_is_named_and_the_jobs_line_told() -> None:
+@pytest.mark.parametrize("directory", ["/usr/lib/python3.11/site-packages", "/usr/lib/python3/dist-packages"])
+def test_an_installed_library_is_named_and_the_jobs_line_told(directory: str) -> None:
     names: dict[str, Any] = {"__name__": "requests.api", "time": time}
-    exec(compile("def get(url):\n    time.sleep(60)", "/usr/lib/site-packages/requests/api.py", "exec"), names)
+    exec(compile("def get(url):\n    time.sleep(60)", f"{directory}/requests/api.py", "exec"), names)
     where = stands(lambda: names["get"]("http://example.org"))
     assert where.call == "requests.get"
     assert __file__ in where.line
     assert "kqueue.io.http" in where.instead
+
+
+def test_a_directory_whose_name_only_looks_like_that_of_libraries_is_the_applications() -> None:
+    names: dict[str, Any] = {"time": time}
+    exec(compile("def get():\n    time.sleep(60)", "/srv/my-site-packages/app.py", "exec"), names)
+    assert stands(lambda: names["get"]()).line == "/srv/my-site-packages/app.py:2 in get"
+
+
+@pytest.mark.parametrize("how", ["import slow_to_import", "importlib.import_module('slow_to_import')", "from app_of_it import x"])
+def test_an_import_is_named_with_the_jobs_line(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "slow_to_import.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "site-packages" / "app_of_it.py").write_text("import slow_to_import\nx = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    names: dict[str, Any] = {"importlib": importlib}
+    exec(compile(f"def job():\n    {how}", "/srv/app.py", "exec"), names)
+    where = stands(names["job"])
+    imported = "app_of_it" if "app_of_it" in how else "slow_to_import"
+    assert str(where) == f"/srv/app.py:2 in job (import {imported})"
+    assert where.instead == "import it at the top of the job's module"
 
 
 def test_a_file_that_is_waited_for(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Two questions, asked only when something is wrong already:
     asyncio_call(…)   of an error that an asyncio library raised, since there is no asyncio loop: who was called
 
 A call that is known by the module that is at work is named as that ("requests.api", whatever the job imported it as); one written
-in C has no frame, and is found by the name that stands in the job's line.
+in C has no frame, and is found by the name that stands in the job's line. An import is one of the module that the job wants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Final, NamedTuple
 
-_LIBRARY: Final = os.path.dirname(os.__file__) + os.sep
+_STDLIB: Final = os.path.dirname(os.__file__) + os.sep
+_INSTALLED: Final = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))  # Debian has both
 OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 SLEEP: Final = "`yield kqueue.sleep(…)`"
@@ -31,6 +32,7 @@ CONNECT: Final = "`yield kqueue.io.connect(…)`"
 POSTGRES: Final = "kqueue.io.postgres"
 REDIS: Final = "kqueue.io.redis"
 ISOLATED: Final = "isolated=True"
+IMPORT: Final = "import "  # and the module's name: a "call"
 
 # What blocks -> what to use. The first whose name is a prefix, whole words only.
 _BLOCKING: Final[Mapping[str, str]] = {
@@ -80,6 +82,14 @@ _ASYNC: Final[Mapping[str, str]] = {
     "asyncio.wait_for": "`with kqueue.io.timeout(…)`",
     "asyncio.timeout": "`with kqueue.io.timeout(…)`",
     "asyncio.to_thread": "`await kqueue.offload(function, …)`",
+    "asyncio.Queue": "kqueue.io.Queue",
+    "asyncio.LifoQueue": "kqueue.io.Queue",
+    "asyncio.PriorityQueue": "kqueue.io.Queue",
+    "asyncio.Event": "kqueue.io.Queue, or kqueue.io.gather for the end of others",
+    "asyncio.Condition": "kqueue.io.Queue",
+    "asyncio.Lock": "`async with kqueue.io.Semaphore(1)`",
+    "asyncio.Semaphore": "kqueue.io.Semaphore",
+    "asyncio.BoundedSemaphore": "kqueue.io.Semaphore",
     "asyncio.open_connection": "`await kqueue.io.connect(…)`",
     "asyncio.open_unix_connection": "`await kqueue.io.connect(unix=…)`",
     "asyncio.start_server": "kqueue.io.listen",
@@ -122,6 +132,8 @@ class Standing(NamedTuple):
     @property
     def instead(self) -> str:
         """What to do about it."""
+        if self.call.startswith(IMPORT):
+            return "import it at the top of the job's module"
         found = _looked_up(_BLOCKING, self.call) or f"{SLEEP} or {OFFLOAD} there"
         return f"use {found}" if ISOLATED in found else f"use {found}, or declare the job {ISOLATED}"
 
@@ -143,7 +155,15 @@ def standing(frame: FrameType, until: CodeType) -> Standing:
 def is_own(code: CodeType) -> bool:
     """Whether `code` is the application's, as far as its file tells."""
     name = code.co_filename
-    return not name.startswith((OURS, _LIBRARY, "<frozen")) and "site-packages" not in name
+    return not name.startswith((OURS, _STDLIB, "<frozen")) and not any(part in name for part in _INSTALLED)
+
+
+def imported(frame: FrameType) -> str:
+    """The module that `frame` is importing, if it is of Python's machinery for that; "": it is not, or nobody knows."""
+    code = frame.f_code
+    if code.co_filename != "<frozen importlib._bootstrap>" or code.co_name not in ("_find_and_load", "_gcd_import"):
+        return ""
+    return str(frame.f_locals.get("name", ""))
 
 
 def line_of(frame: FrameType) -> str:
@@ -171,6 +191,10 @@ def _called(inner: list[FrameType], own: FrameType) -> str:
     """What the job's own frame waits for: the outermost of the frames within it, else what its line says of a function in C."""
     if inner:
         frame = inner[-1]
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] == "importlib":
+            wanted = next((name for name in map(imported, reversed(inner)) if name), "")
+            if wanted:
+                return IMPORT + wanted
         module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
         return _shown(module, name)
     for name in _names_in_line(own):

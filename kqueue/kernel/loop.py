@@ -397,6 +397,12 @@ def _print_crash(task: Task) -> None:
         print_exception(task.error)
 
 
+_OF_ASYNCIO: Final = {  # what one awaits, and what to write instead
+    "_GatheringFuture": ("asyncio.gather(…)", "`await kqueue.io.gather(…)`"),
+    "Task": ("a Task of asyncio", "`await kqueue.io.gather(…)`"),
+}
+
+
 def _instead(thing: Any) -> str:
     """What to write instead of yielding `thing`."""
     kind = type(thing).__name__
@@ -407,10 +413,8 @@ def _instead(thing: Any) -> str:
     if isinstance(thing, (int, float)) and not isinstance(thing, bool):
         return f"a job yielded {thing!r}; to wait that long write `yield sleep({thing!r})`"
     if type(thing).__module__.startswith(("asyncio", "_asyncio", "concurrent.futures")):
-        return (
-            f"an inline job awaited {kind} of asyncio, which does not run here; use kqueue.sleep, kqueue.io, "
-            f"kqueue.offload, or declare the job isolated=True"
-        )
+        what, instead = _OF_ASYNCIO.get(kind, (f"{kind} of asyncio", "kqueue.sleep, kqueue.io, kqueue.offload"))
+        return f"an inline job awaited {what}, which does not run here; use {instead}, or declare the job isolated=True"
     return (
         f"a job yielded {kind}; it may yield kqueue.sleep(...), kqueue.offload(...), another trap, "
         f"or nothing at all (a bare `yield` lets the others run)"
