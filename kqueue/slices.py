@@ -150,9 +150,10 @@ class Slices:
         if job is None or self._own is None:
             return
         standing = self.standing()
+        is_ours = standing is not None and standing.is_ours
         where, instead = (task.where(), "") if standing is None else (str(standing), standing.instead)
         self._events.emit(facts.SlowSlice(job.id, job.name, seconds, where, instead))
         waited_s, self._waited_s = self._waited_s, self._own.waited_s()
         was_stopped = self._kernel.resumed_at > self._kernel.clock.monotonic() - seconds
-        if not was_stopped and seconds - (self._waited_s - waited_s) > self._max_slice_s:
+        if not was_stopped and not is_ours and seconds - (self._waited_s - waited_s) > self._max_slice_s:
             self._promotions.blocked(job.name, seconds, where, instead)

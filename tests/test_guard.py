@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import json
 import signal
 import sys
@@ -268,6 +270,58 @@ def line_of(text: str) -> int:
     """The number of the line of tests.apps.blocking that has `text`."""
     lines = Path(blocking.__file__).read_text().splitlines()
     return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+def test_what_kqueue_loads_for_a_job_is_not_held_against_it(stage: Stage) -> None:
+    """Until the same slice blocks in the job's own code."""
+    stage.guard._first_s = 0.1
+    loads = ours("def f(name, function):\n    return __import__(name) and function()")
+    found: list[FrameType] = []
+    stage.look(100.11, importing(found, lambda: loads("imported_by_test", sys._getframe)))
+    standing = stage.guard.standing()
+    assert standing is not None
+    assert (standing.call, standing.is_ours) == ("import imported_by_test", True)
+    assert "does not hold it against the job" in standing.instead
+    assert stage.set[-1] == SOON_S, "it looks again soon"
+    stage.look(100.2)
+    standing = stage.guard.standing()
+    assert standing is not None
+    assert "in <lambda>" in standing.line
+    assert not standing.is_ours
+
+
+def importing(found: list[FrameType], run: Callable[[], Any]) -> FrameType:
+    """The frame in which the module "imported_by_test" is being executed when `run` imports that."""
+
+    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+            return importlib.machinery.ModuleSpec(name, self) if name == "imported_by_test" else None
+
+        def exec_module(self, module: Any) -> None:
+            found.append(sys._getframe())
+
+    finder = Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        Registration("the_job", JobOptions(), run, False, __name__).call((), {})
+    finally:
+        sys.meta_path.remove(finder)
+        sys.modules.pop("imported_by_test", None)
+    return found[0]
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_only_imports_of_the_jobs_own_make_it_isolated(make: Callable[..., Daemon], mine: bool) -> None:
+    """A real daemon: a module takes long to load, by `import` in a job, or since kqueue.io needs it."""
+    daemon = make("inline: {max_slice: 20ms, hard_slice: 5s}").start()
+    for _ in range(2):
+        daemon.dispatch(blocking.imports.job(mine))[0].result(PATIENCE_S)
+    line = daemon.wait_log("imports held up all others", 2)
+    assert daemon.stop() == 0
+    assert any("has blocked the loop twice" in line for line in daemon.log) == mine
+    if not mine:
+        place = f"{blocking.__file__}:{line_of('# by KQueue')} in imports (import tests.apps.slow_to_load)"
+        assert f"{place}: KQueue loads that once in each process, and does not hold it against the job" in line
 
 
 def test_who_comes_late_spares_the_job_once(stage: Stage) -> None:

@@ -4,7 +4,8 @@ One timer (ITIMER_REAL) does it, and the hot path pays nothing for it. A step of
 fires, the handler looks how long the slice that runs now has lasted, and arms it for what is left of that. So a busy daemon has
 one signal for each `max_slice`, whatever its number of jobs, and an idle one has one more after its last job, then none.
 
-At `max_slice` it notes where the job stands, for whoever reports the slice (slices.py): afterwards nobody could tell.
+At `max_slice` it notes where the job stands, for whoever reports the slice (slices.py): afterwards nobody could tell. When KQueue
+is just loading a part of itself, which the first job that uses it brings about, that is noted, and is not the job's fault.
 
 The handler runs between two bytecodes of whatever runs just then, and raises only in the job's own code, or in what that
 called. Where KQueue itself is at work for the job, it looks again soon. A blocking system call is interrupted, too, since PEP 475
@@ -106,11 +107,13 @@ class SliceGuard:
             self._set(self._first_s - (now - began))
             return
         where = _job_stands_at(frame)
-        if where is not None and self._noted != began:
-            self._noted, self._standing = began, where
+        if self._noted != began or (self._standing is not None and self._standing.is_ours and where is not None):
+            note = where or _loading(frame)
+            if note is not None:
+                self._noted, self._standing = began, note
         if now - began < self._hard_slice_s:
             # Not later, since meanwhile another slice may begin that has to be looked at.
-            self._set(min(self._hard_slice_s - (now - began), self._first_s if self._noted == began else SOON_S))
+            self._set(min(self._hard_slice_s - (now - began), self._first_s if where is not None else SOON_S))
             return
         if self._slice != began:
             self._slice, self._spared, self._thrown = began, False, 0
@@ -156,5 +159,21 @@ def _job_stands_at(innermost: FrameType | None) -> Standing | None:
                 return None
             if code is not _TRANSPARENT:
                 return instead.standing(innermost, code) if code in _CALLERS else None
+        frame = frame.f_back
+    return None
+
+
+def _loading(innermost: FrameType | None) -> Standing | None:
+    """When KQueue is importing something just now on behalf of a job; None: it is not."""
+    frame, wanted = innermost, ""
+    loader: FrameType | None = None  # KQueue's own, that imports
+    while frame is not None:
+        code = frame.f_code
+        if code in _CALLERS:
+            return None if loader is None else Standing(instead.standing(loader, code).line, instead.IMPORT + wanted, True)
+        if loader is None:
+            wanted = instead.imported(frame) or wanted
+            if wanted and code.co_filename.startswith(OURS):
+                loader = frame
         frame = frame.f_back
     return None

@@ -121,10 +121,14 @@ _CALL: Final = re.compile(r"([A-Za-z_][\w.]*)\s*\(")
 
 
 class Standing(NamedTuple):
-    """A job that blocks the loop: `line` as "file:line in function", and the `call` in it that blocks ("": it computes)."""
+    """A job that blocks the loop: `line` as "file:line in function", and the `call` in it that blocks ("": it computes).
+
+    `is_ours`: not the job blocks it, but KQueue, which loads a part of itself that was not used before.
+    """
 
     line: str
     call: str = ""
+    is_ours: bool = False
 
     def __str__(self) -> str:
         return f"{self.line} ({self.call})" if self.call else self.line
@@ -132,6 +136,8 @@ class Standing(NamedTuple):
     @property
     def instead(self) -> str:
         """What to do about it."""
+        if self.is_ours:
+            return "KQueue loads that once in each process, and does not hold it against the job"
         if self.call.startswith(IMPORT):
             return "import it at the top of the job's module"
         found = _looked_up(_BLOCKING, self.call) or f"{SLEEP} or {OFFLOAD} there"

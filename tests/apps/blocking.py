@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -155,3 +157,16 @@ def spinner() -> Any:
     yield io.Semaphore().acquire()
     while True:
         pass
+
+
+@job(keep_result=600)
+def imports(mine: bool) -> Any:
+    """`mine`: the job itself does, else it uses something for which kqueue.io imports it."""
+    sys.modules.pop("tests.apps.slow_to_load", None)
+    if mine:
+        importlib.import_module("tests.apps.slow_to_load")
+    else:
+        vars(io)["_MODULE_OF"]["slow"] = "tests.apps.slow_to_load"
+        vars(io).pop("slow", None)
+        getattr(io, "slow")  # noqa: B009 # by KQueue
+    yield
