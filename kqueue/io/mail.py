@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..execution.jobtraps import offload
 from .errors import ConnectFailed, ConnectionLost, IOFailed, TimedOut, TLSFailed
 from .operation import operation
-from .smtp import deliver
+from .smtp import UNUSABLE, deliver
 
 if TYPE_CHECKING:
     from email.message import EmailMessage
@@ -64,8 +64,11 @@ def send_mail(
     sent. `timeout`: seconds that the server may take for each answer. `ca_file`: certificates that its own has to be signed by,
     as PEM; None: those that the host trusts.
 
-    Raises MailDeferred, MailRejected, ConnectFailed, ConnectionLost, TLSFailed, TimedOut; UsageError for a message that is none.
+    Raises MailDeferred, MailRejected, ConnectFailed, ConnectionLost, TLSFailed, TimedOut; UsageError for a message that is none,
+    a `ca_file` that cannot be read, and whatever else no server can mend.
     """
+    if not host:
+        raise UsageError("host is empty: name the server that takes the mail")
     if tls not in PORTS:
         raise UsageError(f'tls must be "starttls", True or False, not {tls!r}')
     if password is not None and tls is False and not _is_here(host):
@@ -76,6 +79,8 @@ def send_mail(
     answer = yield from offload(deliver, _text(message), given, how)
     if "refused" in answer:
         return _refusals(answer["refused"])
+    if answer["kind"] == UNUSABLE:
+        raise UsageError(answer["message"])
     kind = _KINDS[answer["kind"]]
     if issubclass(kind, MailFailed):
         raise kind(answer["message"], answer["code"], _refusals(answer["recipients"]))

@@ -1,7 +1,7 @@
 """What `send_mail` offloads: runs in a process of the pool, where it may block. Its answer is JSON.
 
     {"refused": {address: [code, text]}}
-    {"kind": one of mail._KINDS, "message", "code", "recipients": {address: [code, text]}}
+    {"kind": one of mail._KINDS or UNUSABLE, "message", "code", "recipients": {address: [code, text]}}
 
 The daemon imports this file for the name of the function, so whatever is large is imported when that runs.
 """
@@ -9,12 +9,19 @@ The daemon imports this file for the name of the function, so whatever is large 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import smtplib
+    import ssl
 
 Answer = dict[str, Any]
+
+UNUSABLE: Final = "unusable"  # what was asked for, whatever the server does
+
+
+class _Unusable(Exception):
+    """Of that kind."""
 
 
 def deliver(text: str, given: Mapping[str, Any], how: Mapping[str, Any]) -> Answer:
@@ -33,6 +40,8 @@ def deliver(text: str, given: Mapping[str, Any], how: Mapping[str, Any]) -> Answ
                 server.login(*how["login"])
             refused = server.sendmail(sender, recipients, data, options)
             return {"refused": {address: _reply(*reply) for address, reply in refused.items()}}
+    except _Unusable as error:
+        return _failed(UNUSABLE, str(error))
     except smtplib.SMTPRecipientsRefused as error:
         return _all_refused(where, {address: _reply(*reply) for address, reply in error.recipients.items()})
     except smtplib.SMTPServerDisconnected as error:
@@ -76,10 +85,30 @@ def _envelope(message: bytes, given: Mapping[str, Any]) -> tuple[str, list[str],
 
 
 def _connect(how: Mapping[str, Any]) -> smtplib.SMTP:
-    import smtplib
+    context = _context(how["ca_file"]) if how["tls"] else None
+    try:
+        return _connected(how, context)
+    except UnicodeError as error:  # of IDNA, which is the first thing that is tried
+        raise _Unusable(f"{how['host']!r} is no name of a host: {error}") from None
+
+
+def _context(ca_file: str | None) -> ssl.SSLContext:
     import ssl
 
-    context = ssl.create_default_context(cafile=how["ca_file"]) if how["tls"] else None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:  # an OSError, with a text that is no help
+        why = "no certificate is in it, as PEM"
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValueError as error:
+        why = str(error)
+    raise _Unusable(f"ca_file {ca_file!r} cannot be used: {why}")
+
+
+def _connected(how: Mapping[str, Any], context: ssl.SSLContext | None) -> smtplib.SMTP:
+    import smtplib
+
     if how["tls"] is True:
         return smtplib.SMTP_SSL(how["host"], how["port"], timeout=how["timeout_s"], context=context)
     server = smtplib.SMTP(how["host"], how["port"], timeout=how["timeout_s"])

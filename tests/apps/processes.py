@@ -12,6 +12,7 @@ from typing import Any
 
 from kqueue import JobTimedOut, io, offload
 from kqueue import job as any_job
+from kqueue.errors import UsageError
 from kqueue.io.process import Completed, ProgramError
 
 from .inline import mark
@@ -227,7 +228,7 @@ def mails_bytes(data: bytes, options: dict[str, Any]) -> Any:
 def _mails(message: Any, options: dict[str, Any]) -> Any:
     try:
         return (yield io.send_mail(message, **options))
-    except OSError as error:
+    except (OSError, UsageError) as error:
         return {
             "kind": type(error).__name__, "message": str(error), "code": getattr(error, "code", None),
             "refused": getattr(error, "refused", None),

@@ -234,11 +234,41 @@ def test_servers_with_bad_manners(daemon: Daemon, greeting: bytes | None, option
         ("text", {}, "takes an email.message.EmailMessage or bytes, not str"),
         (b"", {"tls": "yes"}, 'tls must be "starttls", True or False'),
         (b"", {"tls": False, "host": "mail.example.org", "password": "x"}, "for everybody to read"),
+        (b"", {"host": ""}, "host is empty"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_sent(message: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         next(iter(send_mail(message, **options)))
+
+
+@pytest.mark.parametrize("tls", [True, "starttls"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file or directory"), ("", "no certificate"), ("certificate", "no certificate"), ("/", "Is a directory")],
+)
+def test_a_ca_file_that_is_none_is_named_before_anybody_is_connected_to(
+    daemon: Daemon, tmp_path: Path, tls: Any, content: str | None, said: str
+) -> None:
+    file = tmp_path / "ca.pem"
+    if content == "/":
+        file.mkdir()
+    elif content is not None:
+        file.write_text(content)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = {"host": "127.0.0.1", "port": server.getsockname()[1], "tls": tls, "ca_file": str(file), "timeout": 10.0}
+        failed = mail(daemon, options)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert failed["kind"] == "UsageError", failed
+    assert f"ca_file {str(file)!r} cannot be used: {said}" in failed["message"]
+
+
+@pytest.mark.parametrize("tls", [True, "starttls", False])
+def test_a_host_that_has_no_name_is_named(daemon: Daemon, tls: Any) -> None:
+    failed = mail(daemon, {"host": "mail..example.org", "tls": tls})
+    assert (failed["kind"], "'mail..example.org' is no name of a host" in failed["message"]) == ("UsageError", True), failed
 
 
 def test_a_job_under_test_sends_for_real(servers: Servers) -> None:
