@@ -188,7 +188,8 @@ class Names:
             asked, _ = self._turn.popitem(last=False)
             self._number += 1
             if not helper.ask(self._number, asked):
-                self._first([asked])  # the helper has just ended; `_listen` is about to find out
+                self._first([asked])  # it has just ended, as `_listen` is about to find out, or its socket is full for a moment
+                self._watch_on()
                 return
             asked.asked += 1
 
