@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kqueue import BoundJob, KQueueRuntime, events
+from kqueue import BoundJob, KQueueRuntime, ahead, events
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled
 from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool
@@ -413,7 +413,9 @@ def test_slow_ones_that_wait_are_few_and_may_be_had_elsewhere(bench: TrayBench, 
     assert {s.counters.runs for s in bench.settled} == {0}
 
 
-def test_who_was_reserved_ahead_does_not_wait_long(bench: TrayBench) -> None:
+def test_who_was_reserved_ahead_does_not_wait_long(bench: TrayBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATIENCE_S", "SLOW_PATIENCE_S", "ELSEWHERE_S"):
+        monkeypatch.setattr(ahead, name, 0.2)
     runtime = bench.runtime()
     runtime._slots["isolated"] = 4
     long = prepared(pooled.waits_for.options(priority=9).job(bench.gate))
@@ -427,6 +429,25 @@ def test_who_was_reserved_ahead_does_not_wait_long(bench: TrayBench) -> None:
     bench.pooled(*bench.noting(300), runtime=runtime)
     bench.once_each(300)
     assert {s.counters.runs for s in bench.settled} == {0}
+
+
+@pytest.mark.parametrize("data", ["ffffffff01", pooled.FORGED_DONE, pooled.FORGED_RESULT + pooled.FORGED_DONE])
+def test_a_forger_is_ended_at_once_also_when_it_is_heard_with_the_end_of_the_run_before_it(bench: TrayBench, data: str) -> None:
+    runtime, forged = bench.runtime(), f"{bench.gate} forged"
+
+    def hear_both_at_once(pool: Pool) -> None:
+        bench.open_gate()
+        deadline = time.monotonic() + PATIENCE_S
+        while not os.path.exists(forged):
+            assert time.monotonic() < deadline, "it never forged"
+            time.sleep(0.001)
+
+    bench.when_full(runtime, hear_both_at_once, full=2)
+    bench.pooled(pooled.waits_for.job(bench.gate), pooled.forges.job(data, forged), *bench.noting(1), runtime=runtime)
+    outcome = bench.first("pool_forges")
+    assert outcome.duration_s < outcome.limits["timeout"], "nobody waited for its time to be up"
+    assert (outcome.cause, outcome.signal) == ("ok" if data.startswith(pooled.FORGED_RESULT) else "exception", "SIGKILL")
+    assert [fact.then for fact in bench.of(events.JobEnded) if fact.job == "pool_notes"] == ["done"]
 
 
 def prepared(job: BoundJob) -> NewJob:

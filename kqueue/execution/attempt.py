@@ -133,16 +133,7 @@ class Attempt:
         deadline = clock.monotonic() + timeout_s if timeout_s else None
         if is_unwanted and self._done is None:
             deadline = self._end("cancelled")
-        while not child.lost and self._done is None:
-            self._listen()
-            try:
-                yield wait_io(child.ears.fileno(), READ, self._left_s(deadline))
-            except JobCancelled:
-                if not self._asked and self._why != "timeout":  # which is counted, whatever comes after it
-                    deadline = self._end("cancelled")
-                continue
-            if child.lost or self._serve(child.ears.poll(0)) or self._done is not None:
-                break
+        while not child.lost and self._done is None:  # first what was heard, also of one whose first words came with others' last
             if self._asked and self._stack.came and deadline is not None:
                 deadline = min(deadline, clock.monotonic() + stack.QUIET_S)
             if self._too_much and not self._asked:
@@ -165,6 +156,15 @@ class Attempt:
                     deadline = self._ask_where()
                 else:
                     deadline = self._end("timeout")
+            self._listen()
+            try:
+                yield wait_io(child.ears.fileno(), READ, self._left_s(deadline))
+            except JobCancelled:
+                if not self._asked and self._why != "timeout":  # which is counted, whatever comes after it
+                    deadline = self._end("cancelled")
+                continue
+            if child.lost or self._serve(child.ears.poll(0)):
+                break
         if self._done is not None:
             if not self._done.next:
                 self._take_rest()

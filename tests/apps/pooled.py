@@ -273,8 +273,11 @@ def kills_the_template() -> str:
 
 
 @job()
-def forges(data: str) -> int:
+def forges(data: str, then: str = "") -> int:
+    """`then`: a file that tells that it has."""
     os.write(3, bytes.fromhex(data))
+    if then:
+        _append(then, "")
     return os.getpid()
 
 
