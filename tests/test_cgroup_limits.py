@@ -17,6 +17,7 @@ from tests.test_limits import ROOT, Bench, message
 
 BASE = cgroup.home()
 LIMITED = BASE is not None and all(cgroup._may_enable(BASE, name) for name in ("memory", "pids"))
+pytestmark = pytest.mark.alone  # every daemon of another test has its cgroups in the same one
 limited = pytest.mark.skipif(not LIMITED, reason="the memory and pids controllers cannot be enabled for jobs' cgroups here")
 
 

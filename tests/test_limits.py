@@ -316,6 +316,7 @@ def small_cgroup() -> Iterator[Path]:
         cgroup.rmdir()
 
 
+@pytest.mark.alone  # the count is the host's: who is killed in another test meanwhile would be taken for its victim
 def test_the_kernel_s_oom_killer_is_known_by_its_count(bench: Bench, small_cgroup: Path) -> None:
     bench.cgroups = False  # what counts in the job's own would not see it elsewhere
     outcome = bench.one("is_taken_by_the_oom_killer", str(small_cgroup), max_memory=1000)
