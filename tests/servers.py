@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import selectors
 import shutil
 import signal
@@ -27,6 +28,10 @@ from tests.daemon import wait_gone
 
 START_TIMEOUT_S = 20.0
 PR_SET_PDEATHSIG = 1
+# Below those that Linux gives to connections (from 32768 on), with those of a cluster's bus 10000 further; some for each process
+# of pytest-xdist: PYTEST_XDIST_WORKER is gw0, gw1, …
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = range(10000 + _WORKER % 4 * 3000, 13000 + _WORKER % 4 * 3000)
 
 
 def lack(what: str) -> NoReturn:
@@ -52,9 +57,12 @@ def postgres_version() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that stays free while its server is down: no connection of anybody gets it by chance, nor does another test process."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _die_with_us() -> None:
