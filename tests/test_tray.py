@@ -465,13 +465,17 @@ def test_thousands_of_jobs_and_processes_that_are_killed_at_random(tmp_path: Pat
         daemon.start("--burst")
         assert daemon.process is not None
         killed: set[int] = set()
+        noted = 0  # bytes, at the last kill
         while daemon.process.poll() is None and len(killed) < KILLS:
             time.sleep(chance.random() / 50)  # the moment is what is at random
+            if notes.stat().st_size < noted + 200:  # more jobs first: one that is killed three times is dead
+                continue
             members = [pid for pid in tree(daemon.pid) if b"kqueued: job pool_begins" in command_of(pid) and pid not in killed]
             if members:
                 victim = chance.choice(members)
                 os.kill(victim, signal.SIGKILL)
                 killed.add(victim)
+                noted = notes.stat().st_size
         assert daemon.wait() == 0
     finally:
         daemon.close()
