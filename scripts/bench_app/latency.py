@@ -38,14 +38,14 @@ def measure(bench: Bench) -> dict[str, float]:
             ("late", late, PERIOD_S), ("warm_late", warm_late, WARM_PERIOD_S), ("forked_late", forked_late, PERIOD_S),
             ("pooled_late", pooled_late, PERIOD_S),
         ):  # fmt: skip
-            _dispatch_at_a_pace(job, jobs, period_s)
+            dispatch_at_a_pace(job, jobs, period_s)
             daemon.finished(client, **{name: jobs})
             delays = marks.read(daemon.marks, name)
             figures |= {f"{name}_p{percent}": marks.percentile(delays, percent) * 1000 for percent in (50, 99)}
     return figures
 
 
-def _dispatch_at_a_pace(job: Any, count: int, period_s: float) -> None:
+def dispatch_at_a_pace(job: Any, count: int, period_s: float) -> None:
     due = time.monotonic()
     for _ in range(count):
         time.sleep(max(0.0, due - time.monotonic()))

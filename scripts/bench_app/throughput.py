@@ -27,8 +27,8 @@ def measure_inline(bench: Bench) -> dict[str, float]:
     batched = bench.pick(50_000, 10_000)
     room, url = bench.empty_queue()
     client = connect(url)
-    single_s = _timed(lambda: [noop.dispatch() for _ in range(singles)])
-    batch_s = _timed(lambda: fill(noop, batched))
+    single_s = timed(lambda: [noop.dispatch() for _ in range(singles)])
+    batch_s = timed(lambda: fill(noop, batched))
     expect_ready(client, singles + batched)
     with Kqueued(room, url) as daemon:
         daemon.finished(client, noop=singles + batched)
@@ -66,7 +66,7 @@ def fill(job: Any, count: int, *args: Any) -> None:
         dispatch_many([job.job(*args) for _ in range(min(BATCH, count - start))])
 
 
-def _timed(work: Any) -> float:
+def timed(work: Any) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began
