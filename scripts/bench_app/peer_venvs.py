@@ -25,7 +25,7 @@ def ready(peer: Peer) -> Path:
             subprocess.run([*pip, *peer.requirements], check=True)
             subprocess.run([str(programs / "python"), "-m", "compileall", "-q", str(venv / "lib")], check=False)
         except subprocess.CalledProcessError:
-            names = " ".join(peer.requirements)
-            raise SystemExit(f"{peer.label} cannot be installed ({names}); without it: --peers with the names of others") from None
+            wanted = " ".join(peer.requirements)
+            raise SystemExit(f"{peer.label} cannot be installed ({wanted}); without it: --peers with other names") from None
         stamp.write_text(wanted)
     return programs

@@ -2,10 +2,12 @@
 
     ./scripts/bench [--broker redis|sqlite|both] [--rounds N] [--quick] [--only WORD] [--persistence KIND] [--json FILE]
     ./scripts/bench --profile
+    ./scripts/bench --peers [NAME,…] [--only noop|latency|parked|http] [--rounds N] [--quick] [--json FILE] [--markdown]
 
 A round takes every measurement once, on each broker, so that what disturbs the machine for a while disturbs all of them alike.
 How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, elsewhere, parked,
-http_jobs, connections, crowded. `marks` is what jobs leave behind, `kqueued` what runs them, `figures` the targets.
+http_jobs, connections, crowded; compare for the comparison with other queues. `marks` is what jobs leave behind, `kqueued`
+what runs them, `figures` the targets.
 
 A target that is missed is said, and is no error: machines differ. A job that is lost, runs twice or stays in the queue is one:
 that round's figure is left out, and the exit status is 1. Whatever was started is ended by its pid, and the temporary directory
@@ -25,6 +27,7 @@ from itertools import product
 from pathlib import Path
 
 import click
+import comparing
 import connections
 import crowded
 import elsewhere
@@ -70,10 +73,18 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
 @click.option("--persistence", type=click.Choice(list(PERSISTENCE)), default="none", show_default=True, help="Of the Redis.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every sample there, too.")
 @click.option("--profile", is_flag=True, help="Run the no-op inline jobs under cProfile instead, and print the top 25.")
+@click.option(
+    "--peers", is_flag=False, flag_value="all", metavar="[NAME,…]",
+    help="Compare with other queues instead, each installed into .venv-peers; --only takes noop, latency, parked, http.",
+)
+@click.option("--markdown", is_flag=True, help="With --peers: write the tables and the chart of docs/performance.md.")
 def main(
-    broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool
-) -> None:
+    broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool,
+    peers: str | None, markdown: bool,
+) -> None:  # fmt: skip
     """Measure KQueue against its targets, with a Redis and daemons of its own."""
+    if peers is not None:
+        broker, named = "redis", comparing.chosen(peers)
     wanted = BROKERS if broker == "both" else (broker,)
     names = [name for name in MEASUREMENTS if name in only or not only]
     samples: dict[tuple[str, str], list[float]] = {}
@@ -91,6 +102,8 @@ def main(
             for bench in benches:
                 profiling.profile(bench, directory / f"{bench.broker}.prof")
             return
+        if peers is not None:
+            sys.exit(not comparing.run(benches[0], found, named, only, rounds or (1 if quick else 3), json_file, markdown))
         for number in range(1, (rounds or (1 if quick else 3)) + 1):
             noise.append(report.busy_cpus())
             click.echo(f"round {number}   {noise[-1]:.2f} of {os.cpu_count()} CPUs are busy with something else", err=True)

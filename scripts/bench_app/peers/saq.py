@@ -9,6 +9,7 @@ from saq import Queue
 
 from . import work
 
+AT_ONCE = 50  # of 10, 50, 100 and 1,000 the fastest way to enqueue
 queue = Queue.from_url(work.redis_url())
 
 
@@ -36,7 +37,8 @@ async def one(name: str, *args: Any) -> None:
 
 
 async def many(name: str, args: list[str], count: int) -> None:
-    await asyncio.gather(*(one(name, *args) for _ in range(count)))
+    for start in range(0, count, AT_ONCE):
+        await asyncio.gather(*(one(name, *args) for _ in range(min(AT_ONCE, count - start))))
 
 
 async def close() -> None:

@@ -32,37 +32,43 @@ class Worker(NamedTuple):
     kind: str  # the start of KQueue that isolates a job as much: inline, pool or fork
     command: Sequence[str]  # the program is looked for in the peer's virtual environment
     jobs: Mapping[str, int]
-    late: bool = True  # whether "latency" is taken of it, too
 
 
 PEERS: Sequence[Peer] = (
     Peer("rq", "RQ", ("rq==3.0.0", "redis[hiredis]==8.1.0"), "fails as abandoned", "enqueue_many"),
-    Peer("celery", "Celery", ("celery[redis]==5.7.0", "redis[hiredis]==7.4.1"), "again after an hour (visibility timeout)"),
-    Peer("dramatiq", "Dramatiq", ("dramatiq==2.2.1", "redis[hiredis]==7.4.1"), "again after a minute (heartbeat)"),
-    Peer("huey", "Huey", ("huey==3.5.4", "redis[hiredis]==7.4.1"), "lost"),
+    Peer("celery", "Celery", ("celery[redis]==5.7.0", "redis[hiredis]==7.4.1"), "comes again after an hour (visibility timeout)"),
+    Peer("dramatiq", "Dramatiq", ("dramatiq==2.2.1", "redis[hiredis]==7.4.1"), "comes again after a minute (heartbeat)"),
+    Peer("huey", "Huey", ("huey==3.5.4", "redis[hiredis]==7.4.1"), "is lost"),
     Peer(
         "taskiq", "taskiq", ("taskiq==0.13.0", "taskiq-redis==1.2.4", "redis[hiredis]==8.1.0", "uvloop==0.23.0", "httpx==0.28.1"),
-        "again after ten minutes (idle timeout)", "kiq, 1,000 at once by gather",
+        "comes again after ten minutes (idle timeout)", "10 at once by gather",
     ),
-    Peer("saq", "SAQ", ("saq==0.26.4", "redis[hiredis]==7.4.1"), "again by the sweeper, if it has retries", "enqueue, 1,000 at once by gather"),
+    Peer(
+        "saq", "SAQ", ("saq==0.26.4", "redis[hiredis]==7.4.1", "typing_extensions==4.16.0"),
+        "comes again within minutes (sweeper), if it has retries", "50 at once by gather",
+    ),
 )  # fmt: skip
 
 _RQ = "rq worker-pool --quiet --config peers.rq --num-workers 2"
 _CELERY = "celery --quiet --app peers.celery worker --loglevel WARNING --without-gossip --without-mingle --without-heartbeat"
 _HUEY = "huey_consumer --quiet --disable-health-check --no-periodic peers.huey.app"
+_DRAMATIQ = "dramatiq peers.dramatiq --processes 2 --threads 8"
 _TASKIQ = "taskiq worker peers.taskiq:broker --log-level WARNING --ack-type when_executed --workers 2"
 
 WORKERS: Sequence[Worker] = (
-    Worker("huey-processes", "huey", "4 processes", "pool", f"{_HUEY} --worker-type process --workers 4".split(), {"noop": 8_000}),
+    Worker(
+        "huey-processes", "huey", "4 processes", "pool",
+        f"{_HUEY} --worker-type process --workers 4".split(), {"noop": 8_000},
+    ),
     Worker("huey-threads", "huey", "4 threads", "inline", f"{_HUEY} --worker-type thread --workers 4".split(), {"noop": 4_000}),
     Worker(
         "dramatiq", "dramatiq", "2 processes of 8 threads", "pool",
-        "dramatiq peers.dramatiq --processes 2 --threads 8".split(), {"noop": 6_000, "parked": 400},
+        _DRAMATIQ.split(), {"noop": 6_000, "parked": 400},
     ),
     Worker("taskiq", "taskiq", "stream, 2 processes", "inline", _TASKIQ.split(), {"noop": 5_000}),
     Worker(
-        "taskiq-many", "taskiq", "stream, 2 processes of 2,500 tasks", "inline",
-        f"{_TASKIQ} --max-async-tasks 2500 --max-prefetch 100".split(), {"parked": 2_000, "http": 5_000},
+        "taskiq-many", "taskiq", "stream, 2 processes of 500 tasks", "inline",
+        f"{_TASKIQ} --max-async-tasks 500 --max-prefetch 100".split(), {"parked": 2_000, "http": 2_000},
     ),
     Worker("saq", "saq", "concurrency 100", "inline", ["saq", "peers.saq.settings"], {"noop": 1_000, "parked": 2_000}),
     Worker(

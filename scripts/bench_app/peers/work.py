@@ -1,4 +1,4 @@
-"""What the jobs do, whoever runs them: each says with its marks when it ran. The last two differ by kind of worker, not by work."""
+"""What the jobs do, whoever runs them: each says with its marks when it ran."""
 
 from __future__ import annotations
 
