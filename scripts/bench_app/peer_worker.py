@@ -61,7 +61,7 @@ class PeerRun:
     @contextlib.contextmanager
     def worker(self, command: Sequence[str]) -> Iterator[PeerWorker]:
         before = set(procfs.tree(os.getpid()))
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1)
+        _adopt_orphans(True)
         with open(self._room / "log", "wb") as log:
             process = subprocess.Popen(
                 [str(self._programs / command[0]), *command[1:]], env=self._environment, cwd=self._room,
@@ -71,6 +71,7 @@ class PeerRun:
             yield PeerWorker(process, self.marks, self._room / "log")
         finally:
             _end(process, before)
+            _adopt_orphans(False)
 
 
 class PeerWorker:
@@ -104,6 +105,10 @@ class PeerWorker:
     def _failure(self, what: str) -> Failure:
         lines = self._log.read_text(errors="replace").splitlines()
         return Failure("\n    ".join([what, *(f"log: {line}" for line in lines[-5:])]))
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    ctypes.CDLL(None).prctl(_SUBREAPER, int(wanted))
 
 
 def _end(process: subprocess.Popen[bytes], before: set[int]) -> None:
