@@ -102,13 +102,14 @@ class Comparison:
         client = connect(url)
         jobs = self._jobs(work, start)
         if work == "noop":
+            start.noop.dispatch()  # the client is connected
             singles = jobs // 10
             single_s = timed(lambda: [start.noop.dispatch() for _ in range(singles)])
-            batch_s = timed(lambda: fill(start.noop, jobs - singles))
+            batch_s = timed(lambda: fill(start.noop, jobs - singles - 1))
             with Kqueued(room, url, ["light"], start.modules) as daemon:
                 name = f"{start.prefix}noop"
                 daemon.finished(client, **{name: jobs})
-                taken = _noop(marks.read(daemon.marks, name), daemon.pid, (singles, single_s), (jobs - singles, batch_s))
+                taken = _noop(marks.read(daemon.marks, name), daemon.pid, (singles, single_s), (jobs - singles - 1, batch_s))
                 if "latency" in self._works:
                     dispatch_at_a_pace(start.late, self._bench.pick(120, 40), PERIOD_S)
                     daemon.finished(client, **{f"{start.prefix}late": self._bench.pick(120, 40)})

@@ -1,4 +1,4 @@
-"""SAQ on Redis: one process, 100 jobs at once. Its jobs take a context, and their arguments by name."""
+"""SAQ on Redis: one process, 100 jobs at once, or 1,000 where they wait. Its jobs take a context, and their arguments by name."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ async def parked(_: Any) -> None:
 
 
 settings = {"queue": queue, "functions": [warm_up, noop, late, parked], "concurrency": 100}
+settings_many = {**settings, "concurrency": 1_000}
 
 
 async def one(name: str, *args: Any) -> None:

@@ -4,7 +4,9 @@ A peer is set as its own documentation advises for speed, with hiredis and uvloo
 without results, and with acknowledgement after the job wherever it has that. Each has a virtual environment of its own, since
 their requirements contradict each other.
 
-How many jobs there are is proportionate to speed: a second or two for each.
+How many jobs there are is proportionate to speed: a second or two for each. Workers for jobs that wait have as many threads or
+tasks as made them fastest here (Dramatiq 8, 64, 200; Celery 10, 100, 200; SAQ 100, 1,000; taskiq 100, 250, 500, 1,000). For web
+requests taskiq was fastest with its default of 100 tasks a process: httpx goes through all its connections at each request.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ PEERS: Sequence[Peer] = (
 _RQ = "rq worker-pool --quiet --config peers.rq --num-workers 2"
 _CELERY = "celery --quiet --app peers.celery worker --loglevel WARNING --without-gossip --without-mingle --without-heartbeat"
 _HUEY = "huey_consumer --quiet --disable-health-check --no-periodic peers.huey.app"
-_DRAMATIQ = "dramatiq peers.dramatiq --processes 2 --threads 8"
+_DRAMATIQ = "dramatiq peers.dramatiq --processes 2"
 _TASKIQ = "taskiq worker peers.taskiq:broker --log-level WARNING --ack-type when_executed --workers 2"
 
 WORKERS: Sequence[Worker] = (
@@ -63,21 +65,26 @@ WORKERS: Sequence[Worker] = (
     Worker("huey-threads", "huey", "4 threads", "inline", f"{_HUEY} --worker-type thread --workers 4".split(), {"noop": 4_000}),
     Worker(
         "dramatiq", "dramatiq", "2 processes of 8 threads", "pool",
-        _DRAMATIQ.split(), {"noop": 6_000, "parked": 400},
+        f"{_DRAMATIQ} --threads 8".split(), {"noop": 6_000},
     ),
-    Worker("taskiq", "taskiq", "stream, 2 processes", "inline", _TASKIQ.split(), {"noop": 5_000}),
+    Worker(
+        "dramatiq-many", "dramatiq", "2 processes of 200 threads", "pool",
+        f"{_DRAMATIQ} --threads 200".split(), {"parked": 2_000},
+    ),
+    Worker("taskiq", "taskiq", "stream, 2 processes", "inline", _TASKIQ.split(), {"noop": 5_000, "http": 2_000}),
     Worker(
         "taskiq-many", "taskiq", "stream, 2 processes of 500 tasks", "inline",
-        f"{_TASKIQ} --max-async-tasks 500 --max-prefetch 100".split(), {"parked": 2_000, "http": 2_000},
+        f"{_TASKIQ} --max-async-tasks 500 --max-prefetch 100".split(), {"parked": 2_000},
     ),
-    Worker("saq", "saq", "concurrency 100", "inline", ["saq", "peers.saq.settings"], {"noop": 1_000, "parked": 2_000}),
+    Worker("saq", "saq", "concurrency 100", "inline", ["saq", "peers.saq.settings"], {"noop": 1_000}),
+    Worker("saq-many", "saq", "concurrency 1,000", "inline", ["saq", "peers.saq.settings_many"], {"parked": 2_000}),
     Worker(
         "celery-prefork", "celery", "prefork 2, late acks, prefetch 64", "pool",
         f"{_CELERY} --pool prefork --concurrency 2 --prefetch-multiplier 32".split(), {"noop": 2_000},
     ),
     Worker(
-        "celery-threads", "celery", "10 threads, late acks", "pool",
-        f"{_CELERY} --pool threads --concurrency 10".split(), {"parked": 200},
+        "celery-threads", "celery", "100 threads, late acks", "pool",
+        f"{_CELERY} --pool threads --concurrency 100".split(), {"parked": 1_000},
     ),
     Worker("rq", "rq", "2 workers, a fork for each job", "fork", _RQ.split(), {"noop": 200}),
 )  # fmt: skip
