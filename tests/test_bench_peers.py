@@ -87,6 +87,8 @@ def test_markdown_has_whole_tables_and_is_put_between_its_markers(tmp_path: Path
         if above.startswith("|") and below.startswith("|"):
             assert above.count("|") == below.count("|"), below
     assert "- RQ, round 1: it ended\n" in text
+    assert "had to share" in text
+    assert "had to share" not in versus.as_markdown(CONDITIONS, [0.1], SAMPLES, [], "p.svg")
     page = tmp_path / "page.md"
     page.write_text(f"before\n{versus.BEGIN}\nold\n{versus.END}\nafter\n")
     for _ in range(2):

@@ -16,6 +16,10 @@ from peers.table import PEERS, WORKERS
 Samples = Mapping[tuple[str, str], Sequence[float]]  # (key of a contender, of a figure) -> one value a round
 
 BEGIN, END = "<!-- begin: ./scripts/bench --peers --markdown writes what follows -->", "<!-- end -->"
+QUIET_CPUS = 0.3  # of all
+DISTURBED = (
+    " **So they had to share: rates are lower and delays longer than on a quiet machine, not equally for all, and ratios are rough.**"
+)
 OURS = {"inline": "KQueue, inline, one process", "pool": "KQueue, pool of 2", "fork": "KQueue, a fork for each job"}
 LABELS: Mapping[str, str] = {
     **OURS,
@@ -152,7 +156,8 @@ def as_markdown(
     rounds = max(map(len, samples.values()))
     parts = [
         f"Taken on {time.strftime('%d %B %Y')}: medians of {rounds} round{'s' * (rounds > 1)}, the smallest and the largest in "
-        f"brackets. Before each round, {' and '.join(f'{busy:.1f}' for busy in noise)} CPUs were busy with something else.",
+        f"brackets. Before each round, {' and '.join(f'{busy:.1f}' for busy in noise)} CPUs were busy with something else."
+        + (DISTURBED if max(noise) > QUIET_CPUS else ""),
         "",
         *(f"- {name}: {text}" for name, text in conditions.items()),
         "",
