@@ -18,7 +18,7 @@ Samples = Mapping[tuple[str, str], Sequence[float]]  # (key of a contender, of a
 BEGIN, END = "<!-- begin: ./scripts/bench --peers --markdown writes what follows -->", "<!-- end -->"
 QUIET_CPUS = 0.3  # of all
 DISTURBED = (
-    " **So they had to share: rates are lower and delays longer than on a quiet machine, not equally for all, and ratios are rough.**"
+    " **So they had to share: rates are lower and delays longer than on a quiet machine, not equally for all, and ratios rough.**"
 )
 OURS = {"inline": "KQueue, inline, one process", "pool": "KQueue, pool of 2", "fork": "KQueue, a fork for each job"}
 LABELS: Mapping[str, str] = {
