@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -211,6 +213,30 @@ def test_a_stuck_worker_is_reported_with_what_it_did_and_nothing_of_it_is_left(
         with pytest.raises(Failure, match=r"(?s)only 3 of 5 marks 'noop' after .*log: I am stuck"):
             worker.finished(noop=5)
     assert not any(map(psutil.pid_exists, pids))
+
+
+BENCHMARK = """
+import sys, time
+from pathlib import Path
+import peer_worker
+run = peer_worker.PeerRun(Path(sys.executable).parent, Path(sys.argv[1]), "redis://127.0.0.1:1/0")
+with run.worker(["python", "-c", sys.argv[2]]) as worker:
+    worker.finished(pids=2)
+    print(worker.pid, *peer_worker.marks.read(run.marks, "pids"), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_benchmark_that_is_killed_leaves_nothing_of_a_worker_either(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{APP}:{ROOT}"}
+    command = [sys.executable, "-c", BENCHMARK, str(tmp_path / "room"), STUBBORN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as benchmark:
+        assert benchmark.stdout is not None
+        found = [psutil.Process(int(float(word))) for word in benchmark.stdout.readline().split()]
+        assert len(found) == 3
+        benchmark.kill()
+    _, alive = psutil.wait_procs(found, timeout=60)
+    assert not alive
 
 
 def test_a_worker_that_ends_by_itself_and_one_that_runs_twice_are_failures(run: peer_worker.PeerRun) -> None:

@@ -1,22 +1,16 @@
-"""A peer's worker, running while a `with` lasts, and its client. What was started is ended, whatever became of it.
-
-A worker has a session of its own. Its processes may leave that (RQ's do), or be left behind by it; so this process adopts
-orphans (PR_SET_CHILD_SUBREAPER), and at the end kills whatever stands below it that did not stand there before, by its pid.
-"""
+"""A peer's worker, running while a `with` lasts, and its client. What was started is ended by guard.py, whatever became of it."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import marks
-import procfs
 from kqueued import HERE, LOOK_S, Failure
 from peers.work import REDIS_VARIABLE
 from redis_server import die_with_us
@@ -25,7 +19,6 @@ PATIENCE_S = 15.0  # without any progress
 LONGEST_S = 45.0  # with it
 SEND_S = 60.0  # a client
 STOP_S = 5.0  # of SIGTERM
-_SUBREAPER = 36
 
 
 class PeerRun:
@@ -60,25 +53,24 @@ class PeerRun:
 
     @contextlib.contextmanager
     def worker(self, command: Sequence[str]) -> Iterator[PeerWorker]:
-        before = set(procfs.tree(os.getpid()))
-        _adopt_orphans(True)
-        with open(self._room / "log", "wb") as log:
-            process = subprocess.Popen(
-                [str(self._programs / command[0]), *command[1:]], env=self._environment, cwd=self._room,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_us,
-            )  # fmt: skip
-        try:
-            yield PeerWorker(process, self.marks, self._room / "log")
-        finally:
-            _end(process, before)
-            _adopt_orphans(False)
+        guarded = [sys.executable, str(HERE / "guard.py"), str(STOP_S), str(self._programs / command[0]), *command[1:]]
+        with (
+            open(self._room / "log", "wb") as log,
+            subprocess.Popen(
+                guarded, env=self._environment, cwd=self._room, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                text=True, start_new_session=True,
+            ) as guard,
+        ):  # fmt: skip
+            assert guard.stdout is not None
+            yield PeerWorker(guard, int(guard.stdout.readline()), self.marks, self._room / "log")
+            # leaving closes the guard's stdin, which ends the worker, and waits for it
 
 
 class PeerWorker:
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
-        self.pid = process.pid
+    def __init__(self, guard: subprocess.Popen[str], pid: int, directory: Path, log: Path) -> None:
+        self.pid = pid
         self.marks = directory
-        self._process = process
+        self._guard = guard
         self._log = log
 
     def finished(self, **expected: int) -> None:
@@ -96,7 +88,7 @@ class PeerWorker:
             now = time.monotonic()
             if now_seen != seen:
                 seen, progress = now_seen, now
-            if self._process.poll() is not None:
+            if self._guard.poll() is not None:
                 raise self._failure(f"its worker ended with {now_seen} of {count} marks {name!r} written")
             if now > progress + PATIENCE_S or now > began + LONGEST_S:
                 raise self._failure(f"only {now_seen} of {count} marks {name!r} after {now - began:.0f} s")
@@ -105,25 +97,3 @@ class PeerWorker:
     def _failure(self, what: str) -> Failure:
         lines = self._log.read_text(errors="replace").splitlines()
         return Failure("\n    ".join([what, *(f"log: {line}" for line in lines[-5:])]))
-
-
-def _adopt_orphans(wanted: bool) -> None:
-    ctypes.CDLL(None).prctl(_SUBREAPER, int(wanted))
-
-
-def _end(process: subprocess.Popen[bytes], before: set[int]) -> None:
-    """The worker, first in its own way, then all that is left of it."""
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
-    while left := [pid for pid in procfs.tree(os.getpid()) if pid not in before]:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in left:
-            with contextlib.suppress(ChildProcessError):  # not ours yet: its parent has not ended
-                if pid == process.pid:
-                    process.wait()
-                else:
-                    os.waitpid(pid, os.WNOHANG)
-        time.sleep(LOOK_S)
