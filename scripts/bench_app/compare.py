@@ -196,9 +196,7 @@ def _arguments(work: str) -> Iterator[list[str]]:
         yield []
         return
     command = [sys.executable, str(HERE / "answering.py"), str(ours.PARKED_S), "0"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
-    ) as server:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us) as server:
         assert server.stdout is not None
         try:
             yield [f"http://127.0.0.1:{int(server.stdout.readline())}/"]

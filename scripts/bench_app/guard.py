@@ -2,8 +2,8 @@
 
     python guard.py STOP_S PROGRAM [ARGUMENT …]
 
-It prints the worker's pid first. A worker's processes may have left its session (RQ's do) or lost their parent (Dramatiq's, when that is
-killed); so this process adopts orphans, and whatever stands below it is the worker's.
+It prints the worker's pid first. A worker's processes may have left its session (RQ's do) or lost their parent (Dramatiq's,
+when that is killed); so this process adopts orphans, and whatever stands below it is the worker's.
 """
 
 from __future__ import annotations
