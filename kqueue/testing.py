@@ -16,6 +16,7 @@
 
 Everything runs in this process, isolated jobs too, so no limit is in force. Real I/O takes its real time: a server that a job
 asks is waited for, and only when it has said nothing for 5 s, time jumps to whatever is to happen next, such as a time-out.
+While a program of `kqueue.io.run` runs, no time is jumped over.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ class _Remembered:
 class _Services:
     """The surroundings of a job under test."""
 
-    def __init__(self, queue: FakeQueue) -> None:
+    def __init__(self, queue: FakeQueue, clock: VirtualClock) -> None:
         self._queue = queue
+        self._clock = clock
         self.bound: dict[str, BoundJob] = {}  # follow-ups, by id
 
     def enqueue(self, jobs: Sequence[BoundJob]) -> Generator[Any, Any, list[str]]:
@@ -113,15 +115,14 @@ class _Services:
         return function(*args, **kwargs)
 
     def run_program(self, program: Program) -> Generator[Any, Any, ProgramEnd]:
-        """For real, and in real time."""
+        """For real, and in real time, since a program that says nothing is at work all the same."""
         from .execution.direct_program import run_directly
 
-        yield from ()
-        kernel = Kernel()
+        self._clock.held += 1
         try:
-            end: ProgramEnd = kernel.run(run_directly(program))
+            end: ProgramEnd = yield from run_directly(program)
         finally:
-            kernel.close()
+            self._clock.held -= 1
         return end
 
     def progress(self, context: JobContext) -> None:
@@ -142,8 +143,9 @@ def run(job: BoundJob, *, queue: FakeQueue | None = None, attempt: int = 1) -> A
     queue = queue or FakeQueue()
     registration, envelope, _ = _enveloped(job)
     timeout_s = envelope.options.get("timeout", registration.options.timeout)
-    kernel = Kernel(clock=VirtualClock(IO_PATIENCE_S))
-    services = _Services(queue)
+    clock = VirtualClock(IO_PATIENCE_S)
+    kernel = Kernel(clock=clock)
+    services = _Services(queue, clock)
     context = _context(registration, envelope, attempt, timeout_s or None, services)
 
     def steps() -> Generator[Any, Any, Any]:
@@ -196,7 +198,8 @@ def run_with_retries(job: BoundJob, *, queue: FakeQueue | None = None, security:
     """
     queue = queue or FakeQueue()
     registration, envelope, data = _enveloped(job)
-    kernel = Kernel(clock=VirtualClock(IO_PATIENCE_S))
+    clock = VirtualClock(IO_PATIENCE_S)
+    kernel = Kernel(clock=clock)
 
     def steps() -> Generator[Any, Any, Life]:
         runs: list[Run] = []
@@ -204,7 +207,7 @@ def run_with_retries(job: BoundJob, *, queue: FakeQueue | None = None, security:
         strategy = InlineExecutionStrategy(kernel)
         while True:
             options = admit(security or SecurityConfig(), envelope, registration, counters.memory).options
-            services = _Services(queue)
+            services = _Services(queue, clock)
             deadline = kernel.clock.monotonic() + options.timeout if options.timeout else None
             context = _context(registration, envelope, counters.runs + 1, deadline, services)
             work = Work(envelope, data, registration, options, context.attempt, context)

@@ -134,3 +134,40 @@ def test_after_it_dispatches_go_where_they_went_before() -> None:
     with FakeQueue():
         assert jobs._dispatcher is not dispatcher
     assert jobs._dispatcher is dispatcher
+
+
+@job(name="testing.program", timeout=1)
+def runs_a_program(seconds: float, scope_s: float) -> Any:
+    try:
+        with io.timeout(scope_s):
+            yield io.run(["sleep", str(seconds)])
+    except io.TimedOut:
+        return "scope"
+    return "done"
+
+
+def test_the_time_of_a_program_is_that_of_its_job() -> None:
+    with pytest.raises(JobTimedOut):
+        run(runs_a_program.job(600, 60))
+    assert run(runs_a_program.job(600, 0.2)) == "scope"
+
+
+@job(name="testing.silent")
+def outwaits_a_program() -> Any:
+    ended = []
+
+    def program() -> Any:
+        yield io.run(["sleep", "0.3"])
+        ended.append("program")
+
+    def sleeper() -> Any:
+        yield sleep(20)
+        ended.append("sleep")
+
+    yield io.gather(sleeper(), program())
+    return ended
+
+
+def test_time_does_not_jump_over_a_program_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kqueue.testing.IO_PATIENCE_S", 0.05)
+    assert run(outwaits_a_program.job()) == ["program", "sleep"]

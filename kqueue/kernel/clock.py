@@ -30,11 +30,13 @@ class VirtualClock(Clock):
     """Time that jumps to the next timer whenever nothing else is left to do. Starts at 0.
 
     Real I/O still happens in real time: what is ready is served before time moves. What is not ready is waited for up to
-    `patience_s` seconds, which then have passed here, too; after that, time jumps over it.
+    `patience_s` seconds, which then have passed here, too; after that, time jumps over it. While it is `held`, by as many as
+    hold it, time is that of the machine.
     """
 
     def __init__(self, patience_s: float = 0.0) -> None:
         self.now = 0.0
+        self.held = 0
         self._patience_s = patience_s
 
     def monotonic(self) -> float:
@@ -49,9 +51,10 @@ class VirtualClock(Clock):
                 raise RuntimeError("every task waits for another one: nothing can ever happen")
             return poller.select(None)
         began = time.monotonic()
-        events = poller.select(min(timeout_s, self._patience_s) if len(poller) else 0)
+        patience_s = LONGEST_S if self.held else self._patience_s
+        events = poller.select(min(timeout_s, patience_s) if len(poller) else 0)
         if not events:
-            self.now += timeout_s
-        elif self._patience_s:
+            self.now += min(timeout_s, patience_s) if self.held else timeout_s
+        elif patience_s:
             self.now += min(timeout_s, time.monotonic() - began)
         return events
