@@ -1,32 +1,43 @@
 """`kqueue.io.run` inside a child: the program is a child of the job's process. Never imported by the supervisor.
 
 Whatever ends the job ends its program (killing.py). Here it is ended when the job goes on without it: after its time-out, over
-its output, and when somebody cancels who waits for it.
+its output, and when somebody cancels who waits for it; and when it has ended itself, what it has left.
+
+While a program runs, this process is a subreaper, so that who loses his parent becomes a child of this one. Such an orphan may be
+of the job itself, or of another program. So each program has a mark that neither setsid nor an exec takes off, made like that
+of a job: RLIMIT_LOCKS, which Linux has ignored since 2.4.25, inherits, and shows in /proc/PID/limits.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import signal
 import subprocess
 import time
-from collections.abc import Generator
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from typing import Any, Final
 
 from ..kernel.traps import READ, wait_io
 from ..program import NOT_STARTED, Capture, Program, ProgramEnd
 from .exec_child import cannot_run, no_program
 from .handle import memory_file
-from .killing import kill_trees
+from .killing import children_of, kill_trees, limit_of
+from .limits import PR_SET_CHILD_SUBREAPER, is_subreaper, prctl
 
 Steps = Generator[Any, Any, Any]
 
 GRACE_S: Final = 2.0  # between SIGTERM and SIGKILL
 READ_SIZE: Final = 65536
-_PASSES: Final = 50
+_PASSES: Final = 500  # over what is left of a program, and the pause between two of them:
+_PASS_S: Final = 0.002
+_LOCKS: Final = 10  # RLIMIT_LOCKS (asm-generic/resource.h), which the module `resource` does not have
+_LOCKS_LINE: Final = b"Max file locks"
+_numbers: Final = count(1 << 40)  # beyond any number of locks that somebody could have meant
 
 
 def run_directly(program: Program) -> Steps:
@@ -36,25 +47,67 @@ def run_directly(program: Program) -> Steps:
         if program.input:
             stdin = yield from memory_file(program.input)
             opened.callback(os.close, stdin)
+        opened.enter_context(_reaper)
+        number = next(_numbers)
         try:
-            process = _start(program, stdin)
+            process = _start(program, stdin, number)
         except OSError as error:
             return ProgramEnd(NOT_STARTED, b"", b"", "refused", _why_not(program, error))
-        opened.callback(_end, process)
+        opened.callback(_end, process, number)
         assert process.stdout is not None
         assert process.stderr is not None
         opened.enter_context(process.stdout)
         opened.enter_context(process.stderr)
         pidfd = os.pidfd_open(process.pid)
         opened.callback(os.close, pidfd)
-        return (yield from _Watch(program, process, pidfd).to_the_end())
+        return (yield from _Watch(program, process, number, pidfd).to_the_end())
 
 
-def _start(program: Program, stdin: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        program.argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=program.environment,
-        cwd=program.directory or None, start_new_session=True,
-    )  # fmt: skip
+def _start(program: Program, stdin: int, number: int) -> subprocess.Popen[bytes]:
+    with _marked(number):
+        return subprocess.Popen(
+            program.argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=program.environment,
+            cwd=program.directory or None, start_new_session=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def _marked(number: int) -> Iterator[None]:
+    """What is started meanwhile has the mark `number`. Where an administrator has set a lower limit, there is none.
+
+    Not by `preexec_fn`: that forks where Popen else has vfork, and runs the application's hooks after a fork.
+    """
+    soft, hard = resource.getrlimit(_LOCKS)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        yield
+        return
+    resource.setrlimit(_LOCKS, (number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(_LOCKS, (soft, hard))
+
+
+class _Reaper:
+    """While entered, this process is the subreaper of its descendants. Entered as often as programs run."""
+
+    def __init__(self) -> None:
+        self._programs = 0
+        self._was_one = False
+
+    def __enter__(self) -> None:
+        if not self._programs:
+            self._was_one = is_subreaper()
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._programs += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._programs -= 1
+        if not self._programs and not self._was_one:
+            prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+_reaper: Final = _Reaper()
 
 
 def _why_not(program: Program, error: OSError) -> str:
@@ -69,24 +122,45 @@ def _why_not(program: Program, error: OSError) -> str:
     return cannot_run(name, error)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill whatever of it is left, and reap it: its group as long as its number is its own, and what is below it."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Kill whatever of it is left, and reap it: what is below it, then its group, then the orphans that it has made.
+
+    Not the group first: whose parent is dead is no longer found below it.
+    """
+    if process.returncode is not None:  # that has been done, and its number may be somebody else's
+        return
     for _ in range(_PASSES):
         if not kill_trees([process.pid]).alive:
             break
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for _ in range(_PASSES):
+        orphans = [pid for pid in children_of(os.getpid()) if pid != process.pid and limit_of(pid, _LOCKS_LINE) == number]
+        if not orphans:
+            break
+        kill_trees(orphans)
+        if not all(map(_reaped, orphans)):
+            time.sleep(_PASS_S)
     process.wait()
+
+
+def _reaped(pid: int) -> bool:
+    """Whether the child `pid` is no more."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:  # the job has waited for whatever comes
+        return True
 
 
 class _Watch:
     """A program while it runs."""
 
-    def __init__(self, program: Program, process: subprocess.Popen[bytes], pidfd: int) -> None:
+    def __init__(self, program: Program, process: subprocess.Popen[bytes], number: int, pidfd: int) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         self._pidfd = pidfd
         self._process = process
+        self._number = number
         self._capture = Capture(program.max_output)
         self._streams = {process.stdout.fileno(): "stdout", process.stderr.fileno(): "stderr"}
         self._deadline = time.monotonic() + program.timeout_s if program.timeout_s else None
@@ -107,7 +181,7 @@ class _Watch:
                 if self._deadline is not None and time.monotonic() >= self._deadline and not self._ask_to_end():
                     break
         self._drain()
-        _end(self._process)
+        _end(self._process, self._number)
         return self._capture.end(self._process.returncode, self._why)
 
     def _has_died(self, ears: select.epoll) -> bool:

@@ -77,14 +77,20 @@ def mark_serial(serial: int) -> int:
 
 def mark_of(pid: int) -> Mark | None:
     """What process `pid` is marked with; None: nothing, or it is gone."""
+    limit = limit_of(pid, b"Max resident set")
+    if limit is None or not limit & _MARKED:
+        return None
+    return Mark(limit // _SERIALS % _OWNERS, limit % _SERIALS)
+
+
+def limit_of(pid: int, line: bytes) -> int | None:
+    """The soft limit of `pid` in the line of /proc/PID/limits that begins with `line`; None: unlimited, or it is gone."""
     text = _read(f"/proc/{pid}/limits")
-    at = text.find(b"Max resident set")
+    at = text.find(line)
     if at < 0:
         return None
     limit = text[at + 16 : at + 68].split()[0]
-    if not limit.isdigit() or not int(limit) & _MARKED:
-        return None
-    return Mark(int(limit) // _SERIALS % _OWNERS, int(limit) % _SERIALS)
+    return int(limit) if limit.isdigit() else None
 
 
 def environ_of(pid: int) -> Mapping[bytes, bytes]:

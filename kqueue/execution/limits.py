@@ -19,6 +19,7 @@ PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 PR_SET_DUMPABLE: Final = 4
 PR_SET_CHILD_SUBREAPER: Final = 36
+PR_GET_CHILD_SUBREAPER: Final = 37
 PR_SET_NO_NEW_PRIVS: Final = 38
 OOM_SCORE_ADJ: Final = 500  # a job goes before the supervisor, which has 0
 
@@ -31,6 +32,13 @@ def prctl(option: int, value: int) -> None:
     """prctl(2). Raises OSError."""
     if _prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
         raise _error(f"prctl({option}, {value})")
+
+
+def is_subreaper() -> bool:
+    """Whether orphans among the descendants of this process become its children."""
+    answer = ctypes.c_int()
+    prctl(PR_GET_CHILD_SUBREAPER, ctypes.addressof(answer))
+    return answer.value != 0
 
 
 def unshare(flags: int) -> None:

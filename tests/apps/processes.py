@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from email.message import EmailMessage
+from pathlib import Path
 from typing import Any
 
-from kqueue import JobTimedOut, io, offload
+from kqueue import JobTimedOut, io, offload, sleep
 from kqueue import job as any_job
 from kqueue.errors import UsageError
 from kqueue.io.process import Completed, ProgramError
@@ -117,6 +119,68 @@ time.sleep(600)
 
 def _waits(name: str) -> Any:
     yield io.run([PYTHON, "-c", STUBBORN, name])
+
+
+SCATTERS = """
+setsid sh -c 'echo $$ > "$0"; exec sleep 600' "$1/child" >/dev/null 2>&1 &
+(setsid sh -c 'echo $$ > "$0"; exec sleep 600' "$1/orphan" >/dev/null 2>&1 &)
+while [ ! -s "$1/child" ] || [ ! -s "$1/orphan" ]; do sleep 0.02; done
+> "$1/ready"
+[ "$2" = ends ] || sleep 600
+"""
+
+
+def _looks_after(how: str, directory: str) -> Any:
+    """A program with a child and an orphan in sessions of their own; how it came to its end, and what of that there still is."""
+    ended = ""
+    argv = ["sh", "-c", SCATTERS, "scatters", directory, how]
+    try:
+        if how == "cut":
+            yield io.race(io.run(argv), _exists(f"{directory}/ready"))
+        else:
+            yield io.run(argv, timeout=2 if how == "late" else None)
+    except ProgramError as error:
+        ended = type(error).__name__
+    pids = [int(Path(directory, name).read_text()) for name in ("child", "orphan")]
+    children = [child for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+    return {"ended": ended, "alive": [pid for pid in pids if Path(f"/proc/{pid}").exists()], "children": children}
+
+
+def _exists(path: str) -> Any:
+    while not os.path.exists(path):
+        yield sleep(0.02)
+
+
+@job()
+def looks_after(how: str, directory: str) -> Any:
+    return (yield from _looks_after(how, directory))
+
+
+@job(isolated=True)
+def looks_after_in_a_child(how: str, directory: str) -> Any:
+    return (yield from _looks_after(how, directory))
+
+
+@job(isolated=True, start="pool")
+def looks_after_in_the_pool(how: str, directory: str) -> Any:
+    return (yield from _looks_after(how, directory))
+
+
+@job(isolated=True)
+def keeps_its_own(directory: str) -> Any:
+    """What the job started itself outlives its programs, orphans and others."""
+    own = [subprocess.Popen(["sleep", "600"]).pid]
+    orphan = subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!"], stdout=subprocess.PIPE, check=True)
+    own.append(int(orphan.stdout))
+    other = io.run(["sh", "-c", 'echo $$ > "$0/other"; (setsid sleep 600 &) >/dev/null 2>&1; sleep 600', directory])
+    return (yield io.race(other, _looks_beside(own, directory)))
+
+
+def _looks_beside(own: list[int], directory: str) -> Any:
+    yield from _exists(f"{directory}/other")
+    seen = yield from _looks_after("ends", directory)
+    own.append(int(Path(directory, "other").read_text()))
+    return {"alive": seen["alive"], "own": [os.path.exists(f"/proc/{pid}") for pid in own]}
 
 
 # -- offloaded calls ------------------------------------------------------------------------------------------------------

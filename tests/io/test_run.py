@@ -249,6 +249,31 @@ def test_hundreds_of_programs_leave_nothing(daemon: Daemon) -> None:
     assert [int(handle.result(60)["out"]) for handle in handles] == list(range(300))
 
 
+HOWS = {"late": "ProgramTimedOut", "cut": "", "ends": ""}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_program_has_ended_with_all_it_started_before_its_job_goes_on(daemon: Daemon, how: str, tmp_path: Path) -> None:
+    """Whether it is timed out, cancelled or done, and wherever its descendants have gone. No zombie of it is left either."""
+    (handle,) = daemon.dispatch(processes.looks_after_in_a_child.job(how, str(tmp_path)))
+    assert handle.result(PATIENCE_S * 2) == {"ended": HOWS[how], "alive": [], "children": []}
+
+
+def test_nor_is_anything_left_to_the_next_job_of_the_pool(own: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = own()
+    for how, ended in HOWS.items():
+        (tmp_path / how).mkdir()
+        (handle,) = daemon.dispatch(processes.looks_after_in_the_pool.job(how, str(tmp_path / how)))
+        assert handle.result(PATIENCE_S * 2) == {"ended": ended, "alive": [], "children": []}
+    assert daemon.stop() == 0
+    assert not [line for line in daemon.log if "looks_after" in line and "left" in line], "the job is to blame for nothing"
+
+
+def test_what_is_of_the_job_or_of_another_program_is_let_be(daemon: Daemon, tmp_path: Path) -> None:
+    (handle,) = daemon.dispatch(processes.keeps_its_own.job(str(tmp_path)))
+    assert handle.result(PATIENCE_S * 2) == {"alive": [], "own": [True, True, True]}
+
+
 # -- what is refused at once --------------------------------------------------------------------------------------------------
 
 
@@ -274,3 +299,9 @@ def test_nonsense_is_refused_before_anything_is_started(argv: Any, options: dict
 def test_a_job_under_test_runs_its_program_for_real() -> None:
     assert testing.run(processes.runs.job(["echo", "hello"], {}))["out"] == b"hello\n"
     assert testing.run(processes.runs.job(["sleep", "600"], {"timeout": 0.1}))["kind"] == "ProgramTimedOut"
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_job_under_test_leaves_nothing_of_its_program(how: str, tmp_path: Path) -> None:
+    seen = testing.run(processes.looks_after.job(how, str(tmp_path)))
+    assert (seen["ended"], seen["alive"]) == (HOWS[how], [])
