@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     retry_in_s: float | None = None  # the delay of its Retry; None: it gave none
     backoff_s: float | None = None  # what its backoff function said; None: nothing of use, or there is none
     backoff_failed: str = ""  # why that said nothing of use
+    error_args: list[Any] | None = None  # of the error of an offloaded call (execution/call_errors.py); None: there are none
 
     @property
     def ok(self) -> bool:
@@ -71,7 +72,7 @@ class Outcome(NamedTuple):
 
 
 # Not in a certificate: the first two are kept elsewhere, and of the others `why` tells what came of them.
-_NOT_TOLD: Final = ("result", "follow_ups", "asked", "retry_in_s", "backoff_s", "backoff_failed")
+_NOT_TOLD: Final = ("result", "follow_ups", "asked", "retry_in_s", "backoff_s", "backoff_failed", "error_args")
 
 
 def command_outcome(name: str, code: int, printed: bytes | bytearray | None, tail: str) -> Outcome:

@@ -10,6 +10,7 @@ import pytest
 from kqueue.codec import MAX_BYTES, Envelope, encode
 from kqueue.dispatch import NewJob
 from kqueue.execution import wire
+from kqueue.execution.call_errors import MAX_ARGS, error_of
 from kqueue.execution.child_frames import (
     MAX_FAILURE,
     MAX_HEADER,
@@ -25,6 +26,7 @@ from kqueue.execution.child_frames import (
     parse,
 )  # fmt: skip
 from kqueue.execution.wire import WireError
+from kqueue.outcome import Outcome
 
 ERROR = {"class": "ValueError", "message": "no", "traceback": "…", "mro": ["ValueError"]}
 
@@ -50,6 +52,8 @@ def test_what_a_child_says() -> None:
     assert parse(wire.FAILURE, failure) == Failure("exit", ERROR, 3)
     wants = json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": 5}).encode()
     assert parse(wire.FAILURE, wants) == Failure("exception", ERROR, None, "retry", 5)
+    of_call = json.dumps({"cause": "exception", "error": ERROR, "args": ["no", 3]}).encode()
+    assert parse(wire.FAILURE, of_call) == Failure("exception", ERROR, None, args=["no", 3])
     assert parse(wire.BACKOFF, b'[5,""]') == Backoff(5, "")
     assert parse(wire.BACKOFF, b'[null,"it raised"]') == Backoff(None, "it raised")
     assert parse(wire.PROGRESS, b'[0.5,"half"]') == Progress(0.5, "half")
@@ -95,6 +99,8 @@ def test_progress_out_of_range_is_put_back_into_it() -> None:
         (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": -1}).encode()),
         (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": 1e300}).encode()),
         (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "asked": "retry", "retry_in_s": True}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "args": "abc"}).encode()),
+        (wire.FAILURE, json.dumps({"cause": "exception", "error": ERROR, "args": ["x" * MAX_ARGS]}).encode()),
         (wire.BACKOFF, b"5"),
         (wire.BACKOFF, b"[5]"),
         (wire.BACKOFF, b"[-5,\"\"]"),
@@ -144,3 +150,18 @@ def test_progress_out_of_range_is_put_back_into_it() -> None:
 def test_garbage_is_a_wire_error(kind: int, payload: bytes) -> None:
     with pytest.raises(WireError):
         parse(kind, payload)
+
+
+NAMES = ["OSError", "UnicodeDecodeError", "SyntaxError", "ExceptionGroup", "KeyError", "StopIteration", "exit"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "args",
+    [[], [1] * 9, [{"!": "nothing"}], [[[[]]]], [None, None, None, 3, {}], [10**30, "x"], ["utf-8", "no bytes", -1, "x", None]],
+)
+def test_whatever_a_child_makes_an_error_of_there_is_one_to_raise(name: str, args: list[Any]) -> None:
+    error = error_of(Outcome("exception", error={"class": name, "message": "no"}, error_args=args))
+    assert isinstance(error, Exception)
+    assert type(error).__name__ in (name, "OffloadError")
+    assert isinstance(str(error), str), "it can be shown"

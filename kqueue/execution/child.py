@@ -37,6 +37,7 @@ from ..retries import ask_backoff, asked_by, needs_backoff
 from ..states import JobState
 from . import limits, settling_in, tray, wire
 from .base import unpacked
+from .call_errors import told_args
 from .child_frames import MAX_JOBS, dispatched
 from .inline import result_json
 
@@ -163,6 +164,8 @@ class Run:
             answer = wire.frame(wire.RESULT, result_json(value) if self._request["keep_result"] else b"null")
         except BaseException as error:
             fields = failure(error, self._request["limits"])
+            if kind == wire.CALL:
+                fields["args"] = told_args(error, fields["error"]["message"])
             failed = error if fields["cause"] not in ("refused", "cancelled") and needs_backoff(error) else None
             self.ran_out_of_memory = fields["cause"] == "memory"
             answer = wire.frame(wire.FAILURE, codec.to_json(fields))

@@ -16,6 +16,7 @@ from ..errors import EnvelopeError
 from ..options import PRIORITY_MAX, PRIORITY_MIN, QUEUE_NAME
 from ..retries import LONGEST_DELAY_S, is_wait
 from . import wire
+from .call_errors import are_args
 from .wire import WireError
 
 MAX_FAILURE: Final = 128 * 1024  # bytes: a message of 4 KiB and a traceback of 16 KiB, escaped, and room
@@ -40,6 +41,7 @@ class Failure(NamedTuple):
     exit_code: int | None
     asked: str = ""
     retry_in_s: float | None = None
+    args: list[Any] | None = None  # of the error of a call; see call_errors
 
 
 class Backoff(NamedTuple):
@@ -106,7 +108,9 @@ def _failure(payload: bytes) -> Failure:
     _wanted(isinstance(error["mro"], list) and all(isinstance(name, str) for name in error["mro"]), "a failure without an mro")
     asked, retry_in_s = fields.get("asked", ""), fields.get("retry_in_s")
     _wanted(asked in ("", "retry", "discard") and (retry_in_s is None or is_wait(retry_in_s)), "a failure that asks for nonsense")
-    return Failure(fields["cause"], {**texts, "mro": error["mro"]}, code, asked, retry_in_s)
+    args = fields.get("args")
+    _wanted(are_args(args), "a failure with arguments that are none, or too large")
+    return Failure(fields["cause"], {**texts, "mro": error["mro"]}, code, asked, retry_in_s, args)
 
 
 def _backoff(payload: bytes) -> Backoff:

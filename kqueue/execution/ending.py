@@ -91,7 +91,7 @@ class Ending(NamedTuple):
         return Outcome(
             cause, _ENDED_BY.get(cause, "job"), error=said.error, backoff_s=self.backoff.seconds,
             exit_code=said.exit_code if said.exit_code is not None else code, backoff_failed=self.backoff.why_not,
-            asked=said.asked if cause == "exception" else "", retry_in_s=said.retry_in_s,
+            asked=said.asked if cause == "exception" else "", retry_in_s=said.retry_in_s, error_args=said.args,
         )  # fmt: skip
 
     def _signaled(self, name: str, exit: ChildExit, killer: Killer) -> Outcome:

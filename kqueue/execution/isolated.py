@@ -6,7 +6,6 @@ job, and of its result only that it is JSON.
 
 from __future__ import annotations
 
-import builtins
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from .. import environment
 from ..codec import from_json, pack, to_json, unpack
 from ..commands import Command
 from ..context import JobContext
-from ..errors import JobCancelled, OffloadError
+from ..errors import JobCancelled
 from ..events import Events, TemplateDied, Warned
 from ..kernel import Kernel
 from ..loading import ImportFailed
@@ -27,6 +26,7 @@ from ..registry import Registration
 from . import wire
 from .attempt import Attempt, CheckFromChild, EnqueueFromChild
 from .base import NotStarted, Work
+from .call_errors import error_of
 from .handle import Child, memory_file
 from .oom import NOTHING_SEEN
 from .pool import Pool
@@ -152,7 +152,7 @@ class IsolatedExecutionStrategy:
             return unpack(from_json(outcome.result or b"null"))
         if outcome.cause == "cancelled":
             raise JobCancelled(f"{context.name} was stopped")
-        raise _offload_error(outcome)
+        raise error_of(outcome)
 
     def run_program(self, program: Program, *, context: JobContext, timeout_s: float, max_memory_mib: int) -> Steps:
         """Run it in a child that becomes it; returns its ProgramEnd. `timeout_s` 0: no limit."""
@@ -306,18 +306,3 @@ def _why_ended(outcome: Outcome) -> tuple[str, str]:
     if outcome.cause in ("memory", "cpu") or outcome.error is not None:
         return "limit", outcome.summary()
     return "", ""
-
-
-def _offload_error(outcome: Outcome) -> BaseException:
-    """The error of an offloaded call: of its own class where that is built in and takes a message, else OffloadError."""
-    error = outcome.error or {}
-    name, message = str(error.get("class", "")), str(error.get("message", ""))
-    kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            return kind(message)
-        except TypeError:  # UnicodeDecodeError and its kind take more than that
-            return OffloadError(outcome.summary())
-    if outcome.cause == "timeout":
-        return TimeoutError(message or "the offloaded call ran longer than its job may")
-    return OffloadError(outcome.summary())

@@ -220,6 +220,34 @@ def raises(kind: str) -> None:
     raise {"KeyError": KeyError, "OSError": OSError}[kind]("of the call")
 
 
+class NamedLikeABuiltIn(Exception):
+    """A library's own, such as redis.ConnectionError."""
+
+
+NamedLikeABuiltIn.__name__ = "ConnectionError"
+
+
+def raises_with_arguments(which: str) -> None:
+    if which == "file":
+        open("/no/such/file").close()
+    if which == "rename":
+        os.rename(b"/no/such/a", Path("/no/such/b"))
+    if which == "files":
+        kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(100_000)]
+        assert not kept
+    if which == "decode":
+        b"a\xff".decode()
+    if which == "key":
+        raise KeyError("k", 3)
+    if which == "no values":
+        raise ValueError(object)
+    if which == "large":
+        raise ValueError("x" * 100_000, 1)
+    if which == "stop":
+        next(iter(()))
+    raise NamedLikeABuiltIn("of a library")
+
+
 def measures(data: bytes) -> int:
     return len(data)
 
@@ -236,7 +264,7 @@ def any_note() -> Any:
 
 CALLS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (pid_of_process, is_stubborn, cleans_up, eats, raises, measures, dispatches)
+    for function in (pid_of_process, is_stubborn, cleans_up, eats, raises, raises_with_arguments, measures, dispatches)
 }
 
 
@@ -246,6 +274,15 @@ def offloads_to(name: str, *args: Any) -> Any:
         return (yield offload(CALLS[name], *args))
     except Exception as error:
         return [type(error).__name__, str(error)]
+
+
+@job()
+def offloads_what_fails(which: str) -> Any:
+    try:
+        return (yield offload(raises_with_arguments, which))
+    except Exception as error:
+        of_os = [error.errno, error.strerror, error.filename, error.filename2] if isinstance(error, OSError) else None
+        return {"class": f"{type(error).__module__}.{type(error).__name__}", "of_os": of_os, "args": list(error.args)}
 
 
 @job(timeout=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ def test_a_process_that_died_idle_costs_no_call_anything(start: Start) -> None:
     ("arguments", "error"),
     [
         (["raises", "OSError"], ["OSError", "of the call"]),
-        (["raises", "KeyError"], ["KeyError", "\"'of the call'\""]),
+        (["raises", "KeyError"], ["KeyError", "'of the call'"]),
         (["raises", "exit"], ["OffloadError", "exit: status 3"]),
         (["raises", "kill"], ["OffloadError", "signal: SIGKILL: "]),
         (["eats", 600], ["MemoryError", ""]),
@@ -175,6 +176,40 @@ def test_errors_come_back(start: Start, arguments: list[Any], error: list[str]) 
     kind, message = call(daemon, *arguments)
     assert (kind, message[: len(error[1])]) == (error[0], error[1])
     assert isinstance(call(daemon, "pid_of_process"), int)
+
+
+def _failure(name: str, *args: Any, of_os: list[Any] | None = None) -> dict[str, Any]:
+    return {"class": name, "of_os": of_os, "args": list(args)}
+
+
+NOTHING_THERE = [errno.ENOENT, "No such file or directory"]
+LONG = "x" * 2048
+FAILS = {
+    "file": _failure("builtins.FileNotFoundError", *NOTHING_THERE, of_os=[*NOTHING_THERE, "/no/such/file", None]),
+    "rename": _failure("builtins.FileNotFoundError", *NOTHING_THERE, of_os=[*NOTHING_THERE, b"/no/such/a", "/no/such/b"]),
+    "decode": _failure("builtins.UnicodeDecodeError", "utf-8", b"a\xff", 1, 2, "invalid start byte"),
+    "key": _failure("builtins.KeyError", "k", 3),
+    # What cannot be told, or is too much, is told by its message.
+    "no values": _failure("builtins.ValueError", "<class 'object'>"),
+    "large": _failure("builtins.ValueError", f"('{LONG[2:]}\n… 95911 characters left out …\n{LONG[5:]}', 1)"),
+    # It would end the job's own generator; and of that name there is a built-in class, but it is not this one.
+    "stop": _failure("kqueue.errors.OffloadError", "StopIteration"),
+    "other": _failure("kqueue.errors.OffloadError", "ConnectionError: of a library"),
+}
+
+
+def test_an_error_of_a_built_in_class_is_whole(start: Start) -> None:
+    daemon = start()
+    handles = daemon.dispatch(*(processes.offloads_what_fails.job(which) for which in FAILS))
+    assert {which: handle.result(PATIENCE_S) for which, handle in zip(FAILS, handles, strict=True)} == FAILS
+
+
+def test_an_error_over_a_limit_names_it_and_keeps_its_number(start: Start) -> None:
+    daemon = start()
+    failed = daemon.dispatch(processes.offloads_what_fails.job("files"))[0].result(PATIENCE_S)
+    assert (failed["class"], failed["of_os"][0]) == ("builtins.OSError", errno.EMFILE)
+    assert failed["of_os"][1].startswith("Too many open files (max_files of this job is ")
+    assert failed["of_os"][2] == "/dev/null"
 
 
 def test_arguments_of_megabytes(start: Start) -> None:
