@@ -32,7 +32,7 @@ from .commands import Command
 from .config import QueueSpec
 from .context import JobContext
 from .dispatch import prepare
-from .errors import BrokerUnavailable, EnvelopeError, JobBlocked, JobCancelled, JobNotFound, NewerEnvelope, Refused
+from .errors import BrokerUnavailable, EnvelopeError, JobBlocked, JobCancelled, JobNotFound, JobTimedOut, NewerEnvelope, Refused
 from .events import Events
 from .execution.base import ExecutionStrategy, NotStarted, Work
 from .execution.guard import SliceGuard
@@ -254,12 +254,7 @@ class KQueueRuntime:
     def _mishap(self, held: Held, error: BaseException) -> Ended:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
         if isinstance(error, Abandoned):
-            context = held.context
-            deadline = context.deadline if context is not None else None
-            late = deadline is not None and self.kernel.clock.monotonic() >= deadline
-            blocked = self._guard.blocked(held.task) if self._guard is not None else None
-            cause = "timeout" if late or blocked is not None else "cancelled"
-            outcome = Outcome(cause, "supervisor", error=describe_error(blocked or error))
+            outcome = self._would_not_stop(held, error)
             self.events.emit(facts.Warned(f"{held.job} {held.lease.token.id} would not stop; restarting to end it ({error})"))
             self.stop("a job that would not stop", exit_code=EXIT_RESTART)
         elif isinstance(error, JobCancelled):  # before its first step
@@ -268,6 +263,20 @@ class KQueueRuntime:
             outcome = Outcome("lost", "supervisor", error=describe_error(error, whole=True))
             self.events.emit(facts.Warned(f"internal error with job {held.lease.token.id}: {error!r}; please report it"))
         return Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy))
+
+    def _would_not_stop(self, held: Held, error: Abandoned) -> Outcome:
+        """Why it was cancelled decides what is said of it: for its time, or for ours."""
+        now, context = self.kernel.clock.monotonic(), held.context
+        blocked = self._guard.blocked(held.task) if self._guard is not None else None
+        outcome = Outcome("cancelled", "supervisor", error=describe_error(error), duration_s=now - held.started)
+        if blocked is not None:
+            limits = {"hard_slice": blocked.hard_slice_s}
+            return outcome._replace(cause="timeout", error=describe_error(blocked), limits=limits)
+        if context is not None and context.deadline is not None and now >= context.deadline:
+            timeout_s = held.options.timeout
+            late = JobTimedOut(f"{held.job} ran longer than its timeout of {timeout_s:g} s, and would not stop: {error}")
+            return outcome._replace(cause="timeout", error=describe_error(late), limits={"timeout": timeout_s})
+        return outcome
 
     def _give_up(self, task: Task, error: JobBlocked) -> NoReturn:
         """A job swallows its interruptions, so the loop never has its turn. What has ended is kept, the job's own end too."""

@@ -884,6 +884,11 @@ def test_a_job_that_would_not_stop_is_released_and_the_daemon_started_again(hous
     row = house.row(id)
     assert row is not None
     assert (row.state, row.counters) == ("delayed", Counters(attempts=1)), "it had used up its time"
+    (outcome,) = [fact.outcome for fact in house.facts(facts.JobEnded) if fact.id == id]
+    assert (outcome.cause, outcome.ended_by, outcome.limits) == ("timeout", "supervisor", {"timeout": 10})
+    assert outcome.duration_s == pytest.approx(11), "its time and the grace"
+    assert outcome.error["class"] == "JobTimedOut"
+    assert outcome.error["message"].startswith("stubborn ran longer than its timeout of 10 s, and would not stop: ")
     assert any("would not stop; restarting to end it" in fact.message for fact in house.facts(facts.Warned))
 
 
@@ -904,6 +909,9 @@ def test_one_that_would_not_stop_for_a_shutdown_costs_no_attempt(house: House) -
     row = house.row(id)
     assert row is not None
     assert (row.state, row.counters) == ("ready", Counters())
+    (outcome,) = [fact.outcome for fact in house.facts(facts.JobEnded)]
+    assert (outcome.cause, outcome.limits, outcome.error["class"]) == ("cancelled", {}, "Abandoned")
+    assert outcome.duration_s > 1
     assert house.clock.now < 5 + 2 + 5
 
 
