@@ -217,6 +217,24 @@ def test_a_user_for_all_holds_for_all_kinds_of_start(place: Make) -> None:
 
 
 @as_root
+def test_calls_and_programs_of_a_job_are_of_its_user_and_network(place: Make) -> None:
+    daemon = place().start()
+    told = daemon.result("yields_as_nobody")
+    assert (told["call"], told["program"]) == (NOBODY.pw_uid, NOBODY.pw_uid)
+    assert told["network"] != os.readlink(f"/proc/{daemon.pid}/ns/net")
+    assert daemon.stop() == 0
+
+
+@as_root
+def test_those_of_an_inline_job_are_of_the_user_for_all_since_it_can_name_none(place: Make) -> None:
+    daemon = place("user: nobody", modules="[tests.apps.processes]").start()
+    assert daemon.result("proc_runs", ["id", "-un"], {})["out"] == b"nobody\n"
+    assert daemon.result("proc_runs_inline_async", ["id", "-un"], {})["out"] == b"nobody\n"
+    assert daemon.result("proc_offloads_to", "user_of_process") == NOBODY.pw_uid
+    assert daemon.stop() == 0
+
+
+@as_root
 def test_the_pool_shares_a_process_only_among_jobs_of_one_user(place: Make) -> None:
     daemon = place(more="pool: {size: 1}").start()
     names = ["pooled_nobody", "pooled_nobody", "pooled_daemon", "pooled_plain", "pooled_nobody", "pooled_plain", "pooled_plain"]

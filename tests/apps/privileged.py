@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kqueue import job
+from kqueue import io, job, offload
 
 TEMPLATE_PID = os.getpid()
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -75,6 +75,18 @@ def pooled_plain() -> dict[str, Any]:
 @job(user="nobody", start="exec", keep_result=60)
 def fresh_nobody() -> dict[str, Any]:
     return about()
+
+
+def real_user() -> int:
+    return os.getuid()
+
+
+@job(user="nobody", network=False, keep_result=60)
+def yields_as_nobody() -> Any:
+    """A generator, which would run inline if it named nobody."""
+    network = yield io.run(["readlink", "/proc/self/ns/net"])
+    user = yield io.run(["id", "-u"])
+    return {"call": (yield offload(real_user)), "program": int(user.text), "network": network.text.strip()}
 
 
 @job(user="no-such-user-here")

@@ -190,6 +190,10 @@ def pid_of_process() -> int:
     return os.getpid()
 
 
+def user_of_process() -> int:
+    return os.getuid()
+
+
 def is_stubborn() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     mark("stubborn", os.getpid())
@@ -264,7 +268,9 @@ def any_note() -> Any:
 
 CALLS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (pid_of_process, is_stubborn, cleans_up, eats, raises, raises_with_arguments, measures, dispatches)
+    for function in (
+        pid_of_process, user_of_process, is_stubborn, cleans_up, eats, raises, raises_with_arguments, measures, dispatches,
+    )
 }
 
 
