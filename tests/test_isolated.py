@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from kqueue.client.memory import MemoryClient
 from kqueue.codec import decode, from_json, unpack
 from kqueue.context import MAX_FOLLOW_UP_BYTES, MAX_FOLLOW_UPS
 from kqueue.dispatch import prepare
+from kqueue.errors import JobCancelled, JobTimedOut
+from kqueue.execution.child import Run
 from kqueue.execution.privileges import Privileges
 from kqueue.loading import ImportFailed, template_config
 from tests.apps.zoo import PIDS
@@ -515,3 +519,13 @@ def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.M
     assert row is not None
     assert (row.state, row.counters) == ("delayed", Counters())
     assert "Too many open files" in bench.of(events.Warned)[0].message
+
+
+@pytest.mark.parametrize(("ago_s", "error"), [(1.0, JobTimedOut), (0.5, JobCancelled)])
+def test_a_child_that_began_late_takes_its_time_out_for_one(ago_s: float, error: type[Exception]) -> None:
+    """Its time counts from when it was asked for, as at the supervisor, which sends SIGTERM for both."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        run = Run({"job": "x", "limits": {"timeout": 1.0}}, ours, time.monotonic() - ago_s)
+        with pytest.raises(error):
+            run.terminated(signal.SIGTERM, None)

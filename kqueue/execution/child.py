@@ -105,7 +105,8 @@ def _run_one(request: Mapping[str, Any]) -> int:
     """A process for one run. Returns its exit status."""
     supervisor = socket.socket(fileno=wire.JOB_FD)
     kind, payload = wire.read_frame(supervisor, (wire.RUN, wire.CALL))
-    Run(request, supervisor).attempt(kind, payload)
+    # Its time-out counts from when it was asked for: no later than at the supervisor, whose SIGTERM would else be a cancellation.
+    Run(request, supervisor, request.get("asked_at")).attempt(kind, payload)
     return 0
 
 

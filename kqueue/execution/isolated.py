@@ -7,6 +7,7 @@ job, and of its result only that it is JSON.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -104,6 +105,7 @@ class IsolatedExecutionStrategy:
             request["start"] = start
         if work.registration.parameters is not None and (command := self._commands.get(work.envelope.job)) is not None:
             request["command"] = command._asdict()
+        request["asked_at"] = time.monotonic()
         outcome = yield from self._attempt(request, wire.frame(wire.RUN, work.data), work.context)
         return outcome
 
