@@ -1,7 +1,7 @@
 """Who is compared, and how each is set: the one place to look when a figure seems unfair.
 
-A peer is set as its own documentation advises for speed, with hiredis and uvloop where it can use them, with its quietest log,
-without results, and with acknowledgement after the job wherever it has that. Each has a virtual environment of its own, since
+A peer is set for speed: with hiredis, with uvloop where it takes that by itself, with its quietest log, without results; and with
+acknowledgement after the job wherever it has that. Each has a virtual environment of its own, since
 their requirements contradict each other.
 
 How many jobs there are is proportionate to speed: a second or two for each. Workers for jobs that wait have as many threads or
