@@ -134,14 +134,14 @@ def _end(process: subprocess.Popen[bytes], number: int) -> None:
             break
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()  # whatever it has forked in its last moment is an orphan from here on
     for _ in range(_PASSES):
-        orphans = [pid for pid in children_of(os.getpid()) if pid != process.pid and limit_of(pid, _LOCKS_LINE) == number]
+        orphans = [pid for pid in children_of(os.getpid()) if limit_of(pid, _LOCKS_LINE) == number]
         if not orphans:
             break
         kill_trees(orphans)
         if not all(map(_reaped, orphans)):
             time.sleep(_PASS_S)
-    process.wait()
 
 
 def _reaped(pid: int) -> bool:
