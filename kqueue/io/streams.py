@@ -18,7 +18,7 @@ closes the stream, since nobody could say where it stands.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from ..context import forget, keep
@@ -217,33 +217,19 @@ class Stream(Closing):
 
         ConnectionLost when the other side takes no more; what it has sent before can still be read.
         """
-        yield from self.write_unless(lambda came: False, data, timeout)
-
-    def write_unless(
-        self, is_answered: Callable[[bytearray], bool | None], data: bytes | bytearray | memoryview, timeout: float | None
-    ) -> Generator[Any, Any, bool]:
-        """As `write`, but that it ends when something comes while it waits that is the answer already; whether that was so.
-
-        `is_answered` is asked with what is `buffered`. False: it is none, and nothing more is read; None: too little has come.
-        """
         sock = self._open()
         deadline = deadline_in(timeout)
         view = memoryview(data).cast("B")
         sent, turn, is_torn = 0, 0, False
-        answered = is_answered(self._buffer)
         try:
-            while sent < len(view) and not answered:
+            while sent < len(view):
                 try:
                     count = sock.send(view[sent : sent + FAIR])
                 except self._blocked as error:
                     events = self._events(error, WRITE)
                     is_torn = is_torn or self._remembers_what_was_tried
-                    ready = yield from wait_io(self._fd, events if answered is False else events | READ, left(deadline))
-                    if not ready:
+                    if not (yield from wait_io(self._fd, events, left(deadline))):
                         raise TimedOut(f"{self.peer} took {sent} of {len(view)} bytes in {timeout:g} s") from None
-                    if answered is None and ready & READ:
-                        self.receive_now()
-                        answered = False if self._ended else is_answered(self._buffer)
                     turn = 0
                 else:
                     sent += count
@@ -260,9 +246,8 @@ class Stream(Closing):
             is_torn = False  # nothing can follow, so nobody can mistake it
             raise ConnectionLost(f"{self.peer} takes no more: {error.strerror or error}") from None
         finally:
-            if is_torn and not answered:
+            if is_torn:
                 self.close()
-        return bool(answered)
 
     @operation
     def start_tls(

@@ -287,43 +287,6 @@ def test_who_does_not_read_is_not_written_to_for_ever(kernel: Kernel, serve: Ser
         done.set()
 
 
-@pytest.mark.parametrize("pieces", [True, False], ids=["in pieces", "at once"])
-def test_a_refusal_is_heard_while_the_body_is_sent(kernel: Kernel, serve: Serve, pieces: bool) -> None:
-    """By a server that reads no more of it, and does not hang up. Interim responses are no refusal, nor is one of 2xx."""
-    done = threading.Event()
-
-    def refuses(sock: socket.socket) -> None:
-        read_head(sock)
-        for part in (b"HTTP/1.1 4", b"13 Too Large\r\nContent-Length: 3\r\n\r\n", b"big"):
-            sock.sendall(part)
-        done.wait(20)
-
-    def answers_first(sock: socket.socket) -> None:
-        read_head(sock)
-        sock.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK)
-        left = 20_000_000
-        while left and (data := sock.recv(1 << 20)):
-            left -= len(data)
-        assert not left
-
-    def body() -> Any:
-        return iter([b"x" * 100_000] * 200) if pieces else b"x" * 20_000_000
-
-    def job() -> Any:
-        with (yield http.stream("PUT", url(refusing), body=body(), headers={"content-length": "20000000"})) as response:
-            assert response.status == 413
-            assert (yield response.read()) == b"big"
-        assert pool_counts(kernel)[0][1] == 0, "the connection is not used again"
-        response = yield http.put(url(eager), body=body(), headers={"content-length": "20000000"})
-        assert (response.status, response.body) == (200, b"ok")
-
-    refusing, eager = serve(refuses), serve(answers_first)
-    try:
-        kernel.run(job())
-    finally:
-        done.set()
-
-
 def test_what_goes_wrong_with_a_body_while_it_is_made(kernel: Kernel, site: Site) -> None:
     closed = []
 

@@ -212,7 +212,7 @@ class Exchange:
                 raise h11.RemoteProtocolError("there is no end of interim responses")
 
     def _send(self, connection: Connection) -> Generator[Any, Any, IOFailed | None]:
-        """Send all of it. What is returned kept us from that: the server may say why, or has said so already."""
+        """Send all of it. What is returned kept us from that: the server may say why."""
         stream, data = connection.stream, self.body.data
         self._phase = "write"
         protocol = _protocol()
@@ -222,15 +222,14 @@ class Exchange:
         self._was_sent = True
         try:
             yield from stream.write(head, timeout=left(self.until("write")))
-            answered = False
             if len(data) > _SMALL:
-                answered = yield from stream.write_unless(_refuses, data, left(self.until("write")))
+                yield from stream.write(data, timeout=left(self.until("write")))
             if self.body.pieces is not None:
                 connection.protocol = protocol  # it has counted what was sent
-                answered = yield from self._send_pieces(stream, protocol)
+                yield from self._send_pieces(stream, protocol)
         except ConnectionLost as error:
             return _Died(str(error))
-        return _Died(f"{stream.peer} answered before it had all of the request") if answered else None
+        return None
 
     def _begin(self, protocol: h11.Connection) -> bytes:
         """Let `protocol` know what is sent; the head of it, as bytes.
@@ -245,8 +244,7 @@ class Exchange:
             protocol.send(h11.EndOfMessage())
         return head
 
-    def _send_pieces(self, stream: Stream, protocol: h11.Connection) -> Generator[Any, Any, bool]:
-        """Whether the server has refused them before they were all sent."""
+    def _send_pieces(self, stream: Stream, protocol: h11.Connection) -> Generator[Any, Any, None]:
         pieces = self.body.pieces
         steps = aiter(pieces) if isinstance(pieces, AsyncIterable) else iter(pieces)
         try:
@@ -258,8 +256,7 @@ class Exchange:
                 if not len(piece):
                     continue
                 for data in protocol.send_with_data_passthrough(h11.Data(data=piece)) or ():  # type: ignore[arg-type]
-                    if (yield from stream.write_unless(_refuses, data, left(self.until("write")))):
-                        return True
+                    yield from stream.write(data, timeout=left(self.until("write")))
         finally:
             close = getattr(steps, "close", None)
             if close is not None and steps is not pieces:
@@ -267,7 +264,6 @@ class Exchange:
         end = protocol.send(h11.EndOfMessage())
         if end:
             yield from stream.write(end, timeout=left(self.until("write")))
-        return False
 
     def _head(self) -> h11.Request:
         url, target = self.url, self.url.target
@@ -294,14 +290,6 @@ class Exchange:
             text = f"what {connection.stream.peer} sent is no HTTP response: {error}; is it the right port and scheme?"
             return HTTPProtocolError(text, method=method, url=url)
         return error
-
-
-def _refuses(came: bytearray) -> bool | None:
-    """Whether what came while the request is sent is a response that wants no more of it: 3xx to 5xx. None: too little came."""
-    status = bytes(came[:10])
-    if len(status) < 10:
-        return None if status.startswith(b"HTTP/1."[: len(status)]) else False
-    return status.startswith(b"HTTP/1.") and status[9:] in b"345"
 
 
 def _protocol() -> h11.Connection:
