@@ -249,6 +249,18 @@ class Stream(Closing):
             if is_torn:
                 self.close()
 
+    def send_now(self, data: memoryview) -> tuple[int, int]:
+        """Send some of `data` without waiting, for who waits for the fd himself. Raises ConnectionLost.
+
+        Returns how many bytes went out, or 0 and what to wait for before the same is tried again.
+        """
+        try:
+            return self._open().send(data[:FAIR]), 0
+        except self._blocked as error:
+            return 0, self._events(error, WRITE)
+        except OSError as error:
+            raise ConnectionLost(f"{self.peer} takes no more: {error.strerror or error}") from None
+
     @operation
     def start_tls(
         self, host: str, tls: bool | ssl.SSLContext = True, *, timeout: float | None = None

@@ -676,3 +676,104 @@ def test_a_cut_of_tls_is_not_the_end(kernel: Kernel, serve: Serve, authority: Au
             yield client.get(f"https://127.0.0.1:{server.port}/")
 
     kernel.run(job())
+
+
+# -- responses that begin before the request has ended ------------------------------------------------------------------------
+
+
+def echoes(sock: socket.socket) -> None:
+    """Sends back what it reads, and reads no more before that is taken; once more, if it is asked to."""
+    while head := read_head(sock):
+        head, _, body = head.partition(b"\r\n\r\n")
+        left = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % left)
+        while True:
+            sock.sendall(body)
+            left -= len(body)
+            if not left:
+                break
+            body = sock.recv(65536)
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_body_is_read_while_another_one_is_sent(
+    kernel: Kernel, serve: Serve, authority: Authority, is_secure: bool, is_whole: bool
+) -> None:
+    context = authority.server("echo")
+
+    def over_tls(sock: socket.socket) -> None:
+        with context.wrap_socket(sock, server_side=True) as secured:
+            echoes(secured)
+
+    server = serve(over_tls if is_secure else echoes)
+    pieces = [bytes([number]) * 300_000 for number in range(100)]  # far more than the sockets hold
+
+    def job() -> Any:
+        client = http.Client(verify=authority.ca, timeout=Timeouts(write=20, read=20, head=20))
+        for _ in range(2):
+            asked: Any = {"data": b"".join(pieces)} if is_whole else {
+                "body": iter(pieces), "headers": {"Content-Length": str(sum(map(len, pieces)))}
+            }  # fmt: skip
+            with (yield client.stream("PUT", url(server).replace("http:", "https:" if is_secure else "http:"), **asked)) as got:
+                came = yield got.read_all(1 << 30)
+            assert came == b"".join(pieces)
+
+    kernel.run(job())
+    assert server.accepted == 1, "nothing was left over, so it could be used again"
+
+
+@pytest.mark.parametrize(("status", "is_kept"), [(200, True), (413, False)])
+def test_an_answer_before_the_body_is_taken(kernel: Kernel, serve: Serve, status: int, is_kept: bool) -> None:
+    """It is seen at once, though the server reads no more. What it has not refused is sent all the same."""
+    seen, all_taken, size = threading.Event(), threading.Event(), 20_000_000
+
+    def answers(sock: socket.socket) -> None:
+        body = read_head(sock).partition(b"\r\n\r\n")[2]
+        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 %d Seen\r\nContent-Length: 3\r\n\r\nyes" % status)
+        assert seen.wait(20)
+        count = len(body)
+        while count < size and (data := sock.recv(1 << 20)):
+            count += len(data)
+        if count == size:
+            all_taken.set()
+        until_gone(sock)
+
+    server = serve(answers)
+
+    def job() -> Any:
+        with (yield http.stream("PUT", url(server), data=b"x" * size, timeout=20)) as response:
+            assert response.status == status
+            seen.set()
+            assert (yield response.read_all()) == b"yes"
+
+    kernel.run(job())
+    assert [counts[1] for counts in pool_counts(kernel)] == [int(is_kept)]
+    assert all_taken.wait(20 * is_kept) is is_kept
+
+
+def test_an_answer_is_seen_while_the_body_waits_for_its_next_piece(kernel: Kernel, serve: Serve) -> None:
+    closed = []
+
+    def refuses(sock: socket.socket) -> None:
+        body = read_head(sock).partition(b"\r\n\r\n")[2]
+        while not body:
+            body = sock.recv(65536)
+        sock.sendall(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+        until_gone(sock)
+
+    class Endless:
+        def __iter__(self) -> Iterator[Any]:
+            try:
+                while True:
+                    yield b"x"
+                    yield sleep(0.001)
+            finally:
+                closed.append(True)
+
+    def job() -> Any:
+        assert (yield http.put(url(server), body=Endless(), timeout=20)).status == 401
+
+    server = serve(refuses)
+    kernel.run(job())
+    assert closed == [True], "nobody asks it for more"

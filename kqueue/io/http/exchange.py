@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Generator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final
 
 import h11
@@ -13,7 +13,7 @@ from ..dialing import connect
 from ..errors import Closed, ConnectionLost, IOFailed, NoDescriptor, TimedOut
 from ..gate import gate
 from ..surroundings import left, now
-from .bodies import Body, next_piece
+from .bodies import Body
 from .errors import (
     IDEMPOTENT,
     HTTPConnectFailed,
@@ -25,12 +25,12 @@ from .errors import (
 )
 from .pool import Connection, Pool
 from .proxies import basic, tunnel
+from .upload import Upload
 from .urls import URL
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from ..streams import Stream
     from .headers import Pair
     from .timeouts import Timeouts
 
@@ -126,7 +126,7 @@ class Exchange:
                 if connection.protocol is None:
                     connection.protocol = _protocol()
                     self._begin(connection.protocol)
-                return connection, (yield from self._receive_head(stream, connection.protocol, until))
+                return connection, (yield from self._receive_head(connection, connection.protocol, until))
             except BaseException as error:
                 connection.close()
                 if isinstance(error, _Died) and connection.uses and self._may_repeat and not is_repeated:
@@ -194,12 +194,16 @@ class Exchange:
         return stream
 
     def _receive_head(
-        self, stream: Stream, protocol: h11.Connection, until: float | None
+        self, connection: Connection, protocol: h11.Connection, until: float | None
     ) -> Generator[Any, Any, h11.Response]:
-        interim = 0
+        stream, interim = connection.stream, 0
         while True:
             event = protocol.next_event()
             if event is h11.NEED_DATA:
+                if connection.upload is not None and not stream.buffered:  # it said 100, or a part of its headers
+                    self._phase = "write"
+                    yield from self.send_on(connection)
+                    self._phase, until = "head", self.until("head")
                 data = yield from stream.read(timeout=left(until))
                 if not data:
                     raise ConnectionLost(f"{stream.peer} ended the connection in the middle of the response's headers")
@@ -212,7 +216,7 @@ class Exchange:
                 raise h11.RemoteProtocolError("there is no end of interim responses")
 
     def _send(self, connection: Connection) -> Generator[Any, Any, IOFailed | None]:
-        """Send all of it. What is returned kept us from that: the server may say why."""
+        """Send all of it, or as much as there is time for before the response. What is returned kept us from that."""
         stream, data = connection.stream, self.body.data
         self._phase = "write"
         protocol = _protocol()
@@ -222,13 +226,26 @@ class Exchange:
         self._was_sent = True
         try:
             yield from stream.write(head, timeout=left(self.until("write")))
-            if len(data) > _SMALL:
-                yield from stream.write(data, timeout=left(self.until("write")))
-            if self.body.pieces is not None:
-                connection.protocol = protocol  # it has counted what was sent
-                yield from self._send_pieces(stream, protocol)
         except ConnectionLost as error:
             return _Died(str(error))
+        if len(data) > _SMALL or self.body.pieces is not None:
+            connection.protocol = protocol  # it counts what is sent
+            connection.upload = Upload(self, protocol)
+            return (yield from self.send_on(connection))
+        return None
+
+    def send_on(self, connection: Connection, deadline: float | None = None) -> Generator[Any, Any, IOFailed | None]:
+        """Send what is left, until something comes. What is returned kept us from that: the server may say why."""
+        upload = connection.upload
+        assert upload is not None
+        try:
+            is_done = yield from upload.run(connection.stream, deadline)
+        except ConnectionLost as error:
+            connection.is_last = True
+            connection.end_upload()
+            return _Died(str(error))
+        if is_done:
+            connection.end_upload()
         return None
 
     def _begin(self, protocol: h11.Connection) -> bytes:
@@ -243,27 +260,6 @@ class Exchange:
                 protocol.send_with_data_passthrough(h11.Data(data=self.body.data))  # type: ignore[arg-type]  # a memoryview will do
             protocol.send(h11.EndOfMessage())
         return head
-
-    def _send_pieces(self, stream: Stream, protocol: h11.Connection) -> Generator[Any, Any, None]:
-        pieces = self.body.pieces
-        steps = aiter(pieces) if isinstance(pieces, AsyncIterable) else iter(pieces)
-        try:
-            while (piece := (yield from next_piece(steps))) is not None:
-                if not isinstance(piece, (bytes, bytearray, memoryview)):
-                    raise InvalidRequest(
-                        f"a body is made of bytes, not of {type(piece).__name__}", method=self.method, url=self.url.shown
-                    )
-                if not len(piece):
-                    continue
-                for data in protocol.send_with_data_passthrough(h11.Data(data=piece)) or ():  # type: ignore[arg-type]
-                    yield from stream.write(data, timeout=left(self.until("write")))
-        finally:
-            close = getattr(steps, "close", None)
-            if close is not None and steps is not pieces:
-                close()
-        end = protocol.send(h11.EndOfMessage())
-        if end:
-            yield from stream.write(end, timeout=left(self.until("write")))
 
     def _head(self) -> h11.Request:
         url, target = self.url, self.url.target

@@ -25,6 +25,7 @@ from ..surroundings import Signal, beside, left, local, now
 if TYPE_CHECKING:
     from ..streams import Stream
     from .client import Client
+    from .upload import Upload
 
 Key = tuple[Any, ...]  # scheme, host, port, and the proxy in between
 
@@ -35,12 +36,13 @@ HEAD_START_S: Final = 0.1  # of who can use a connection as it is, before those 
 class Connection:
     """A stream to a server, and where the protocol on it stands. Its request closes it or gives it back, or its job's end."""
 
-    __slots__ = ("__weakref__", "_pool", "idle_until", "is_last", "key", "protocol", "stream", "uses")
+    __slots__ = ("__weakref__", "_pool", "idle_until", "is_last", "key", "protocol", "stream", "upload", "uses")
 
     def __init__(self, stream: Stream, key: Key, pool: Pool) -> None:
         self.stream = stream
         self.key = key
         self.protocol: h11.Connection | None = None  # that of its request, from the first byte of the response on
+        self.upload: Upload | None = None  # what is left to send of its request, once the response has begun
         self.uses = 0  # requests before the one that it serves now
         self.idle_until = 0.0
         self.is_last = False  # no request can follow, whatever the response says: the server took only a part of this one
@@ -55,7 +57,8 @@ class Connection:
         if pool is None:
             return
         states = protocol and (protocol.our_state, protocol.their_state)
-        if protocol is None or self.is_last or states != (h11.DONE, h11.DONE) or protocol.trailing_data[0]:
+        is_last = self.is_last or self.upload is not None
+        if protocol is None or is_last or states != (h11.DONE, h11.DONE) or protocol.trailing_data[0]:
             self.close()
             return
         self.uses += 1
@@ -70,6 +73,13 @@ class Connection:
         forget(self)
         self.stream.close()
         pool.give_place(self.key)
+        self.end_upload()
+
+    def end_upload(self) -> None:
+        """No more is sent."""
+        upload, self.upload = self.upload, None
+        if upload is not None:
+            upload.close()
 
     def _lend(self) -> None:
         keep(self)

@@ -209,12 +209,15 @@ class StreamedResponse(_Head, Closing):
             raise Closed(f"the response of {self.method} {self.shown_url} was closed before its body had been read")
         stream, protocol, exchange = connection.stream, connection.protocol, self.exchange
         assert protocol is not None
-        is_at_end = False
+        is_at_end, phase = False, "read"
         try:
             while True:
                 event = protocol.next_event()
                 if event is h11.NEED_DATA:
-                    until = exchange.until("read", deadline)
+                    if connection.upload is not None and not stream.buffered:
+                        phase = "write"
+                        yield from exchange.send_on(connection, deadline)
+                    phase, until = "read", exchange.until("read", deadline)
                     data = yield from stream.read(PIECE, timeout=left(until))
                     is_at_end = not data
                     protocol.receive_data(data)
@@ -222,6 +225,9 @@ class StreamedResponse(_Head, Closing):
                     if event.data:
                         return event.data
                 elif type(event) is h11.EndOfMessage:
+                    if connection.upload is not None and self.status < 300:  # it wants the rest; who refuses it does not
+                        phase = "write"
+                        yield from exchange.send_on(connection, deadline)
                     self._connection, self._is_complete = None, True
                     connection.give_back()
                     return b""
@@ -234,7 +240,7 @@ class StreamedResponse(_Head, Closing):
                     raise self._cut(f"{stream.peer} ended the connection in the middle of the body: {error}") from None
                 raise self._garbage(f"what came is not HTTP: {error}") from None
             if isinstance(error, TimedOut):
-                raise exchange.late("read", deadline) from None
+                raise exchange.late(phase, deadline) from None
             if isinstance(error, (ConnectionLost, Closed)):
                 raise self._cut(str(error)) from None
             raise
