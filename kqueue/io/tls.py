@@ -17,6 +17,7 @@ from collections.abc import Generator
 from functools import lru_cache
 from typing import Any, Final
 
+from ..errors import UsageError
 from ..kernel.traps import READ, WRITE, wait_io
 from .errors import CertificateRefused, ConnectionLost, TimedOut, TLSFailed, Truncated
 from .gate import Gate
@@ -77,6 +78,10 @@ class TLSStream(Stream):
         sock = self._open()
         yield from ()
         self._say_goodbye(sock)
+
+    def hand_over(self) -> tuple[socket.socket, Gate]:
+        """Refused: a handshake would go past the TLS that is spoken, to the socket itself."""
+        raise UsageError(f"the stream to {self.peer} speaks TLS already, and TLS within TLS is not supported")
 
     @property
     def tls(self) -> ssl.SSLSocket:

@@ -164,7 +164,7 @@ def test_a_proxy_that_is_silent_and_one_that_says_too_much(kernel: Kernel, serve
         ({"HTTP_PROXY": "http://p:1", "http_proxy": "http://q:1"}, "http://a/", "http://q:1/"),
         ({"HTTP_PROXY": "http://p:1", "REQUEST_METHOD": "GET"}, "http://a/", None),
         ({"ALL_PROXY": "p:3128"}, "https://a/", "http://p:3128/"),
-        ({"ALL_PROXY": "p:1", "HTTPS_PROXY": "https://q:2"}, "https://a/", "https://q:2/"),
+        ({"ALL_PROXY": "p:1", "HTTP_PROXY": "https://q:2"}, "http://a/", "https://q:2/"),
         ({"ALL_PROXY": "p:1", "NO_PROXY": "*"}, "https://a/", None),
         ({"ALL_PROXY": "p:1", "NO_PROXY": "b, a"}, "https://a/", None),
         ({"ALL_PROXY": "p:1", "NO_PROXY": "A"}, "https://x.a/", None),
@@ -191,8 +191,32 @@ def test_which_proxy(environment: dict[str, str], url: str, expected: str | None
     assert (None if found is None else str(found)) == expected
 
 
-def test_a_kind_that_we_do_not_speak() -> None:
-    with pytest.raises(http.InvalidRequest, match=r"socks5://.* is not supported"):
-        proxies.from_environment({"ALL_PROXY": "socks5://h:1"})
+def test_a_kind_that_we_do_not_speak(kernel: Kernel, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused where it would be used, and nowhere else."""
+    monkeypatch.setenv("ALL_PROXY", "socks5://user:geheim@h:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def job() -> Any:
+        client = http.Client()
+        assert (yield client.get(site.url)).status == 200
+        with pytest.raises(http.InvalidRequest, match=r"http://a/.*socks5://.* is not supported.*NO_PROXY") as error:
+            yield client.get("http://a/")
+        assert "geheim" not in str(error.value)
+
+    kernel.run(job())
     with pytest.raises(http.InvalidRequest, match="not supported"):
         http.Client(proxy="socks5h://h")
+
+
+def test_no_tls_within_tls(kernel: Kernel, site: Site, serve: Serve, authority: Authority) -> None:
+    """A proxy that is spoken to by TLS serves http:// only; https:// is refused before anybody is connected to."""
+    server = serve(says(b"what it was not asked"))
+
+    def job() -> Any:
+        client = http.Client(proxy=f"https://user:geheim@127.0.0.1:{server.port}", verify=authority.ca)
+        with pytest.raises(http.InvalidRequest, match=r"https://a/: .*TLS within TLS.*http://127.0.0.1.*NO_PROXY") as error:
+            yield client.get("https://a/")
+        assert "geheim" not in str(error.value)
+
+    kernel.run(job())
+    assert server.accepted == 0

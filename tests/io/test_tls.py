@@ -93,6 +93,17 @@ def test_much_goes_both_ways_and_ends_in_order(
     kernel.run(job())
 
 
+def test_no_tls_within_tls(kernel: Kernel, serve: Serve, authority: Authority, context: ssl.SSLContext) -> None:
+    def job() -> Any:
+        with (yield io.connect("127.0.0.1", serve(over_tls(context, echo)).port, tls=authority.trusting)) as stream:
+            with pytest.raises(UsageError, match=r"127.0.0.1.* speaks TLS already"):
+                yield stream.start_tls("127.0.0.1", authority.trusting)
+            yield stream.write(b"on\n")
+            assert (yield stream.read_until(b"\n")) == b"on\n", "nothing has happened to it"
+
+    kernel.run(job())
+
+
 def test_what_was_decrypted_is_seen_without_the_socket(
     kernel: Kernel, serve: Serve, authority: Authority, context: ssl.SSLContext
 ) -> None:

@@ -94,7 +94,9 @@ class Client(Closing):
         self._timeouts = timeouts_of(timeout, Timeouts())
         self._verify = verify
         self._tls: bool | ssl.SSLContext | None = None  # made when it is needed
-        self._proxies = None if proxy is None else Proxies(dict.fromkeys(("http", "https"), proxy_url(proxy)) if proxy else {})
+        if proxy:
+            proxy_url(proxy)  # so a wrong one is said here
+        self._proxies = None if proxy is None else Proxies(dict.fromkeys(("http", "https"), proxy) if proxy else {})
         self.cookies = Cookies() if cookies else None
         self._redirects = redirects
         self._max_body = max_body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from binascii import b2a_base64
 from collections.abc import Generator, Mapping
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import h11
@@ -28,13 +29,24 @@ def basic(user: str, password: str) -> bytes:
 class Proxies(NamedTuple):
     """Which proxy a URL goes through."""
 
-    by_scheme: Mapping[str, URL]
+    by_scheme: Mapping[str, str]  # their URLs, which matter only where they are used
     exceptions: tuple[str, ...] = ()  # hosts that are connected to directly
 
     def proxy_for(self, url: URL) -> URL | None:
-        proxy = self.by_scheme.get(url.scheme)
-        if proxy is None or any(_is_meant(rule, url) for rule in self.exceptions):
+        """Raises InvalidRequest for one that we cannot go through."""
+        text = self.by_scheme.get(url.scheme)
+        if text is None or any(_is_meant(rule, url) for rule in self.exceptions):
             return None
+        try:
+            proxy = proxy_url(text)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), url=url.shown) from None
+        if proxy.scheme == url.scheme == "https":
+            where = proxy.authority
+            raise InvalidRequest(
+                f"TLS within TLS is not supported, and the proxy https://{where} wants that: give http://{where}, if it takes "
+                "CONNECT there, or except the host by NO_PROXY", url=url.shown,
+            )  # fmt: skip
         return proxy
 
 
@@ -50,17 +62,18 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Proxies:
     for scheme in ("http", "https"):
         text = value(f"{scheme}_proxy") or value("all_proxy")
         if text:
-            found[scheme] = proxy_url(text)
+            found[scheme] = text
     return Proxies(found, tuple(rule.strip().lower() for rule in value("no_proxy").split(",") if rule.strip()))
 
 
+@lru_cache(maxsize=8)
 def proxy_url(text: str) -> URL:
     """Raises InvalidRequest for a kind of proxy that we do not speak with."""
     if "://" not in text:
         text = f"http://{text}"
     scheme = text.partition("://")[0].lower()
     if scheme not in ("http", "https"):
-        where = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, or proxy="
+        where = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, or proxy=; NO_PROXY excepts hosts"
         raise InvalidRequest(f"a proxy by {scheme}:// is not supported, only by http:// and https://; see {where}")
     return parse(text)
 
