@@ -17,6 +17,8 @@ from kqueue import __version__, io
 from kqueue.context import enter
 from kqueue.errors import JobTimedOut, UsageError
 from kqueue.io import http
+from kqueue.io.http.cookies import Cookies
+from kqueue.io.http.headers import Headers
 from kqueue.io.http.urls import join as join_urls
 from kqueue.io.http.urls import parse
 from kqueue.kernel import Kernel, join, sleep
@@ -411,6 +413,46 @@ def test_cookies_are_kept_only_when_asked_for(kernel: Kernel, site: Site) -> Non
         assert len(client.cookies) == 50
 
     kernel.run(job())
+
+
+def test_cookies_that_were_set_by_tls_are_not_changed_without_it() -> None:
+    def after(*steps: tuple[str, str], url: str = "https://a.example.org/in/side") -> str:
+        cookies = Cookies()
+        for where, line in steps:
+            cookies.learn(parse(where), Headers([(b"set-cookie", line.encode())]))
+        return cookies.header_for(parse(url)).decode()
+
+    secure, plain = "https://a.example.org/in/x", "http://a.example.org/in/x"
+    good = (secure, "s=good; Secure; Domain=example.org; Path=/")
+    assert after(good, (plain, "s=bad; Domain=example.org; Path=/")) == "s=good"
+    assert after(good, (plain, "s=; Domain=example.org; Path=/; Max-Age=0")) == "s=good", "nor taken away"
+    assert after(good, (plain, "s=bad")) == "s=good", "nor hidden by one of a host below, or a longer path"
+    assert after((secure, "s=good; Secure; Path=/"), (plain, "s=bad; Domain=example.org; Path=/")) == "s=good"
+    assert after((secure, "s=good; Secure; Path=/in"), (plain, "s=other; Path=/")) == "s=good; s=other", "that hides nothing"
+    assert after((secure, "s=old; Path=/"), (plain, "s=new; Path=/")) == "s=new"
+    assert after(good, (secure, "s=new; Domain=example.org; Path=/")) == "s=new"
+    assert after((secure, "s=gone; Secure; Path=/; Max-Age=0"), (plain, "s=new; Path=/")) == "s=new"
+
+
+@pytest.mark.parametrize(
+    ("line", "is_kept"),
+    [
+        ("__Host-a=1; Secure; Path=/", True),
+        ("__Host-a=1; Path=/", False),
+        ("__Host-a=1; Secure", False),
+        ("__Host-a=1; Secure; Path=/in", False),
+        ("__Host-a=1; Secure; Path=/; Domain=a.example.org", False),
+        ("__hoSt-a=1; Path=/", False),
+        ("__Secure-a=1; Secure; Domain=example.org", True),
+        ("__Secure-a=1", False),
+        ("__SECURE-a=1", False),
+        ("_Host-a=1", True),
+    ],
+)
+def test_cookies_whose_names_promise_something(line: str, is_kept: bool) -> None:
+    cookies = Cookies()
+    cookies.learn(parse("https://a.example.org/"), Headers([(b"set-cookie", line.encode())]))
+    assert len(cookies) == is_kept
 
 
 def test_connections_are_used_again(kernel: Kernel, site: Site) -> None:

@@ -1,4 +1,4 @@
-"""Cookies (RFC 6265), kept by a client that was asked to, in memory, as long as it is there."""
+"""Cookies (RFC 6265, and what 6265bis says of Secure), kept by a client that was asked to, in memory, as long as it is there."""
 
 from __future__ import annotations
 
@@ -63,12 +63,23 @@ class Cookies:
         path = said.get("path", "")
         if not path.startswith("/"):
             path = url.path.rpartition("/")[0] or "/"
+        if not _keeps_promise(name, said) or (url.scheme != "https" and self._would_hide(domain or url.host, path, name)):
+            return
         until = _until(said)
         place = (domain or url.host, path, name)
         self._kept.pop(place, None)
         if until > time.time():
             self._kept[place] = _Cookie(value, not domain, "secure" in said, until)
             self._bound(place[0])
+
+    def _would_hide(self, domain: str, path: str, name: str) -> bool:
+        """Whether a cookie set without TLS would replace one that is Secure, or be sent along with it as if it were that."""
+        moment = time.time()
+        return any(
+            cookie.is_secure and its_name == name and cookie.until > moment
+            and (_is_below(domain, its_domain) or _is_below(its_domain, domain)) and _is_within(path, its_path)
+            for (its_domain, its_path, its_name), cookie in self._kept.items()
+        )  # fmt: skip
 
     def _bound(self, domain: str) -> None:
         same = [key for key in self._kept if key[0] == domain]
@@ -84,11 +95,27 @@ def _may_set(host: str, domain: str) -> bool:
 
 
 def _is_for(url: URL, domain: str, path: str, cookie: _Cookie) -> bool:
-    if url.host != domain and (cookie.is_host_only or not url.host.endswith(f".{domain}")):
+    if url.host != domain and (cookie.is_host_only or not _is_below(url.host, domain)):
         return False
     if cookie.is_secure and url.scheme != "https":
         return False
-    return url.path == path or (url.path.startswith(path) and (path.endswith("/") or url.path[len(path)] == "/"))
+    return _is_within(url.path, path)
+
+
+def _is_below(host: str, domain: str) -> bool:
+    return host == domain or host.endswith(f".{domain}")
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or (path.startswith(folder) and (folder.endswith("/") or path[len(folder)] == "/"))
+
+
+def _keeps_promise(name: str, said: dict[str, str]) -> bool:
+    """What a name that begins with __Secure- or __Host- says of the cookie (RFC 6265bis) is so."""
+    name = name.lower()
+    if name.startswith("__host-"):
+        return "secure" in said and not said.get("domain") and said.get("path") == "/"
+    return "secure" in said or not name.startswith("__secure-")
 
 
 def _until(said: dict[str, str]) -> float:
