@@ -678,6 +678,19 @@ def test_a_cut_of_tls_is_not_the_end(kernel: Kernel, serve: Serve, authority: Au
     kernel.run(job())
 
 
+@pytest.mark.parametrize("headers", [{}, {"Upgrade": "websocket", "Connection": "Upgrade"}])
+def test_a_server_that_goes_on_in_another_protocol(kernel: Kernel, serve: Serve, headers: dict[str, str]) -> None:
+    server = serve(says(b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"))
+
+    def job() -> Any:
+        with pytest.raises(http.HTTPProtocolError, match=r"another protocol \(101\).*HTTP/1.1 only.*io.connect") as error:
+            yield http.get(url(server), headers=headers)
+        assert not error.value.retryable
+        assert "right port" not in str(error.value)
+
+    kernel.run(job())
+
+
 # -- responses that begin before the request has ended ------------------------------------------------------------------------
 
 

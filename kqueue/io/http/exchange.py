@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_HEAD: Final = 65536  # bytes of the headers of a response
 MAX_INTERIM: Final = 100  # responses of 1xx before the one that counts
+_SWITCHED: Final = "_SWITCH_UPGRADE"  # in what h11 says of a 101 that nobody asked for
 _SMALL: Final = 65536  # bytes of a body that are sent together with the head
 _PHASES: Final = {
     "pool": "no connection was free",
@@ -210,6 +211,8 @@ class Exchange:
                 protocol.receive_data(data)
             elif type(event) is h11.Response:
                 return event
+            elif type(event) is h11.InformationalResponse and event.status_code == 101:
+                raise h11.RemoteProtocolError(_SWITCHED)
             elif type(event) is h11.InformationalResponse and interim < MAX_INTERIM:
                 interim += 1
             else:
@@ -283,6 +286,9 @@ class Exchange:
         if isinstance(error, h11.LocalProtocolError):
             return InvalidRequest(f"it cannot be sent: {error}", method=method, url=url)
         if isinstance(error, h11.RemoteProtocolError):
+            if _SWITCHED in str(error):
+                text = f"{connection.stream.peer} goes on in another protocol (101), and this client speaks HTTP/1.1 only: "
+                return HTTPProtocolError(text + "ask without Upgrade, or use io.connect()", method=method, url=url)
             text = f"what {connection.stream.peer} sent is no HTTP response: {error}; is it the right port and scheme?"
             return HTTPProtocolError(text, method=method, url=url)
         return error
