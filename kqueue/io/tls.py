@@ -79,10 +79,6 @@ class TLSStream(Stream):
         yield from ()
         self._say_goodbye(sock)
 
-    def hand_over(self) -> tuple[socket.socket, Gate]:
-        """Refused: a handshake would go past the TLS that is spoken, to the socket itself."""
-        raise UsageError(f"the stream to {self.peer} speaks TLS already, and TLS within TLS is not supported")
-
     @property
     def tls(self) -> ssl.SSLSocket:
         """For what is known of the connection: `getpeercert`, `selected_alpn_protocol`, `version`."""
@@ -95,6 +91,8 @@ def start(
     stream: Stream, host: str, tls: bool | ssl.SSLContext, deadline: float | None
 ) -> Generator[Any, Any, TLSStream]:
     """TLS as a client over a connected stream, which becomes the caller's only by what this returns; it is closed otherwise."""
+    if isinstance(stream, TLSStream):  # the handshake would go past its TLS, to the socket itself
+        raise UsageError(f"the stream to {stream.peer} speaks TLS already, and TLS within TLS is not supported")
     if stream.buffered:
         stream.close()
         raise TLSFailed(f"{stream.peer} sent something before TLS was spoken, which anybody could have put there: not trusted")

@@ -765,6 +765,40 @@ def test_an_answer_before_the_body_is_taken(kernel: Kernel, serve: Serve, status
     assert all_taken.wait(20 * is_kept) is is_kept
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_connection_that_is_reset_while_a_body_is_sent(kernel: Kernel, serve: Serve, is_whole: bool) -> None:
+    """A kept one is replaced, since it was dying; a POST says what happened."""
+    data = b"x" * 20_000_000  # more than the sockets hold
+
+    def peer(sock: socket.socket) -> None:
+        head, _, body = read_head(sock).partition(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            sock.sendall(OK)
+            read_head(sock)
+            return resets(sock)
+        count = len(body)
+        while count < len(data) and (more := sock.recv(1 << 20)):
+            count += len(more)
+        sock.sendall(OK)
+        until_gone(sock)
+
+    server = serve(peer)
+    asked: Any = {"data": data} if is_whole else {"body": [data], "headers": {"Content-Length": str(len(data))}}
+
+    def job() -> Any:
+        for _ in range(5):
+            client = http.Client(timeout=20)
+            yield client.get(url(server))
+            assert (yield client.put(url(server), **asked)).body == b"ok"
+            client = http.Client(timeout=20)
+            yield client.get(url(server))
+            with pytest.raises(http.HTTPConnectionLost, match=r"127.0.0.1:\d+ (broke the connection|takes no more)") as error:
+                yield client.post(url(server), **asked)
+            assert not error.value.retryable
+
+    kernel.run(job())
+
+
 def test_an_answer_is_seen_while_the_body_waits_for_its_next_piece(kernel: Kernel, serve: Serve) -> None:
     closed = []
 

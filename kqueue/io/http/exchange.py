@@ -246,7 +246,10 @@ class Exchange:
         except ConnectionLost as error:
             connection.is_last = True
             connection.end_upload()
-            return _Died(str(error))
+            died = _Died(str(error))
+            if connection.stream.closed:  # it was found out by reading, so there is nothing to read
+                raise died from None
+            return died
         if is_done:
             connection.end_upload()
         return None
