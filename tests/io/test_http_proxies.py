@@ -214,7 +214,7 @@ def test_no_tls_within_tls(kernel: Kernel, site: Site, serve: Serve, authority: 
 
     def job() -> Any:
         client = http.Client(proxy=f"https://user:geheim@127.0.0.1:{server.port}", verify=authority.ca)
-        with pytest.raises(http.InvalidRequest, match=r"https://a/: .*TLS within TLS.*http://127.0.0.1.*NO_PROXY") as error:
+        with pytest.raises(http.InvalidRequest, match=r"^https://a/: .*TLS within TLS.*http://127.0.0.1.*NO_PROXY") as error:
             yield client.get("https://a/")
         assert "geheim" not in str(error.value)
 

@@ -37,7 +37,7 @@ class HTTPFailed(IOFailed):
     """A request failed. `method` and `url` say which (without a user, and without what was in the query)."""
 
     def __init__(self, what: str, *, method: str, url: str, retryable: bool = False) -> None:
-        super().__init__(f"{method} {url}: {what}" if url else what)
+        super().__init__(f"{method} {url}: {what}".lstrip() if url else what)
         self.method = method
         self.url = url
         self.retryable = retryable
