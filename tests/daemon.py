@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,9 @@ def tree(pid: int) -> list[int]:
     """The descendants of `pid` that are alive."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *tree(child)]
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            for child in map(int, task.read_text().split()):
+                found += [child, *tree(child)]
     return found
 
 
