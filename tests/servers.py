@@ -176,11 +176,19 @@ class RedisServer:
             assert time.monotonic() < deadline, f"{field} stays {self.info(field)!r}, and never becomes {value!r}"
             time.sleep(0.01)
 
+    def until_it_has_what(self, master: RedisServer) -> None:
+        """Wait until all that `master` has now is here, and perhaps more."""
+        offset = int(master.info("master_repl_offset"))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while int(self.info("slave_repl_offset") or 0) < offset:
+            assert time.monotonic() < deadline, f"it has {self.info('slave_repl_offset')} bytes, and never the {offset}th"
+            time.sleep(0.01)
+
     def replicate(self, master: RedisServer, port: int = 0) -> None:
         """Become its replica (by another port than its own), and wait until all it has is here and it knows that."""
         self.command("REPLICAOF", "127.0.0.1", port or master.port)
         self.until("master_link_status", "up")
-        self.until("slave_repl_offset", master.info("master_repl_offset"))
+        self.until_it_has_what(master)
         deadline = time.monotonic() + START_TIMEOUT_S
         while "'state': 'online'" not in master.info("slave0"):
             assert time.monotonic() < deadline, "the master never takes its replica for one"

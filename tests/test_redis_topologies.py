@@ -115,7 +115,7 @@ def test_the_master_that_sentinels_watch_is_killed_while_jobs_flow(
         before = Flow(daemon, ["default"], "before-")
         before.more()
         before.end()
-        replica.until("slave_repl_offset", master.info("master_repl_offset"))
+        replica.until_it_has_what(master)
         master.kill()
         after = Flow(daemon, ["default"], "after-")
         after.more()

@@ -299,7 +299,7 @@ def test_a_node_is_killed_and_its_replica_takes_its_place_while_jobs_flow(rig: C
     client.enqueue([new_job(f"{queue}-{n}", queue=queue) for n in range(5) for queue in names])
     leases = [lease for queue in names for lease in reserve(rig, broker, queue, 2)]
     replica = mortal.nodes[3]
-    replica.until("slave_repl_offset", mortal.nodes[0].info("master_repl_offset"))
+    replica.until_it_has_what(mortal.nodes[0])
     mortal.nodes[0].kill()
     settling = rig.kernel.spawn(broker.settle(acks(leases)))
     adding = rig.kernel.spawn(broker.enqueue([new_job("more", queue=names[0])]))

@@ -78,7 +78,7 @@ def test_the_master_is_killed_while_jobs_flow_and_work_goes_on_at_its_replica(ri
     broker, client = open_at(rig, trio.url), RedisClient(trio.url, patience_s=20)
     rig.clients.append(client)
     held = rig.do(broker.enqueue([new_job("held")])) and rig.do(broker.reserve("q", {"inline": 1})).leases
-    trio.replica.until("slave_repl_offset", trio.master.info("master_repl_offset"))
+    trio.replica.until_it_has_what(trio.master)
     trio.master.kill()
     verbs = [
         broker.settle([Settlement(lease.token, "q", "ack") for lease in held]), broker.renew(), broker.sweep(),
@@ -106,7 +106,7 @@ def test_a_planned_failover_is_followed_while_the_old_master_still_takes_writes(
     broker, client = open_at(rig, trio.url), RedisClient(trio.url)
     rig.clients.append(client)
     assert client.enqueue([new_job("a")]) == [True]
-    trio.replica.until("slave_repl_offset", trio.master.info("master_repl_offset"))
+    trio.replica.until_it_has_what(trio.master)
     trio.sentinel.command("SENTINEL", "FAILOVER", "main")
     rig.until(lambda: ("back", "", 0.0) in rig.news)
     assert f"the master is 127.0.0.1:{trio.replica.port} by now" in rig.news[0][1]
@@ -122,7 +122,7 @@ def test_a_master_that_was_demoted_under_our_connection_is_left(rig: RedisRig, t
     broker, client = open_at(rig, trio.url), RedisClient(trio.url, patience_s=20)
     rig.clients.append(client)
     assert client.enqueue([new_job("a")]) == [True]
-    trio.replica.until("slave_repl_offset", trio.master.info("master_repl_offset"))
+    trio.replica.until_it_has_what(trio.master)
     trio.sentinel.command("SENTINEL", "REMOVE", "main")
     trio.replica.command("REPLICAOF", "NO", "ONE")
     trio.master.replicate(trio.replica)
