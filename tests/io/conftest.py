@@ -45,10 +45,13 @@ def a_job() -> JobContext:
     return JobContext(id="1", name="the_job", queue="q", attempt=1, deadline=None, inline=True, services=Services())
 
 
-def cancel_at_every_wait(kernel: Kernel, job: Callable[[], Any]) -> int:
+def cancel_at_every_wait(
+    kernel: Kernel, job: Callable[[], Any], look: Callable[[], object] | None = None, each: int = 10_000
+) -> int:
     """Cancel `job` before its first turn, after one, after two … until it gets through; the turns that it took.
 
-    Each time it is a job that ends, and has no place of the gate left.
+    After `each` turns, only every 20th is looked at. Each time it is a job that ends, and has no place of the gate left, or what
+    `look` asserts instead.
     """
     turns = 0
     while True:
@@ -62,11 +65,14 @@ def cancel_at_every_wait(kernel: Kernel, job: Callable[[], Any]) -> int:
             while not task.ended:
                 kernel.turn()
         enter(None)
-        assert kernel.locals.get(Gate) is None or kernel.locals[Gate].taken == 0
+        if look is not None:
+            look()
+        else:
+            assert kernel.locals.get(Gate) is None or kernel.locals[Gate].taken == 0
         if task.error is None:
             return turns
         assert isinstance(task.error, JobCancelled)
-        turns += 1
+        turns += 1 if turns < each else 20
 
 
 class Server:

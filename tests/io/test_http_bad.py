@@ -15,12 +15,11 @@ import pytest
 
 from kqueue import io
 from kqueue.context import enter
-from kqueue.errors import JobCancelled
 from kqueue.io import http
 from kqueue.io.gate import Gate
 from kqueue.io.http import Timeouts
 from kqueue.kernel import Kernel, join, sleep
-from tests.io.conftest import Server, a_job
+from tests.io.conftest import Server, a_job, cancel_at_every_wait
 from tests.io.http_world import Site, kernel, pool_counts, read_head, says, site, until_gone
 from tests.io.test_tls import Authority, authority
 
@@ -434,25 +433,13 @@ def test_a_cancellation_at_every_wait_leaves_nothing(kernel: Kernel, site: Site,
             yield io.gather(*(client.get(site.url) for _ in range(3)))
         ended.append(True)
 
-    turns = 0
-    while not ended and turns < 2000:
-        enter(a_job())
-        task = kernel.spawn(job())
-        for _ in range(turns):
-            if not task.ended:
-                kernel.turn()
-        if not task.ended:
-            kernel.cancel(task, JobCancelled("stop"))
-            while not task.ended:
-                kernel.turn()
-            assert isinstance(task.error, JobCancelled)
+    def look() -> None:
         for used, idle, waiting in pool_counts(kernel):
             assert (used, waiting) == (0, 0)
             assert kernel.locals[Gate].taken == idle
-        turns += 1 if turns < 40 else 20
-    enter(None)
+
+    assert cancel_at_every_wait(kernel, job, look, each=40) > 3
     assert ended
-    assert turns > 3
 
     def afterwards() -> Any:
         assert (yield client.get(f"{site.url}/bytes?count=10")).body == b"x" * 10
