@@ -6,8 +6,9 @@ Where the program is missing the test is skipped with the reason; under CI (`CI=
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
-import secrets
+import random
 import selectors
 import shutil
 import signal
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import hiredis
 import pytest
@@ -31,7 +32,8 @@ PR_SET_PDEATHSIG = 1
 # Below those that Linux gives to connections (from 32768 on), with those of a cluster's bus 10000 further; some for each process
 # of pytest-xdist: PYTEST_XDIST_WORKER is gw0, gw1, …
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = range(10000 + _WORKER % 4 * 3000, 13000 + _WORKER % 4 * 3000)
+PORTS = range(10000 + _WORKER % 4 * 2500, 12500 + _WORKER % 4 * 2500)
+_next_ports = itertools.cycle(random.sample(PORTS, len(PORTS)))  # each once: servers that are made and not started hold none
 
 
 def lack(what: str) -> NoReturn:
@@ -58,25 +60,54 @@ def postgres_version() -> str:
 
 def free_port() -> int:
     """One that stays free while its server is down: no connection of anybody gets it by chance, nor does another test process."""
-    while True:
-        port = secrets.choice(PORTS)
+    for port in _next_ports:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("a cycle has no end")
 
 
 def _die_with_us() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+class Server(Protocol):
+    """What `_start_on_a_free_port` starts."""
+
+    port: int
+    had_its_port: bool
+    new_port: Callable[[], int]
+
+    def attempt(self) -> bool: ...
+
+
+def _start_on_a_free_port(server: Server, log: Path, name: str) -> None:
+    """Where somebody else took its port before its first start, it has another one afterwards; later it waits for its own."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    said_before = log.stat().st_size if log.exists() else 0
+    while not server.attempt():
+        said = log.read_text()[said_before:]
+        if "ddress already in use" not in said or time.monotonic() > deadline:
+            raise RuntimeError(f"{name} did not start:\n{said[-2000:]}")
+        if not server.had_its_port:
+            server.port = server.new_port()
+        said_before += len(said)
+        time.sleep(0.05)
+    server.had_its_port = True
+
+
 class RedisServer:
     """One redis-server in `directory`. `options` are its own, as ("--appendonly", "yes"). Started by `start`, ended by `stop`."""
 
-    def __init__(self, directory: Path, *options: str, tls: Certificates | None = None, port: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *options: str, tls: Certificates | None = None, new_port: Callable[[], int] = free_port
+    ) -> None:
         self.directory = directory
         self.options = options
         self.tls = tls
-        self.port = port or free_port()
+        self.new_port = new_port
+        self.port = new_port()
+        self.had_its_port = False
         self.socket_path = str(directory / "redis.sock")
         self.password = ""  # of the default user
         self.process: subprocess.Popen[bytes] | None = None
@@ -90,6 +121,10 @@ class RedisServer:
         return f"redis{'s' if self.tls else ''}://{login}{host}:{self.port}/{db}{'?' if query else ''}{query}"
 
     def start(self) -> RedisServer:
+        _start_on_a_free_port(self, self.directory / "redis.log", "redis-server")
+        return self
+
+    def _command(self) -> list[str]:
         program = shutil.which("redis-server") or lack("redis-server")
         ports = ["--port", "0", "--tls-port", str(self.port)] if self.tls else ["--port", str(self.port)]
         tls = self.tls.options if self.tls else []
@@ -108,18 +143,17 @@ class RedisServer:
             *tls,
             *([] if "--appendonly" in self.options else ["--appendonly", "yes"]),  # else every daemon warns that it keeps nothing
         ]
-        return self._run([program, *fixed, *self.options])
+        return [program, *fixed, *self.options]
 
-    def _run(self, command: list[str]) -> RedisServer:
-        log = (self.directory / "redis.log").open("ab")
-        with log:
+    def attempt(self) -> bool:
+        """Whether it came up."""
+        with (self.directory / "redis.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
+                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us
             )
-        self._await()
-        return self
+        return self._await()
 
-    def _await(self) -> None:
+    def _await(self) -> bool:
         """Until it takes connections and has read back what it kept: it answers LOADING to commands until then."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -137,9 +171,9 @@ class RedisServer:
                 except OSError:
                     answer = b""
             if answer and b"-LOADING" not in answer:
-                return
+                return True
             time.sleep(0.005)
-        raise RuntimeError(f"redis-server did not start:\n{(self.directory / 'redis.log').read_text()[-2000:]}")
+        return False
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -215,18 +249,18 @@ class Sentinel(RedisServer):
     def __init__(self, directory: Path, master: RedisServer, password: str = "") -> None:
         super().__init__(directory)
         self.password = password
-        self.lines = (
-            f"port {self.port}", "bind 127.0.0.1", f"unixsocket {self.socket_path}", f"dir {directory}",
-            f"sentinel monitor main 127.0.0.1 {master.port} 1", "sentinel down-after-milliseconds main 1000",
-            "sentinel failover-timeout main 2000", *([f"requirepass {password}"] if password else []),
-        )  # fmt: skip
+        self.master = master
 
-    def start(self) -> Sentinel:
+    def _command(self) -> list[str]:
+        lines = (
+            f"port {self.port}", "bind 127.0.0.1", f"unixsocket {self.socket_path}", f"dir {self.directory}",
+            f"sentinel monitor main 127.0.0.1 {self.master.port} 1", "sentinel down-after-milliseconds main 1000",
+            "sentinel failover-timeout main 2000", *([f"requirepass {self.password}"] if self.password else []),
+        )  # fmt: skip
         program = shutil.which("redis-server") or lack("redis-server")
         file = self.directory / "sentinel.conf"
-        file.write_text("\n".join(self.lines) + "\n")
-        self._run([program, str(file), "--sentinel"])
-        return self
+        file.write_text("\n".join(lines) + "\n")
+        return [program, str(file), "--sentinel"]
 
     def until_it_knows(self, replicas: int) -> None:
         """So many replicas, each of which it could promote."""
@@ -245,7 +279,7 @@ class Cluster:
         self.masters = masters
         for number in range(masters + replicas):
             (directory / str(number)).mkdir()
-            self.nodes.append(RedisServer(directory / str(number), *fixed, *options, port=_port_with_a_bus()))
+            self.nodes.append(RedisServer(directory / str(number), *fixed, *options, new_port=_port_with_a_bus))
 
     @property
     def url(self) -> str:
@@ -353,7 +387,9 @@ class PostgresServer:
 
     def __init__(self, *options: str, tls: Certificates | None = None) -> None:
         self.options = options
+        self.new_port = free_port
         self.port = free_port()
+        self.had_its_port = False
         self.directory = Path(tempfile.mkdtemp(prefix="kq-postgres-"))
         self.tls = tls
         self.process: subprocess.Popen[bytes] | None = None
@@ -372,6 +408,12 @@ class PostgresServer:
         data = self.directory / "data"
         if not data.exists():
             self._init(data)
+        _start_on_a_free_port(self, self.directory / "log", "PostgreSQL")
+        return self
+
+    def attempt(self) -> bool:
+        """Whether it came up."""
+        data = self.directory / "data"
         settings = [
             "listen_addresses=127.0.0.1", f"port={self.port}", f"unix_socket_directories={self.directory}", "fsync=off",
             "max_connections=60", "shared_buffers=16MB", *(self._tls() if self.tls else []), *self.options,
@@ -381,8 +423,7 @@ class PostgresServer:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_us, **self._user
             )
-        self._await()
-        return self
+        return self._await()
 
     def _init(self, data: Path) -> None:
         password = self.directory / "password"
@@ -408,7 +449,7 @@ class PostgresServer:
     def _log(self) -> Any:
         return (self.directory / "log").open("ab")
 
-    def _await(self) -> None:
+    def _await(self) -> bool:
         """Until it lets us in."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -417,9 +458,9 @@ class PostgresServer:
                 break
             ready = [postgres_program("pg_isready"), "-q", "-h", str(self.directory), "-p", str(self.port)]
             if subprocess.run(ready, check=False).returncode == 0:
-                return
+                return True
             time.sleep(0.02)
-        raise RuntimeError(f"PostgreSQL did not start:\n{(self.directory / 'log').read_text()[-2000:]}")
+        return False
 
     def kill(self) -> None:
         """SIGKILL; and wait until the processes that served its clients have noticed."""
@@ -457,10 +498,9 @@ def _port_with_a_bus() -> int:
     """A free port whose neighbour 10000 further, which nodes talk by, is free as well."""
     while True:
         port = free_port()
-        if port < 55536:
-            with socket.socket() as probe, suppress(OSError):
-                probe.bind(("127.0.0.1", port + 10000))
-                return port
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port + 10000))
+            return port
 
 
 class Certificates:

@@ -10,6 +10,7 @@ import ctypes
 import heapq
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ HERE: Final = Path(__file__).resolve().parent
 RESTART_S: Final = 0.1  # systemd's RestartSec
 STARTING_S: Final = 2.0  # an interpreter that starts on a busy machine
 TICK_S: Final = 0.01
+PORTS: Final = range(30000, 32768)
 START_S: Final = 20.0  # for a process to come up
 REDIS_OPTIONS: Final = ("--save", "", "--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync", "no")
 
@@ -304,9 +306,12 @@ def survivors(book_path: Path, but: int) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that Linux gives to connections (from 32768 on): it stays free while the server is down."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise Trouble(f"no port of {PORTS.start} to {PORTS.stop} is free on 127.0.0.1")
 
 
 def _die_with_us() -> None:
