@@ -54,12 +54,19 @@ class Closeable(Protocol):
         """At once, and without waiting."""
 
 
+class Cancellable(Protocol):
+    """A timer."""
+
+    def cancel(self) -> None:
+        """It does not fire any more."""
+
+
 class JobContext:
     """The running job, as it sees itself."""
 
     __slots__ = (
         "_opened", "attempt", "deadline", "follow_ups", "fraction", "id", "inline", "max_memory_mib", "name", "note", "pid",
-        "queue", "services",
+        "queue", "services", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -77,7 +84,8 @@ class JobContext:
         self.fraction: float | None = None  # what it last reported by progress(); None: nothing yet
         self.note = ""
         self.follow_ups: tuple[NewJob, ...] = ()  # what is enqueued when this run ends well, in the same step as its ack
-        self._opened: dict[int, ref[Closeable]] = {}  # by id(): what is closed when this run ends
+        self.timer: Cancellable | None = None  # what ends it when its deadline has come; None: it need not be taken back
+        self._opened: dict[int, ref[Closeable]] | None = None  # by id(): what is closed when this run ends; None: nothing yet
         self.pid: int | None = None  # of its child, while it has one; None: it runs in this process
 
     @property
@@ -109,14 +117,20 @@ class JobContext:
 
     def keep(self, thing: Closeable) -> None:
         """Close `thing` when this run ends, however it ends. Nothing else is kept alive by it."""
+        if self._opened is None:
+            self._opened = {}
         self._opened[id(thing)] = ref(thing)
 
     def forget(self, thing: Closeable) -> None:
         """Do not: it was closed, or others see to it."""
-        self._opened.pop(id(thing), None)
+        if self._opened is not None:
+            self._opened.pop(id(thing), None)
 
     def close_all(self) -> None:
-        """This run has ended: close what it opened and left open."""
+        """This run has ended: take its timer back, and close what it opened and left open."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         while self._opened:
             thing = self._opened.popitem()[1]()
             if thing is not None:

@@ -27,6 +27,9 @@ MAX_UNSETTLED: Final = 10_000  # outcomes that await their settlement
 AGAIN: Final = "they run again once our lease has expired, or when this daemon starts again"
 
 
+DEFAULTS: Final = JobOptions()
+
+
 class Held:
     """A lease that this process holds, while its job runs."""
 
@@ -43,7 +46,7 @@ class Held:
         self.started = started  # by the kernel's clock
         self.job = ""  # its name, once the envelope is decoded
         self.strategy = lease.lane
-        self.options = JobOptions()
+        self.options = DEFAULTS
         self.context: JobContext | None = None  # None: it has not come to run yet
 
 

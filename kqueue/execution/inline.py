@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Generator
+from functools import partial
 from typing import Any, Final
 
 from ..codec import MAX_BYTES, pack, to_json
 from ..context import enter
 from ..errors import ArgumentsDoNotFit, JobBlocked, JobCancelled, JobOutgrew, JobTimedOut
-from ..kernel import Kernel
+from ..kernel import Kernel, Task
 from ..outcome import Outcome, describe_error
 from ..retries import ask_backoff, asked_by, needs_backoff
 from .base import Work
@@ -42,20 +43,20 @@ class InlineExecutionStrategy:
     def execute(self, work: Work) -> Generator[Any, Any, Outcome]:
         """Run one attempt as part of the calling task."""
         kernel = self._kernel
-        task = kernel.current
         began = kernel.clock.monotonic()
         timeout_s = work.options.timeout
         enter(work.context)
-        timer = None
-        if timeout_s and task is not None:
-            error = JobTimedOut(f"{work.registration.name} ran longer than its timeout of {timeout_s:g} s")
-            timer = kernel.throw_at(task, began + timeout_s, error, GRACE_S)
+        if timeout_s and kernel.current is not None:
+            kernel.current.on_wait = partial(self._arm, work, began + timeout_s)  # most jobs are done by then
         try:
             return (yield from self._run(work, began, {"timeout": timeout_s} if timeout_s else {}))
         finally:
-            if timer is not None:
-                timer.cancel()
             work.context.close_all()
+
+    def _arm(self, work: Work, when: float, task: Task) -> None:
+        """The job waits for the first time: from now on it can be late."""
+        error = JobTimedOut(f"{work.registration.name} ran longer than its timeout of {work.options.timeout:g} s")
+        work.context.timer = self._kernel.throw_at(task, when, error, GRACE_S)
 
     def _run(self, work: Work, began: float, limits: dict[str, float]) -> Generator[Any, Any, Outcome]:
         try:

@@ -46,8 +46,8 @@ class Task:
     """One generator or coroutine that the kernel drives."""
 
     __slots__ = (
-        "_joiners", "context", "ended", "error", "generator", "grace_s", "mark", "name", "on_end", "parked", "undo", "value",
-        "wait_number",
+        "_joiners", "context", "ended", "error", "generator", "grace_s", "mark", "name", "on_end", "on_wait", "parked", "undo",
+        "value", "wait_number",
     )  # fmt: skip
 
     def __init__(self, generator: Steps, name: str, context: Context) -> None:
@@ -63,6 +63,7 @@ class Task:
         self.undo: Callable[[], None] | None = None  # takes back what the trap registered; None: nothing
         self._joiners: deque[Task] | None = None
         self.on_end: Callable[[Task], None] | None = None  # called once, whatever the end; None: nobody cares
+        self.on_wait: Callable[[Task], None] | None = None  # called once, after the first step that does not end it
         self.grace_s: float | None = None  # set by the first cancel; None: never cancelled
 
     @property
@@ -315,6 +316,9 @@ class Kernel:
             self.on_slow(task, took)
         if ended:
             self._end(task, value, error)
+        elif task.on_wait is not None:
+            on_wait, task.on_wait = task.on_wait, None
+            on_wait(task)
 
     def _advance(self, task: Task) -> None:
         """Resume `task` until it is parked or at the back of the ready queue. Raises what its generator raises."""
@@ -351,6 +355,7 @@ class Kernel:
         task.parked = False
         task.value, task.error = value, error
         heard = self.unpark(task._joiners, value, error=error) if task._joiners else 0
+        task.on_wait = None
         on_end, task.on_end = task.on_end, None  # its owner most often holds the task: a circle for the collector
         task.context = _ENDED  # stale timers keep the task for a while, and it would keep all that its job had
         if on_end is not None:
