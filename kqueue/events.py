@@ -198,6 +198,10 @@ class Events:
         """Call `subscriber` with every fact of `kind` from now on."""
         self._subscribers.setdefault(kind, []).append(subscriber)
 
+    def hears(self, kind: type[Any]) -> bool:
+        """Whether anybody wants facts of `kind`: those that come ten thousand times a second need not be made for nobody."""
+        return kind in self._subscribers
+
     def emit(self, fact: NamedTuple) -> None:
         """Tell everyone who subscribed to this kind of fact."""
         for subscriber in self._subscribers.get(type(fact), ()):

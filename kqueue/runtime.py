@@ -161,7 +161,8 @@ class KQueueRuntime:
             outcome = _refused(reason)
             return Ended(held, outcome, judge(lease, held.options, outcome, "none"))
 
-        if (spent := exhausted(lease)) is not None:
+        was_lost = lease.counters.crashes or lease.counters.recoveries  # else it is neither exhausted nor a suspect
+        if was_lost and (spent := exhausted(lease)) is not None:
             return Ended(held, *spent)
         strategy = self._choose(registration)
         if strategy.name != lease.lane and registration.options.isolated is None:
@@ -169,7 +170,7 @@ class KQueueRuntime:
             strategy = self._choose(self._registration(envelope.job))
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
-        if not self._quarantine.admits(held):
+        if was_lost and not self._quarantine.admits(held):
             return Ended(held, Outcome("cancelled", "supervisor"), keep_apart(lease), ran=False)
         if lease.lane == "isolated":
             if lease.counters.memory:  # what grew, since it ran out of memory before, grows up to the budget
@@ -181,14 +182,15 @@ class KQueueRuntime:
                 return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
 
         attempt = lease.counters.runs + 1
-        alone = self._quarantine.suspects(held)
+        alone = bool(was_lost and self._quarantine.suspects(held))
         work = self._work(registration, options, envelope, data, attempt, strategy.name, alone)
         running = self._intake.running["isolated"]
         if lease.lane == "isolated" and not self.isolated.may_start(work, running, self._slots["isolated"]):
             self.isolated.pool.slow_down()
             return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
         held.context, held.started = work.context, self.kernel.clock.monotonic()
-        self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
+        if self.events.hears(facts.JobStarted):
+            self.events.emit(facts.JobStarted(envelope.id, envelope.job, strategy.name, lease.queue, attempt))
         try:
             outcome = yield from strategy.execute(work)
         except NotStarted as reason:
@@ -196,7 +198,8 @@ class KQueueRuntime:
             return Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
         if held.is_dismissed:
             return Ended(held, outcome, put_back(lease), ran=False)
-        return Ended(held, outcome, judge(lease, options, outcome, strategy.name, convicted=self._quarantine.convicts(held)))
+        convicted = bool(was_lost and self._quarantine.convicts(held))
+        return Ended(held, outcome, judge(lease, options, outcome, strategy.name, convicted=convicted))
 
     def _unsigned(self, lease: Lease) -> bytes:
         if lease.envelope is None:
@@ -459,8 +462,9 @@ class KQueueRuntime:
     def _settled(self, batch: Sequence[Ended], answers: Sequence[str]) -> None:
         for ended, answer in zip(batch, answers, strict=True):
             self._account(ended, stale=answer == STALE)
-            self.memory.released(ended.held)
         if self.memory.waiting is not None:
+            for ended in batch:
+                self.memory.released(ended.held)
             self.nudge()
         self._look_whether_drained()
 

@@ -74,16 +74,16 @@ def judge(
     if now is None:
         now = time.time()
     counters, verb, delay_s, certificate = lease.counters, "ack", 0.0, None
-    then, why = "done", ""
-    if not outcome.ok:
+    then, why, ok = "done", "", outcome.ok
+    if not ok:
         then, counters, delay_s, why = _decide(lease, options, outcome, now, convicted)
         verb = "bury" if then == "dead" else "release"
-    if not outcome.ok or options.keep_result:
+    if not ok or options.keep_result:
         attempt = lease.counters.runs + 1
         certificate = to_json(outcome.certificate(attempt=attempt, strategy=strategy, ended_at=now, then=then, why=why))
     settlement = Settlement(
-        lease.token, lease.queue, verb, counters, delay_s, None, certificate, outcome.result if outcome.ok else None,
-        options.keep_result if outcome.ok else 0.0, outcome.follow_ups if outcome.ok else (),
+        lease.token, lease.queue, verb, counters, delay_s, None, certificate, outcome.result if ok else None,
+        options.keep_result if ok else 0.0, outcome.follow_ups if ok else (),
     )  # fmt: skip
     return Verdict(then, settlement)
 

@@ -188,16 +188,18 @@ def settle_parts(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[i
     Each within MAX_BATCH jobs and MAX_BATCH_BYTES, follow-ups among them, unless one settlement alone is more.
     """
     groups: dict[tuple[str, str], list[int]] = {}
-    for position, item in enumerate(batch):
-        groups.setdefault((item.queue, item.token.epoch), []).append(position)
+    for position, (token, queue, *_) in enumerate(batch):
+        groups.setdefault((queue, token.epoch), []).append(position)
     queues: dict[str, list[tuple[str, list[int]]]] = {}
     for (queue, epoch), positions in groups.items():
         parts = queues.setdefault(queue, [])
         jobs, size = MAX_BATCH, 0
         for position in positions:
             item = batch[position]
-            more = 1 + len(item.follow_ups)
-            length = len(item.certificate or b"") + len(item.result or b"") + sum(len(job.envelope) for job in item.follow_ups)
+            more, length = 1, 0
+            if item.certificate or item.result or item.follow_ups:
+                more += len(item.follow_ups)
+                length = len(item.certificate or b"") + len(item.result or b"") + sum(len(job.envelope) for job in item.follow_ups)
             if jobs + more > MAX_BATCH or size + length > MAX_BATCH_BYTES:
                 parts.append((epoch, []))
                 jobs, size = 0, 0
