@@ -311,11 +311,11 @@ class KQueueRuntime:
                 continue
             if self._upkeep.in_doubt:
                 yield from self._upkeep.renew()
-            self._nudged = False
+            self._nudged, turn = False, self.kernel.turns
             took, next_due_s = yield from self._reserve()
             if took:
-                yield  # let them run before more are taken
-                self._intake.starts_end()
+                if self.kernel.turns == turn:
+                    yield  # a broker that answers at once: let them run before more are taken. Others are asked while they run
                 if self._ahead.has_to_be_watched:
                     self._loop(self._ahead.watch(self.nudge))
                 if self._nudged or self._is_hungry():
@@ -363,8 +363,9 @@ class KQueueRuntime:
         self._intake.got(ask, len(reserved.leases))
         if reserved.leases:
             self.kernel.spawn(self._begin_starts(len(reserved.leases)), name="starts")
-        for lease in reserved.leases:
-            self._start_life(lease)
+            for lease in reserved.leases:
+                self._start_life(lease)
+            self.kernel.spawn(self._end_starts(), name="started")
         return reserved
 
     def _take_handed(self, lease: Lease) -> bool:
@@ -381,6 +382,11 @@ class KQueueRuntime:
     def _begin_starts(self, count: int) -> Steps:
         """Runs right before those that were just taken."""
         self._intake.starts_begin(count)
+        yield from ()
+
+    def _end_starts(self) -> Steps:
+        """Runs right after them."""
+        self._intake.starts_end()
         yield from ()
 
     def _start_life(self, lease: Lease) -> None:
