@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from operator import itemgetter
+from sys import intern
 from typing import Any, Final, NamedTuple
 
 from .errors import EnvelopeError, NewerEnvelope
@@ -130,6 +131,8 @@ def _usual(fields: dict[str, Any], tagged: bool) -> Envelope | None:
         and type(enqueued_at) is float
     ):  # fmt: skip
         return None
+    # The same few names stand in all of them: ten thousand jobs that wait share theirs.
+    job, queue, lane = intern(job), intern(queue), intern(lane)
     return Envelope(id, job, args, kwargs, queue, lane, priority, enqueued_at, _NO_OPTIONS, None, tagged)
 
 

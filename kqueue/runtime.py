@@ -398,7 +398,7 @@ class KQueueRuntime:
         held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
         held.task.on_end = partial(self._ended, held)
         if lease.lane == "inline":
-            held.task.mark = lease.token.id.encode()
+            held.task.mark = lease.token.id
         self._intake.started(lease.queue, lease.lane)
 
     def _is_finished(self) -> bool:
@@ -567,7 +567,7 @@ class KQueueRuntime:
         if registration.isolated:
             self.isolated.link.configure(self.template())
         task = self.kernel.spawn(strategy.execute(work), name=envelope.id)
-        task.mark = envelope.id.encode() if strategy.name == "inline" else b""
+        task.mark = envelope.id if strategy.name == "inline" else ""
         return task
 
     @property

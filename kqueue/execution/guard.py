@@ -137,7 +137,7 @@ class SliceGuard:
 
 # Those of our functions that call into a job, and are ready for whatever comes out of it.
 _CALLERS: Final[set[CodeType]] = {
-    InlineExecutionStrategy._run.__code__, Registration.call.__code__, call_target.__code__, ask_backoff.__code__,
+    InlineExecutionStrategy.execute.__code__, Registration.call.__code__, call_target.__code__, ask_backoff.__code__,
     describe_error.__code__,
 }  # fmt: skip
 _TRANSPARENT: Final = JobFunction.__call__.__code__  # a job that calls another one's function

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Generator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from ..codec import MAX_BYTES, pack, to_json
@@ -42,23 +42,12 @@ class InlineExecutionStrategy:
 
     def execute(self, work: Work) -> Generator[Any, Any, Outcome]:
         """Run one attempt as part of the calling task."""
-        kernel = self._kernel
-        began = kernel.clock.monotonic()
+        began = self._kernel.clock.monotonic()
         timeout_s = work.options.timeout
+        limits = _timeout(timeout_s) if timeout_s else {}
         enter(work.context)
-        if timeout_s and kernel.current is not None:
-            kernel.current.on_wait = partial(self._arm, work, began + timeout_s)  # most jobs are done by then
-        try:
-            return (yield from self._run(work, began, {"timeout": timeout_s} if timeout_s else {}))
-        finally:
-            work.context.close_all()
-
-    def _arm(self, work: Work, when: float, task: Task) -> None:
-        """The job waits for the first time: from now on it can be late."""
-        error = JobTimedOut(f"{work.registration.name} ran longer than its timeout of {work.options.timeout:g} s")
-        work.context.timer = self._kernel.throw_at(task, when, error, GRACE_S)
-
-    def _run(self, work: Work, began: float, limits: dict[str, float]) -> Generator[Any, Any, Outcome]:
+        if timeout_s and self._kernel.current is not None:
+            self._kernel.current.on_wait = partial(self._arm, work, began + timeout_s)  # most jobs are done by then
         try:
             try:
                 args, kwargs = work.arguments()
@@ -78,6 +67,13 @@ class InlineExecutionStrategy:
             outcome = self._with_backoff(work, error, self._failed(error))
             duration_s = self._kernel.clock.monotonic() - began
             return outcome._replace(duration_s=duration_s, limits={**limits, **outcome.limits})
+        finally:
+            work.context.close_all()
+
+    def _arm(self, work: Work, when: float, task: Task) -> None:
+        """The job waits for the first time: from now on it can be late."""
+        error = JobTimedOut(f"{work.registration.name} ran longer than its timeout of {work.options.timeout:g} s")
+        work.context.timer = self._kernel.throw_at(task, when, error, GRACE_S)
 
     def _failed(self, error: BaseException) -> Outcome:
         described = describe_error(error)
@@ -109,6 +105,12 @@ class InlineExecutionStrategy:
     def _was_cancelled(self) -> bool:
         task = self._kernel.current
         return task is not None and task.grace_s is not None
+
+
+@lru_cache(maxsize=64)
+def _timeout(seconds: float) -> dict[str, float]:
+    """As the limits of an Outcome: one for all jobs that have it, since a dict is 184 bytes."""
+    return {"timeout": seconds}
 
 
 def result_json(value: Any, max_bytes: int = MAX_BYTES) -> bytes:

@@ -56,7 +56,7 @@ class Task:
         self.context = context  # every step runs in it, so context variables never leak into another task
         self.value: Any = None  # what the next step sends; once ended, what it returned
         self.error: BaseException | None = None  # what the next step throws; once ended, what it raised
-        self.mark = b""  # foreign code runs in it: what `Kernel.page` says meanwhile, at most as long as a MARK. Empty: none does
+        self.mark = ""  # foreign code runs in it: what `Kernel.page` says meanwhile, at most as long as a MARK. Empty: none does
         self.parked = False  # False: in the ready queue, being stepped, or ended
         self.ended = False
         self.wait_number = 0  # rises with every wake, so that timers of earlier waits are stale
@@ -297,7 +297,7 @@ class Kernel:
         if task.mark:
             page = self.page
             if page is not None:
-                MARK.pack_into(page, 0, task.mark)
+                MARK.pack_into(page, 0, task.mark.encode("utf-8", "surrogateescape"))
             self.slice_began = began
             if self.unwatched:
                 self.watch()
