@@ -154,7 +154,8 @@ def _finite(text: str) -> float:
 # Made once: json.dumps and json.loads make a new encoder or decoder at every call that has options (6 µs each).
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
 _decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
-_decode, _scan = _decoder.decode, _decoder.scan_once
+_decode = _decoder.decode
+_scan: Any = _decoder.scan_once  # type: ignore[attr-defined]  # what its raw_decode calls; its stub does not know it
 
 
 def to_json(value: Any) -> bytes:

@@ -199,7 +199,8 @@ def settle_parts(batch: Sequence[Settlement]) -> Iterator[list[tuple[str, list[i
             more, length = 1, 0
             if item.certificate or item.result or item.follow_ups:
                 more += len(item.follow_ups)
-                length = len(item.certificate or b"") + len(item.result or b"") + sum(len(job.envelope) for job in item.follow_ups)
+                length = len(item.certificate or b"") + len(item.result or b"")
+                length += sum(len(job.envelope) for job in item.follow_ups)
             if jobs + more > MAX_BATCH or size + length > MAX_BATCH_BYTES:
                 parts.append((epoch, []))
                 jobs, size = 0, 0
