@@ -2,9 +2,9 @@
 
     reserve -> decode -> admit -> choose -> execute -> judge -> settle        (_life, read it first)
 
-Around that there is little: `_feed` reserves for slots that are free and holds no backlog, `settling.py` ends leases in batches,
-`upkeep.py` keeps the epoch alive, and `stop` turns "running" into "terminating". Everything is a task of one kernel. Only this
-file says what becomes of a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
+Around that there is little: `feeding.py` reserves for slots that are free and holds no backlog, `settling.py` ends leases in
+batches, `upkeep.py` keeps the epoch alive, and `stop` turns "running" into "terminating". Everything is a task of one kernel.
+Only this file says what becomes of a lease; how a job runs, how a queue stores it, and what a log says of it are other rooms.
 
     starting -> running <-> quiet
                    |          |
@@ -40,10 +40,11 @@ from .execution.inline import InlineExecutionStrategy
 from .execution.isolated import IsolatedExecutionStrategy
 from .execution.privileges import DEFAULT, Privileges
 from .execution.workers import DEFAULTS, PoolSettings
+from .feeding import Feeding
 from .hostmemory import NO_BUDGET, Budget
 from .ids import new_id
 from .instance import SlicePage
-from .intake import Ask, Intake
+from .intake import Intake
 from .job import BoundJob
 from .kernel import Abandoned, Clock, Kernel, Park, Task, join, sleep
 from .kernel.signals import Signals
@@ -56,7 +57,7 @@ from .quarantine import Quarantine
 from .registry import Registration, registry
 from .security import SecurityConfig, admit, check_dispatch
 from .services import RuntimeServices
-from .settling import NO_HURRY_S, Ended, Held, Settling
+from .settling import Ended, Held, Settling
 from .signing import unsigned
 from .slices import Slices
 from .upkeep import EXIT_RESTART, Upkeep
@@ -89,9 +90,9 @@ class KQueueRuntime:
     ) -> None:  # fmt: skip
         self.events = events or Events()
         self.kernel = Kernel(clock=clock, max_slice_s=max_slice_s)
-        self._upkeep = Upkeep(self, lease_s, heartbeat_s, memory_limit_mib)
-        self.kernel.on_crash = self._upkeep.crashed
-        self.broker = open_broker(broker, self._upkeep.broker_news) if isinstance(broker, str) else broker
+        self.upkeep = Upkeep(self, lease_s, heartbeat_s, memory_limit_mib)
+        self.kernel.on_crash = self.upkeep.crashed
+        self.broker = open_broker(broker, self.upkeep.broker_news) if isinstance(broker, str) else broker
         self.security = security or SecurityConfig()
         self.keys = None if self.security.signing_key_file is None else signing.load(self.security.signing_key_file)
         register_commands(commands)
@@ -105,10 +106,10 @@ class KQueueRuntime:
         self._strict_order = strict_order
         self._slots = {"inline": max_inline, "isolated": max_isolated}
         self.memory = MemoryBudget(memory_budget, self.security.max_memory_mib)
-        self._intake = self._new_intake()
+        self.intake = self._new_intake()
         self._owner = Owner(new_id(), identity)
         self._slice_page = slice_page
-        self._quarantine = Quarantine(slice_page, self.kernel.clock.monotonic)
+        self.quarantine = Quarantine(slice_page, self.kernel.clock.monotonic)
         self._lease_s = lease_s
         self._retention = retention
         self._bury_unknown = bury_unknown
@@ -123,22 +124,18 @@ class KQueueRuntime:
         )  # fmt: skip
         self.add_strategy(InlineExecutionStrategy(self.kernel))
         self.add_strategy(self.isolated)
-        self._ahead = Ahead(self.isolated.pool, self.memory, lambda: self._intake.excess, self._put_back)
-        self._settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
-        self._settling.is_unhurried = lambda: self.isolated.pool.has_a_line
+        self.ahead = Ahead(self.isolated.pool, self.memory, lambda: self.intake.excess, self._put_back)
+        self.settling = Settling(self.kernel, self.broker, self.events, Outbox(outbox) if outbox else None, self._settled)
+        self.settling.is_unhurried = lambda: self.isolated.pool.has_a_line
         self.promotions = Promotions(self, pins or {}, can_isolate=max_isolated > 0)
         self.slices = Slices(self.kernel, self.events, self.promotions, max_slice_s)
-        self._burst = False
-        self._nudged = False
-        self._nudging = False  # a nudge is on its way
-        self._sated = False  # the last round had a free slot in every lane, so that a slot more changes nothing
+        self.feeding = Feeding(self)
         self._loops: list[Task] = []
         self._signals: Signals | None = None
         self._guard = SliceGuard(self.kernel, hard_slice_s, self._give_up, max_slice_s) if hard_slice_s else None
         if self._guard is not None:
             self.slices.standing = self._guard.standing
-        # Where tasks wait: for slots or jobs, for the end, for the last job to end.
-        self._feeder: deque[Task] = deque()
+        # Where tasks wait: for the end, for the last job to end.
         self._stopper: deque[Task] = deque()
         self._drained: deque[Task] = deque()
         self._began = self.kernel.clock.monotonic()
@@ -170,7 +167,7 @@ class KQueueRuntime:
             strategy = self._choose(self._registration(envelope.job))
         if strategy.name != lease.lane:
             return Ended(held, Outcome("cancelled", "supervisor"), move(lease, strategy.name), ran=False)
-        if was_lost and not self._quarantine.admits(held):
+        if was_lost and not self.quarantine.admits(held):
             return Ended(held, Outcome("cancelled", "supervisor"), keep_apart(lease), ran=False)
         if lease.lane == "isolated":
             if lease.counters.memory:  # what grew, since it ran out of memory before, grows up to the budget
@@ -182,9 +179,9 @@ class KQueueRuntime:
                 return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
 
         attempt = lease.counters.runs + 1
-        alone = bool(was_lost and self._quarantine.suspects(held))
+        alone = bool(was_lost and self.quarantine.suspects(held))
         work = self._work(registration, options, envelope, data, attempt, strategy.name, alone)
-        running = self._intake.running["isolated"]
+        running = self.intake.running["isolated"]
         if lease.lane == "isolated" and not self.isolated.may_start(work, running, self._slots["isolated"]):
             self.isolated.pool.slow_down()
             return Ended(held, Outcome("cancelled", "supervisor"), put_back(lease), ran=False)
@@ -198,7 +195,7 @@ class KQueueRuntime:
             return Ended(held, Outcome("cancelled", "kernel", error=describe_error(reason)), postpone(lease), ran=False)
         if held.is_dismissed:
             return Ended(held, outcome, put_back(lease), ran=False)
-        convicted = bool(was_lost and self._quarantine.convicts(held))
+        convicted = bool(was_lost and self.quarantine.convicts(held))
         return Ended(held, outcome, judge(lease, options, outcome, strategy.name, convicted=convicted))
 
     def _unsigned(self, lease: Lease) -> bytes:
@@ -236,23 +233,22 @@ class KQueueRuntime:
     def _ended(self, held: Held, task: Task) -> None:
         """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""
         self.held.discard(held)
-        self._quarantine.leave(held)
+        self.quarantine.leave(held)
         if self._newest.get(held.key) is held:
             del self._newest[held.key]
-        self._intake.ended(held.lease.queue, held.lease.lane)
+        self.intake.ended(held.lease.queue, held.lease.lane)
         self.memory.give(held)
         ended: Ended = task.value if task.error is None else self._mishap(held, task.error)
         task.value = None  # it holds the task, and the collector would have to find that out
         if held.lost:
             self.memory.released(held)
             self._look_whether_drained()
-            self.nudge()
+            self.feeding.nudge()
             return
         if not ended.ran:
-            self._intake.give_back(held.lease.queue, held.taken_at)
-        self._settling.add(ended)
-        if not self._sated:
-            self._fill_slot()
+            self.intake.give_back(held.lease.queue, held.taken_at)
+        self.settling.add(ended)
+        self.feeding.slot_is_free()
 
     def _mishap(self, held: Held, error: BaseException) -> Ended:
         """A job that would not stop, or an error of KQueue's own. Neither acks the job; the first makes us start afresh."""
@@ -289,108 +285,15 @@ class KQueueRuntime:
                 limits = {"hard_slice": error.hard_slice_s}
                 duration_s = self.kernel.clock.monotonic() - held.started
                 outcome = Outcome("timeout", "supervisor", error=describe_error(error), duration_s=duration_s, limits=limits)
-                self._settling.add(Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy)))
+                self.settling.add(Ended(held, outcome, judge(held.lease, held.options, outcome, held.strategy)))
                 self.events.emit(facts.Warned(f"{held.job} {task.name} would not stop; restarting to end it ({error})"))
                 break
-        self._settling.keep(len(self.held))
+        self.settling.keep(len(self.held))
         os._exit(EXIT_RESTART)
 
-    # -- reserving --------------------------------------------------------------------------------------------------
-
-    def _feed(self) -> Steps:
-        """Reserve as long as we run; then see that nothing more comes."""
-        yield from self._keep_fed()
-        for queue in self.queues:
-            yield from self.broker.withdraw(queue)
-
-    def _keep_fed(self) -> Steps:
-        """Reserve for every slot that is free, start what came, then wait for a doorbell, a due job, a rate or a slot."""
-        while self.state == "running":
-            if self._settling.full:
-                yield self._settling.room()
-                continue
-            if self._upkeep.in_doubt:
-                yield from self._upkeep.renew()
-            self._nudged, turn = False, self.kernel.turns
-            took, next_due_s = yield from self._reserve()
-            if took:
-                if self.kernel.turns == turn:
-                    yield  # a broker that answers at once: let them run before more are taken. Others are asked while they run
-                if self._ahead.has_to_be_watched:
-                    self._loop(self._ahead.watch(self.nudge))
-                if self._nudged or self._is_hungry():
-                    continue
-                self._sated = False  # a slot that is freed is news
-            if self._is_finished():
-                self.stop("burst" if self._burst else "max-jobs")
-                return
-            waits = [wait for wait in (next_due_s, self._intake.opens_in_s(), self._quarantine.opens_in_s()) if wait is not None]
-            if not self._nudged:
-                yield Park(self._feeder, min(waits) if waits else None)
-
-    def _reserve(self) -> Steps:
-        """One round over the queues: how many jobs started, and in how many seconds the next one is due (None: none is)."""
-        if took := (yield from self._reserve_what_waited()):
-            return took, None
-        took = 0
-        next_due_s: float | None = None
-        self._sated = self._intake.has_slots()
-        for share in (True, False) if len(self._specs) > 1 else (False,):
-            for queue in self._intake.order():
-                ask = self._intake.ask(queue, share)
-                if ask is None or self.state != "running":
-                    continue
-                reserved = yield from self._take(ask)
-                took += len(reserved.leases)
-                if reserved.next_due_s is not None and (next_due_s is None or reserved.next_due_s < next_due_s):
-                    next_due_s = reserved.next_due_s
-        for queue in self.queues:
-            if not self._intake.has_room(queue):
-                yield from self.broker.withdraw(queue)
-        return took, next_due_s
-
-    def _reserve_what_waited(self) -> Steps:
-        """The job that waited for memory, now that there is enough: before any other, which might take it; how many came."""
-        queue = self.memory.next_up()
-        ask = self._intake.ask_one(queue, "isolated") if queue is not None else None
-        if ask is None:
-            return 0
-        return len((yield from self._take(ask)).leases)
-
-    def _take(self, ask: Ask) -> Steps:
-        """Reserve what is asked for, and start it."""
-        reserved = yield from self.broker.reserve(ask.queue, ask.wants)
-        self._intake.got(ask, len(reserved.leases))
-        if reserved.leases:
-            self.kernel.spawn(self._begin_starts(len(reserved.leases)), name="starts")
-            for lease in reserved.leases:
-                self._start_life(lease)
-            self.kernel.spawn(self._end_starts(), name="started")
-        return reserved
-
-    def _take_handed(self, lease: Lease) -> bool:
-        """A job came that was not asked for. It starts now, unless something is being reserved; whether it does."""
-        if not self._feeder or self.state != "running" or self._settling.full or self._upkeep.in_doubt:
-            return False
-        ask = self._intake.ask_one(lease.queue, lease.lane) if self.memory.waiting is None else None
-        if ask is None:
-            return False
-        self._intake.got(ask, 1)
-        self._start_life(lease)
-        return True
-
-    def _begin_starts(self, count: int) -> Steps:
-        """Runs right before those that were just taken."""
-        self._intake.starts_begin(count)
-        yield from ()
-
-    def _end_starts(self) -> Steps:
-        """Runs right after them."""
-        self._intake.starts_end()
-        yield from ()
-
-    def _start_life(self, lease: Lease) -> None:
-        held = Held(lease, self.kernel.clock.monotonic(), self._intake.taken_at)
+    def begin(self, lease: Lease) -> None:
+        """A job that was reserved starts its life."""
+        held = Held(lease, self.kernel.clock.monotonic(), self.intake.taken_at)
         older, self._newest[held.key] = self._newest.get(held.key), held
         if older is not None:  # it was recovered, and came back to us while its first run still goes on
             self._end(older, "its lease was lost, and it runs again")
@@ -399,50 +302,7 @@ class KQueueRuntime:
         held.task.on_end = partial(self._ended, held)
         if lease.lane == "inline":
             held.task.mark = lease.token.id
-        self._intake.started(lease.queue, lease.lane)
-
-    def _is_finished(self) -> bool:
-        """For --burst and --max-jobs: nothing was there to take, and nothing that was taken is still on its way."""
-        if not self._burst and self._intake.remaining != 0:
-            return False
-        if self._burst and self._quarantine.opens_in_s() is not None:
-            return False  # those that it put back are not due yet
-        return not self._busy() and (self._intake.remaining == 0 or self._intake.opens_in_s() is None)
-
-    def _listen(self) -> Steps:
-        """Pass doorbells on to the feeder."""
-        while True:
-            yield from self.broker.wait(None)
-            self.nudge()
-
-    def _is_hungry(self) -> bool:
-        """Whether another round is worth it, now that one has brought something."""
-        if self._intake.may_get_more("inline"):
-            return True
-        hungry = self._intake.may_get_more("isolated")
-        if hungry and self.isolated.pool.has_a_line:
-            self._fill_slot()
-            return False
-        return hungry
-
-    def _fill_slot(self) -> None:
-        """A slot is free. While jobs stand in line for the pool there is no hurry, and soon there are more of them."""
-        if not self.isolated.pool.has_a_line:
-            self.nudge()
-        elif not self._nudging:
-            self._nudging = True
-            self._loop(self._nudge_soon())
-
-    def _nudge_soon(self) -> Steps:
-        yield sleep(NO_HURRY_S)
-        self._nudging = False
-        self.nudge()
-
-    def nudge(self) -> None:
-        """Have the feeder look again: something may be ready, or a slot is free that something may have waited for."""
-        self._nudged = True
-        if self._feeder:
-            self.kernel.unpark(self._feeder)
+        self.intake.started(lease.queue, lease.lane)
 
     def _put_back(self, task: Task) -> None:
         """The job of `task` waits for the pool, and has not begun: its queue has it again."""
@@ -453,13 +313,13 @@ class KQueueRuntime:
     # -- settling ---------------------------------------------------------------------------------------------------
 
     def _look_whether_drained(self) -> None:
-        if not self._busy():
+        if not self.busy():
             self.kernel.unpark(self._drained)
-            self.nudge()  # for --burst, which ends when the queue is empty, too
+            self.feeding.nudge()  # for --burst, which ends when the queue is empty, too
 
     def hold(self) -> Steps:
         """Our lease may have run out: take back what nobody has reserved since, and cancel what somebody has."""
-        for held in (yield from self._settling.hold(self.held)):
+        for held in (yield from self.settling.hold(self.held)):
             if held in self.held and not held.lost:
                 held.lost = True
                 self.events.emit(facts.LeaseLost(held.lease.token.id, held.job or "(not begun)"))
@@ -471,7 +331,7 @@ class KQueueRuntime:
         if self.memory.waiting is not None:
             for ended in batch:
                 self.memory.released(ended.held)
-            self.nudge()
+            self.feeding.nudge()
         self._look_whether_drained()
 
     def _account(self, ended: Ended, stale: bool) -> None:
@@ -507,8 +367,8 @@ class KQueueRuntime:
 
     def run(self, *, burst: bool = False, max_jobs: int = 0, max_time_s: float = 0.0, handle_signals: bool = True) -> int:
         """Start, run until stopped, stop; the exit code. `burst`: until nothing is ready and nothing runs. Raises as `start`."""
-        self._burst = burst
-        self._intake = self._new_intake(max_jobs)
+        self.feeding.burst = burst
+        self.intake = self._new_intake(max_jobs)
         if handle_signals:
             known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
             self._signals = Signals(known)
@@ -531,9 +391,9 @@ class KQueueRuntime:
         self.state = "terminating"
         self.exit_code = exit_code
         self.events.emit(facts.DaemonStopping(why, len(self.held)))
-        self._ahead.give_all_back()
+        self.ahead.give_all_back()
         self.kernel.unpark(self._stopper)
-        self.nudge()
+        self.feeding.nudge()
 
     def hurry(self) -> Steps:
         """While terminating: wait for no job any longer. A generator: what each strategy is told needs a turn before the kill."""
@@ -548,8 +408,8 @@ class KQueueRuntime:
         if self.state == "running":
             self.state = "quiet"
             self.events.emit(facts.Warned("quiet: no more jobs are reserved; those that run go on. SIGTERM ends the daemon"))
-            self._ahead.give_all_back()
-            self.nudge()
+            self.ahead.give_all_back()
+            self.feeding.nudge()
 
     def execute_job(self, job: BoundJob) -> Task:
         """Run `job` here and now, without a queue: admitted, chosen and executed like any other. The task's value is its Outcome.
@@ -573,7 +433,7 @@ class KQueueRuntime:
     @property
     def queues(self) -> list[str]:
         """The names of the queues that are served."""
-        return self._intake.queues
+        return self.intake.queues
 
     def check(self, options: JobOptions, name: str) -> JobOptions:
         """The options a dispatch may have, by the limits of `security`. Raises UsageError, or clamps."""
@@ -581,7 +441,7 @@ class KQueueRuntime:
 
     def publish(self) -> Steps:
         """Tell clients what can be dispatched here, and within which limits."""
-        yield from self._upkeep.publish()
+        yield from self.upkeep.publish()
 
     def background(self, steps: Steps) -> None:
         """Run `steps` beside the jobs, as long as the runtime runs."""
@@ -589,13 +449,13 @@ class KQueueRuntime:
 
     def _main(self, max_time_s: float) -> Steps:
         if self._signals is not None:
-            self._loop(self._upkeep.obey(self._signals))
+            self._loop(self.upkeep.obey(self._signals))
         if max_time_s:
             self._loop(self._stop_after(max_time_s))
         if self.state == "starting":
             yield from self._start_unless_stopped()
         if self.state == "running":
-            self._loop(self._feed())
+            self._loop(self.feeding.run())
         while self.state in ("running", "quiet"):
             yield Park(self._stopper)
         yield from self._finish()
@@ -636,34 +496,34 @@ class KQueueRuntime:
             opened = yield join(opening)
         finally:
             self.kernel.cancel(opening, GeneratorExit())
-        self._upkeep.recovered(opened.recovered)
+        self.upkeep.recovered(opened.recovered)
         self.promotions.check_pins()
         yield from self.promotions.load()
         yield from self.publish()
         self.isolated.link.on_manifest = lambda: self.background(self.publish())  # of the templates that replace this one
         if self.keys is not None and self.keys.warning:
-            self._upkeep.warn(self.keys.warning)
-        yield from self._upkeep.sweep()
-        for steps in (self._settling.run(), self._listen(), *self._upkeep.loops()):
+            self.upkeep.warn(self.keys.warning)
+        yield from self.upkeep.sweep()
+        for steps in (self.settling.run(), self.feeding.listen(), *self.upkeep.loops()):
             self._loop(steps)
         if self.state != "starting":  # stopped meanwhile
             return
         self.state = "running"
         took_s = self.kernel.clock.monotonic() - self._began
-        self.events.emit(facts.DaemonReady(self.broker.address, self._intake.queues, took_s))
+        self.events.emit(facts.DaemonReady(self.broker.address, self.intake.queues, took_s))
 
     def _open(self) -> Steps:
         """Open the broker. Whose code ran when an earlier life of ours died pays for it; then the page is ours."""
         page = self._slice_page
         culprit = page.culprit if page is not None else ""
-        kept = self._settling.kept()
+        kept = self.settling.kept()
         sent_at = self.kernel.clock.boottime()
         opened = yield from self.broker.open(
             self._owner, self.queues, self._lease_s, unsettled=kept, culprit=culprit, retention=self._retention,
-            take=self._take_handed,
+            take=self.feeding.take_handed,
         )  # fmt: skip
-        self._upkeep.opened(sent_at)
-        self._settling.replayed(kept, opened.answers)
+        self.upkeep.opened(sent_at)
+        self.settling.replayed(kept, opened.answers)
         if page is not None:
             page.clear()
             self.kernel.page = page.page
@@ -673,15 +533,15 @@ class KQueueRuntime:
         """Wait for what runs; end what will not; settle; let go."""
         clock = self.kernel.clock
         began = clock.monotonic()
-        while self._busy() and (left_s := began + self._grace_s - clock.monotonic()) > 0:
+        while self.busy() and (left_s := began + self._grace_s - clock.monotonic()) > 0:
             yield Park(self._drained, left_s)
         self._end_everything()
         began = clock.monotonic()
         patience_s = max(strategy.cancel_grace_s for strategy in self._strategies.values()) + SETTLE_S
-        while self._busy() and (left_s := began + patience_s - clock.monotonic()) > 0:
+        while self.busy() and (left_s := began + patience_s - clock.monotonic()) > 0:
             yield Park(self._drained, left_s)
-        if self._busy():
-            self._settling.keep(len(self.held))
+        if self.busy():
+            self.settling.keep(len(self.held))
         yield from self._let_go()
         self.state = "stopped"
         self.events.emit(facts.DaemonStopped(self.exit_code, self.processed))
@@ -692,13 +552,14 @@ class KQueueRuntime:
         yield from self._services.stop()
         for strategy in self._strategies.values():
             yield from strategy.stop()
-        closing = self.kernel.spawn(self.broker.close(give_up=not self._settling), name="close")
+        closing = self.kernel.spawn(self.broker.close(give_up=not self.settling), name="close")
         with suppress(BrokerUnavailable):
             yield Park(closing.joiners, 1.0)
         self.kernel.cancel(closing, GeneratorExit())
 
-    def _busy(self) -> bool:
-        return bool(self.held or self._settling)
+    def busy(self) -> bool:
+        """Whether something that was taken is still on its way."""
+        return bool(self.held or self.settling)
 
     def _end_everything(self) -> None:
         for held in list(self.held):
@@ -723,7 +584,7 @@ class KQueueRuntime:
         return Intake(
             self._specs, self._slots, strict_order=self._strict_order, concurrent=self.security.max_concurrent,
             per_minute=self.security.per_minute, max_jobs=max_jobs, clock=self.kernel.clock.monotonic, room=self.memory.room,
-            ahead=lambda: self._ahead.most(),
+            ahead=lambda: self.ahead.most(),
         )  # fmt: skip
 
     def template(self) -> Mapping[str, Any]:

@@ -97,7 +97,7 @@ class Upkeep:
         for queue, jobs in counts.items():
             self._runtime.events.emit(facts.JobsRecovered(queue, jobs))
         if counts:
-            self._runtime.nudge()
+            self._runtime.feeding.nudge()
 
     def _beat(self) -> Steps:
         """The periodic line, and the look at our own memory."""

@@ -1,6 +1,6 @@
 """How much is reserved from which queue: limits hold exactly, weights converge, and nobody starves.
 
-A test plays the runtime and the broker: it asks every queue as `KQueueRuntime._reserve` does, hands out what stands there, and
+A test plays the runtime and the broker: it asks every queue as `Feeding` does, hands out what stands there, and
 ends jobs in the order of its choice.
 """
 

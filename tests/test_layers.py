@@ -28,7 +28,7 @@ ROOMS = [
     (2, "brokers", ["brokers"]),
     (2, "execution", ["execution"]),
     (2, "client", ["client"]),
-    (3, "runtime", ["intake", "budget", "verdict", "services", "settling", "outbox", "upkeep", "slices", "promotion"]),
+    (3, "runtime", ["intake", "budget", "verdict", "services", "settling", "outbox", "upkeep", "slices", "promotion", "feeding"]),
     (3, "runtime", ["quarantine", "runtime", "ahead"]),
     (3, "io", ["io"]),
     (4, "front", [""]),  # kqueue/__init__.py, which users import; everything above may read its __version__

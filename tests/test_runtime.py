@@ -708,7 +708,7 @@ def test_limits_hold_for_jobs_that_are_handed_over(house: House, tick: Any, ran:
         if limit == "quiet":
             runtime.quiet()
         if limit == "doubt":
-            runtime._upkeep.opened(house.clock.boottime() - 1000)
+            runtime.upkeep.opened(house.clock.boottime() - 1000)
         silently(house, tick.job("handed"))
         begun.append(broker.hand())
 
