@@ -242,6 +242,22 @@ def test_garbage_in_the_queue_goes_to_the_dead_letters_and_the_rest_runs(daemon:
             handle.result(0)
 
 
+def test_a_member_that_is_no_text_costs_nobody_anything(daemon: Daemon) -> None:
+    """Whoever writes into Redis may name a job by any bytes; it is buried, and the others run."""
+    if daemon.client.store.address.startswith("sqlite"):
+        pytest.skip("its ids are text")
+    import redis
+
+    from kqueue.config_file import load_config
+
+    (good,) = daemon.dispatch(inline.note.job("x"))
+    with redis.Redis.from_url(load_config(str(daemon.config)).queue.url) as connection:
+        connection.zadd("kq:{default}:ready:inline", {b"\xff\xfe": 0})
+    assert daemon.run("--burst") == 0
+    assert good.result(0) == "x"
+    assert not [line for line in daemon.log if "internal error" in line]
+
+
 def overwrite(daemon: Daemon, tmp_path: Path, id: str, envelope: bytes) -> None:
     """Write an envelope behind KQueue's back."""
     if daemon.client.store.address.startswith("sqlite"):

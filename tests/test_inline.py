@@ -336,6 +336,34 @@ def test_except_exception_does_not_swallow_a_time_out(stage: Stage) -> None:
     assert stage.run(job, options={"timeout": 10}).cause == "timeout"
 
 
+def test_a_job_that_only_gives_way_is_late_as_well(stage: Stage) -> None:
+    def job() -> Any:
+        while True:
+            stage.kernel.clock.now += 1.0
+            yield
+
+    outcome = stage.run(job, options={"timeout": 10})
+    assert (outcome.cause, outcome.duration_s) == ("timeout", pytest.approx(10, abs=2))
+
+
+def test_one_that_is_late_in_its_first_slice_is_told_where_it_waits_then(stage: Stage) -> None:
+    def job() -> Any:
+        stage.kernel.clock.now += 11.0
+        yield sleep(3600)
+
+    outcome = stage.run(job, options={"timeout": 10})
+    assert (outcome.cause, outcome.duration_s) == ("timeout", 11)
+
+
+def test_a_job_that_never_waits_has_no_timer(stage: Stage) -> None:
+    async def job() -> int:
+        assert stage.kernel.timers.next_deadline() is None
+        return 1
+
+    assert stage.run(job, options={"timeout": 10}).cause == "ok"
+    assert len(stage.kernel.timers) == 0
+
+
 def test_a_job_that_ends_in_time_hears_nothing(stage: Stage) -> None:
     assert stage.run(generator_job, 1, options={"timeout": 1}).cause == "ok"
     stage.kernel.run(generator_job(1))

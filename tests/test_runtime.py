@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from kqueue import events as facts
-from kqueue import settling
+from kqueue import intake, settling
 from kqueue.brokers.base import Counters, Lease, Owner, Row, Settlement
 from kqueue.brokers.commands.memory import MemoryStore
 from kqueue.brokers.memory import MemoryBroker
@@ -179,6 +179,46 @@ def test_a_burst_runs_what_is_ready_and_ends(house: House, tick: Any, ran: list[
     assert house.clock.now == 1
     assert [house.row(id) for id in ids] == [None, None, None], "what is acked is gone"
     assert (runtime.processed, runtime.failed, runtime.state, runtime.held) == (3, 0, "stopped", set())
+
+
+class Distant(MemoryBroker):
+    """It answers in the turn after it was asked, and notes who asks it when."""
+
+    def __init__(self, store: MemoryStore, noted: list[str]) -> None:
+        super().__init__(store)
+        self._noted = noted
+
+    def reserve(self, queue: str, wants: Any) -> Any:
+        self._noted.append("asked")
+        reserved = yield from super().reserve(queue, wants)
+        yield
+        self._noted.append(f"answered {len(reserved.leases)}")
+        return reserved
+
+
+@pytest.mark.parametrize("distant", [True, False])
+def test_the_next_reservation_is_under_way_while_jobs_run(
+    house: House, monkeypatch: pytest.MonkeyPatch, distant: bool
+) -> None:
+    """A broker that answers at once would be asked for ever, and no job would run."""
+    monkeypatch.setattr(intake, "BATCH", 2)
+    noted: list[str] = []
+
+    @job(name="notes")
+    async def notes() -> None:
+        noted.append("ran")
+
+    for _ in range(4):
+        house.dispatch(notes.job())
+    if distant:
+        house.run(house.runtime(Distant(house.store, noted)))
+        assert noted[:8] == ["asked", "answered 2", "asked", "ran", "ran", "answered 2", "asked", "ran"]
+    else:
+        runtime = house.runtime()
+        runtime.events.subscribe(facts.JobStarted, lambda fact: noted.append(f"{len(runtime.held)} are held"))
+        house.run(runtime)
+        assert max(noted) == "ran"
+        assert {line for line in noted if line != "ran"} <= {"1 are held", "2 are held"}, "no more than were asked for at once"
 
 
 def test_its_facts_come_in_order(house: House, tick: Any) -> None:

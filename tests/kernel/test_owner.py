@@ -141,6 +141,21 @@ def test_an_error_nobody_joined_is_reported(kernel: Kernel, capsys: pytest.Captu
     loud.close()
 
 
+def test_an_owner_hears_once_that_a_task_goes_on(kernel: Kernel) -> None:
+    heard: list[str] = []
+
+    def steps(name: str, count: int) -> Any:
+        for _ in range(count):
+            yield
+        heard.append(f"{name} ends")
+
+    for name, count in (("short", 0), ("long", 3)):
+        task = kernel.spawn(steps(name, count), name=name)
+        task.on_wait = lambda task: heard.append(f"{task.name} goes on")
+    turns(kernel, 4)
+    assert heard == ["short ends", "long goes on", "long ends"]
+
+
 def test_an_owner_that_fails_stops_nobody_else_and_is_reported(kernel: Kernel) -> None:
     heard = []
     kernel.on_crash = heard.append
