@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row, last_of_dead, listed, place
@@ -41,7 +42,7 @@ class RedisClient:
         adding = commands.Adding(jobs, max_depth, sender, SENDER_MEMORY_S)
         note = self._note({job.queue for job in jobs})
         for calls in adding.calls():
-            adding.replies = self._wire.ask([*note, *calls], doubt=_doubt(jobs))[len(note) :]
+            adding.replies = self._wire.ask([*note, *calls], doubt=partial(_doubt, jobs))[len(note) :]
             note = []
         self._wire.give_sender(sender)
         return adding.fresh
