@@ -38,6 +38,8 @@ class RedisClient:
 
         BrokerUnavailable: nothing was added, unless it says so; dispatched again with the same id, a job is there once.
         """
+        if len(jobs) == 1:
+            return self._enqueue_one(jobs[0], max_depth)
         sender = self._wire.take_sender()
         adding = commands.Adding(jobs, max_depth, sender, SENDER_MEMORY_S)
         note = self._note({job.queue for job in jobs})
@@ -46,6 +48,15 @@ class RedisClient:
             note = []
         self._wire.give_sender(sender)
         return adding.fresh
+
+    def _enqueue_one(self, job: NewJob, max_depth: int) -> list[bool]:
+        """What `Adding` comes to then, at a third of its cost: it is the call that applications wait for."""
+        sender = self._wire.take_sender()
+        call = commands.enqueue(sender, SENDER_MEMORY_S, (job,), max_depth, 1 if max_depth else 0)
+        *_, reply = self._wire.ask([*self._note((job.queue,)), call], doubt=partial(_doubt, (job,)))
+        fresh = commands.read_enqueued(reply, job.queue, max_depth)
+        self._wire.give_sender(sender)
+        return fresh
 
     def show(self, id: str, queue: str | None = None) -> Row | None:
         return next(iter(self._rows([(name, id) for name in self._queues(queue)])), None)

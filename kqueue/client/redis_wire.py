@@ -1,8 +1,8 @@
 """Connections of clients to Redis, and asking over them: one server, the master that Sentinels name, or the nodes of a cluster.
 
-redis-py connects, authenticates and speaks TLS. What comes after that goes over its socket, packed and parsed by hiredis: its layers
-cost as much as the round trip, and a retry of theirs could add a job again that has already run. Here a repeated request is one that
-the scripts know.
+redis-py connects, authenticates and speaks TLS. What comes after that goes over its socket, packed and parsed by hiredis: its
+layers cost as much as the round trip, and a retry of theirs could add a job again that has already run. Here a repeated request
+is one that the scripts know.
 
 Thread-safe without a lock: a connection, and a sender's name, belong to one call at a time, taken from lists whose pop and append
 are atomic. Fork-safe: a child that finds another process's lists starts new ones.
