@@ -51,6 +51,17 @@ _NO_PASSWORD: Final = (
 )  # fmt: skip
 
 
+_forks = 0  # how often this process and those it comes from were forked
+
+
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class _Lost(BrokerUnavailable):
     """A connection broke with a request under way, so nobody knows whether that was done."""
 
@@ -63,7 +74,7 @@ class Wire:
         self.routes = Routes(target.known)
         self._target = target
         self._patience_s = patience_s
-        self._pid = os.getpid()
+        self._forks = _forks
         self._free: dict[Address, list[_Line]] = {}
         self._senders: list[Sender] = []
         self._greeted = False  # somebody has said whether it is a cluster
@@ -291,8 +302,8 @@ class Wire:
 
     def _look_whose(self) -> None:
         """In a forked child, forget the parent's connections (dropping them closes our copies only) and names."""
-        if self._pid != os.getpid():
-            self._free, self._senders, self._pid = {}, [], os.getpid()
+        if self._forks != _forks:
+            self._free, self._senders, self._forks = {}, [], _forks
 
 
 class _Line:

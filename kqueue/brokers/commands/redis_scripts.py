@@ -36,7 +36,8 @@ if #ARGV == 11 and ARGV[9] == '' and ARGV[10] == '' then
     redis.call('SET', memory, ARGV[2] .. ' 0', 'EX', ARGV[3])
     return '0'
   end
-  local job = '-' .. lane .. ' ' .. ARGV[8] .. ' ' .. string.format('%.6f', now) .. '\\n' .. ARGV[11]
+  local priority, due = ARGV[8], string.format('%.6f', now)
+  local job = '-' .. lane .. ' ' .. priority .. ' ' .. due .. '\\n' .. ARGV[11]
 
   -- Lease it to the daemon that has offered to take it, if there is one (decision 0023).
   local epoch, number, lanes = string.match(idle or '', '^(%S+) (%d+) (.+)$')
@@ -60,7 +61,7 @@ if #ARGV == 11 and ARGV[9] == '' and ARGV[10] == '' then
     end
   end
 
-  redis.call('ZADD', ready, string.format('%.6f', now - ARGV[8] * PRIORITY_STEP), id)
+  redis.call('ZADD', ready, priority == '0' and due or string.format('%.6f', now - priority * PRIORITY_STEP), id)
   redis.call('SET', key, job)
   redis.call('SET', memory, ARGV[2] .. ' 1', 'EX', ARGV[3])
   if idle and redis.call('DEL', prefix .. 'idle') == 1 then redis.pcall('PUBLISH', prefix .. 'bell', '') end
