@@ -47,8 +47,9 @@ def prepare(
 ) -> NewJob:  # fmt: skip
     """What to enqueue for `bound`. `registration` is what is known of the job; None: nothing, so its lane is a guess.
 
-    `options`: what `options_of` them came to, where that is known. `check(options, name)` refuses or clamps options (SecurityConfig). `arguments_too`: see that they fit the handler, where its
-    code is here. `keys` sign it; None: nothing does. Raises UsageError, Refused, TypeError, EnvelopeError.
+    `options`: what `options_of` came to, where that is known. `check(options, name)` refuses or clamps them (SecurityConfig).
+    `arguments_too`: see that they fit the handler, where its code is here. `keys` sign it; None: nothing does.
+    Raises UsageError, Refused, TypeError, EnvelopeError.
     """
     dispatch = bound.options
     merged = options_of(bound, registration) if options is None else options

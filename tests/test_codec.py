@@ -175,6 +175,8 @@ def test_what_contains_itself_is_refused() -> None:
             pack(value)
         with pytest.raises(TypeError, match="contains itself"):
             encode(envelope(value))
+    with pytest.raises(TypeError, match="contains itself"):
+        to_json(endless)
 
 
 @pytest.mark.parametrize(
