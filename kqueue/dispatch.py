@@ -60,7 +60,7 @@ def prepare(
     if registration is not None and registration.parameters is not None:
         _check_parameters(registration, registration.parameters, bound)
     now = time.time()
-    asked = {name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS}
+    asked = {name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS} if dispatch.overrides else {}
     if dispatch.retry_until is not None:
         asked["retry_until"] = max(0.001, round(dispatch.retry_until - now, 3))  # so it does not hang on how clocks are set
     envelope = Envelope(

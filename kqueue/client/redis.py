@@ -187,8 +187,10 @@ class RedisClient:
         """The command that lets others find those of `queues` for which it is time, if there are any."""
         now = time.monotonic()
         due = [queue for queue in queues if now - self._listed.get(queue, -LIST_AGAIN_S) >= LIST_AGAIN_S]
+        if not due:
+            return ()
         self._listed.update(dict.fromkeys(due, now))
-        return [("SADD", commands.QUEUES_KEY, *due)] if due else []
+        return [("SADD", commands.QUEUES_KEY, *due)]
 
 
 def _doubt(jobs: Sequence[NewJob]) -> str:
