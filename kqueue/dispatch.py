@@ -42,16 +42,17 @@ def options_of(bound: BoundJob, registration: Registration | None) -> JobOptions
 
 
 def prepare(
-    bound: BoundJob, registration: Registration | None, *, check: Check | None = None, max_bytes: int = MAX_BYTES,
-    arguments_too: bool = True, keys: Keys | None = None,
+    bound: BoundJob, registration: Registration | None, *, options: JobOptions | None = None, check: Check | None = None,
+    max_bytes: int = MAX_BYTES, arguments_too: bool = True, keys: Keys | None = None,
 ) -> NewJob:  # fmt: skip
     """What to enqueue for `bound`. `registration` is what is known of the job; None: nothing, so its lane is a guess.
 
-    `check(options, name)` refuses or clamps options (SecurityConfig). `arguments_too`: see that they fit the handler, where its
-    code is here. `keys` sign it; None: nothing does. Raises UsageError, Refused, TypeError, EnvelopeError.
+    `options`: what `options_of` came to, where that is known. `check(options, name)` refuses or clamps them (SecurityConfig).
+    `arguments_too`: see that they fit the handler, where its code is here. `keys` sign it; None: nothing does.
+    Raises UsageError, Refused, TypeError, EnvelopeError.
     """
     dispatch = bound.options
-    merged = options_of(bound, registration)
+    merged = options_of(bound, registration) if options is None else options
     if check is not None:
         merged = check(merged, bound.name)
     if arguments_too and registration is not None and registration.target is not None:
@@ -59,9 +60,9 @@ def prepare(
     if registration is not None and registration.parameters is not None:
         _check_parameters(registration, registration.parameters, bound)
     now = time.time()
-    options = {name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS}
+    asked = {name: getattr(merged, name) for name in dispatch.overrides if name in OPTIONS} if dispatch.overrides else {}
     if dispatch.retry_until is not None:
-        options["retry_until"] = max(0.001, round(dispatch.retry_until - now, 3))  # so it does not hang on how clocks are set
+        asked["retry_until"] = max(0.001, round(dispatch.retry_until - now, 3))  # so it does not hang on how clocks are set
     envelope = Envelope(
         id=dispatch.id or new_id(),
         job=bound.name,
@@ -71,7 +72,7 @@ def prepare(
         lane=registration.lane if registration is not None else "inline",
         priority=merged.priority,
         enqueued_at=now,
-        options=options,
+        options=asked,
     )
     data = encode(envelope, max_bytes)
     if keys is not None:
@@ -82,13 +83,22 @@ def prepare(
 
 
 def _check_arguments(registration: Registration, bound: BoundJob) -> None:
-    known = _signature(registration.target)
+    why = _misfit(registration.target, len(bound.args), *bound.kwargs)
+    if why:
+        raise UsageError(f"the arguments do not fit job {registration.name!r}{_signature(registration.target)}: {why}")
+
+
+@lru_cache(maxsize=1024)  # whether they fit does not hang on what they are, and binding costs 3 µs
+def _misfit(target: Callable[..., Any] | None, count: int, *names: str) -> str:
+    """Why `target` cannot be called with `count` positional arguments and those of these names; "": it can."""
+    known = _signature(target)
     if known is None:
-        return  # written in C, or otherwise without one: the call itself will tell
+        return ""  # written in C, or otherwise without one: the call itself will tell
     try:
-        known.bind(*bound.args, **bound.kwargs)
+        known.bind(*[None] * count, **dict.fromkeys(names))
     except TypeError as error:
-        raise UsageError(f"the arguments do not fit job {registration.name!r}{known}: {error}") from None
+        return str(error)
+    return ""
 
 
 def _check_parameters(registration: Registration, parameters: Parameters, bound: BoundJob) -> None:

@@ -31,7 +31,12 @@ def new_id() -> str:
             value |= int.from_bytes(os.urandom(10), "big")
         _last = value
     pairs = _PAIRS
-    return "".join([pairs[value >> shift & 1023] for shift in range(120, -1, -10)])
+    a, b, c = value >> 90, value >> 40 & 0x3_FFFF_FFFF_FFFF, value & 0xFF_FFFF_FFFF  # of 40, 50 and 40 bits: words shift faster
+    return "".join((
+        pairs[a >> 30], pairs[a >> 20 & 1023], pairs[a >> 10 & 1023], pairs[a & 1023],
+        pairs[b >> 40], pairs[b >> 30 & 1023], pairs[b >> 20 & 1023], pairs[b >> 10 & 1023], pairs[b & 1023],
+        pairs[c >> 30], pairs[c >> 20 & 1023], pairs[c >> 10 & 1023], pairs[c & 1023],
+    ))  # fmt: skip
 
 
 def _after_fork() -> None:

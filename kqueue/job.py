@@ -113,7 +113,7 @@ class Dispatch(Generic[P]):
 
     def dispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue it with these arguments; a handle."""
-        return self.job(*args, **kwargs).dispatch()
+        return dispatch_many((self.job(*args, **kwargs),))[0]
 
     async def adispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """The same from an asyncio application, in its default executor."""
@@ -244,6 +244,7 @@ class JobFunction(Generic[P, R]):
         self.__wrapped__ = function
         known_as = getattr(function, "__qualname__", "") if name is None else name
         self.registration = register(function, known_as, function, values)
+        self._as_declared: Dispatch[P] = Dispatch(self.registration)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.__wrapped__(*args, **kwargs)
@@ -253,18 +254,15 @@ class JobFunction(Generic[P, R]):
 
     def job(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundJob:
         """Bind the arguments, dispatch nothing."""
-        return self._dispatch().job(*args, **kwargs)
+        return self._as_declared.job(*args, **kwargs)
 
     def dispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue it with these arguments; a handle. See `dispatch_many` for what it raises."""
-        return self._dispatch().dispatch(*args, **kwargs)
+        return dispatch_many((self._as_declared.job(*args, **kwargs),))[0]
 
     async def adispatch(self, /, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """The same from an asyncio application."""
-        return await self._dispatch().adispatch(*args, **kwargs)
-
-    def _dispatch(self) -> Dispatch[P]:
-        return Dispatch(self.registration)
+        return await self._as_declared.adispatch(*args, **kwargs)
 
     def options(self, **options: Any) -> Dispatch[P]:
         """Options for one dispatch. See `dispatch_options`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .codec import MAX_BYTES
@@ -214,7 +215,7 @@ def check_dispatch(security: SecurityConfig, options: JobOptions, name: str) -> 
     clamped = _clamped(security, options)
     if not security.strict or clamped is options:
         return clamped
-    for option, setting, limit in _limits(security):
+    for (option, setting, _), limit in zip(_LIMITS, _limits(security), strict=True):
         value = getattr(options, option)
         if value != getattr(clamped, option):
             shown = f"{value:.12g}" if value else "0 (no limit)"
@@ -222,22 +223,23 @@ def check_dispatch(security: SecurityConfig, options: JobOptions, name: str) -> 
     raise UsageError(f"job {name!r}: priority {options.priority} is not within {PRIORITY_MIN} to {PRIORITY_MAX}")
 
 
-def _limits(security: SecurityConfig) -> tuple[tuple[str, str, float], ...]:
-    return (
-        ("timeout", "limits.timeout", security.max_timeout_s),
-        ("max_memory", "limits.memory", security.max_memory_mib),
-        ("max_cpu", "limits.cpu", security.max_cpu_s),
-        ("max_files", "limits.files", security.max_files),
-        ("max_processes", "limits.processes", security.max_processes),
-        ("max_file_size", "limits.file_size", security.max_file_size_mib),
-    )
+# Option, its setting, and its field in SecurityConfig. Read all at once, since every dispatch does.
+_LIMITS: Final = (
+    ("timeout", "limits.timeout", "max_timeout_s"),
+    ("max_memory", "limits.memory", "max_memory_mib"),
+    ("max_cpu", "limits.cpu", "max_cpu_s"),
+    ("max_files", "limits.files", "max_files"),
+    ("max_processes", "limits.processes", "max_processes"),
+    ("max_file_size", "limits.file_size", "max_file_size_mib"),
+)
+_asked: Final = attrgetter(*(option for option, _, _ in _LIMITS))
+_limits: Final = attrgetter(*(field for _, _, field in _LIMITS))
 
 
 def _clamped(security: SecurityConfig, options: JobOptions) -> JobOptions:
     """`options` itself when nothing in it exceeds a limit."""
     changes: dict[str, Any] = {}
-    for option, _, limit in _limits(security):
-        value = getattr(options, option)
+    for value, limit, (option, _, _) in zip(_asked(options), _limits(security), _LIMITS, strict=True):
         if limit and (value > limit or not value):  # 0 asks for no limit
             changes[option] = limit
     if not PRIORITY_MIN <= options.priority <= PRIORITY_MAX:

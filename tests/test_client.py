@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,48 @@ def test_a_strict_daemon_refuses_through_a_client_that_has_only_its_url(world: W
     with pytest.raises(UsageError, match=r"max_memory 256 is over limits\.memory 128"):
         world.client.dispatch([plain.job(), plain.options(max_memory=256).job()])
     assert len(world.store.list(None, None, 10)) == 1, "one that is refused takes the whole batch along"
+
+
+def test_limits_that_come_to_be_apply_to_a_job_that_passed_before(world: World) -> None:
+    world.client.dispatch([plain.job()])
+    world.client.dispatch([plain.options(timeout=70).job()])
+    world.daemon("default", max_timeout_s=50)
+    world.now += LOOK_AGAIN_S
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"timeout 60 is over limits\.timeout 50"):
+            world.client.dispatch([plain.job()])
+    world.client.dispatch([plain.options(timeout=40).job()])
+    with pytest.raises(UsageError, match=r"timeout 60 is over limits\.timeout 50"):
+        world.client.dispatch([plain.job()])
+
+
+@job(name="client_shaped")
+def shaped(a: int, /, b: int, *, c: int, d: int = 0) -> Any:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}), ((1,), {}), ((1, 2), {}), ((1, 2, 3), {"c": 1}), ((1, 2), {"c": 1, "e": 2}), ((1, 2), {"f": 1, "e": 2, "c": 0}),
+        ((1, 2), {"b": 1, "c": 1}), ((), {"a": 1, "b": 2, "c": 3}), ((1,), {"d": 1}), ((1, [2]), {"c": {}, "d": []}),
+        ((1,), {"b": 2, "c": 3}),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused_in_the_words_of_python(world: World, args: Any, kwargs: Any) -> None:
+    why = ""
+    try:
+        signature(shaped.__wrapped__).bind(*args, **kwargs)
+    except TypeError as error:
+        why = str(error)
+    for _ in range(2):  # it is remembered
+        if not why:
+            world.client.dispatch([shaped.job(*args, **kwargs)])
+            continue
+        with pytest.raises(UsageError) as refused:
+            world.client.dispatch([shaped.job(*args, **kwargs)])
+        expected = f"the arguments do not fit job 'client_shaped'{signature(shaped.__wrapped__)}: {why}"
+        assert str(refused.value) == expected
 
 
 def test_a_lenient_one_has_them_clamped(world: World) -> None:

@@ -175,6 +175,8 @@ def test_what_contains_itself_is_refused() -> None:
             pack(value)
         with pytest.raises(TypeError, match="contains itself"):
             encode(envelope(value))
+    with pytest.raises(TypeError, match="contains itself"):
+        to_json(endless)
 
 
 @pytest.mark.parametrize(
@@ -485,3 +487,16 @@ def test_a_value_that_does_not_fit_its_tag_is_refused(name: str, content: Any) -
 def test_a_tag_nobody_knows_is_refused_by_name() -> None:
     with pytest.raises(EnvelopeError, match="a value tagged 'pickle' cannot be read: known tags are datetime"):
         unpack({TAG: "pickle", "v": "gASV"})
+
+
+def test_it_is_the_same_json_where_no_encoder_is_written_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [["ä\u2028\"\\\n", 1, -1.5, True, None, {"a": [{}]}, 1 << 70], "text", 1.5, {}, {"\x00": "\x7f"}]
+    in_c = [to_json(value) for value in values]
+    assert [from_json(data) for data in in_c] == values
+    for written_in_c in (True, False):
+        if not written_in_c:
+            monkeypatch.setattr("kqueue.codec._chunks", None)
+        assert [to_json(value) for value in values] == in_c
+        for wrong in ([math.nan], {"a": math.inf}, ["\ud800"], [object()]):
+            with pytest.raises(TypeError):
+                to_json(wrong)

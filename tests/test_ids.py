@@ -42,6 +42,15 @@ def test_it_begins_with_the_time_in_milliseconds(clock: list[int]) -> None:
     assert decoded(new_id()) >> 80 == clock[0]
 
 
+@pytest.mark.parametrize("tail", [b"\x00" * 10, b"\xff" * 10, bytes(range(0x17, 0xFF, 23))[:10], bytes(range(10))])
+def test_it_says_every_bit(clock: list[int], monkeypatch: pytest.MonkeyPatch, tail: bytes) -> None:
+    monkeypatch.setattr(ids.os, "urandom", lambda count: tail)
+    for time_ms in (clock[0], 1, 0x5555_AAAA_5A5A, (1 << 48) - 1):
+        clock[0] = time_ms
+        monkeypatch.setattr(ids, "_last", 0)
+        assert decoded(new_id()) == time_ms << 80 | int.from_bytes(tail, "big")
+
+
 def test_it_agrees_with_the_example_of_the_specification(clock: list[int]) -> None:
     clock[0] = 1469918176385
     assert new_id().startswith("01ARYZ6S41")

@@ -50,7 +50,7 @@ THIRD_PARTY = {
     "redis": ["client"],
     "psycopg": ["io.data.postgres", "io.data.postgres_link", "io.data.postgres_dialing", "io.data.postgres_copy"],
     "hiredis": ["brokers.redis_wire", "brokers.redis_transport", "brokers.commands.redis_asking", "io.data.redis_wire",
-                "io.data.redis"],
+                "io.data.redis", "client.redis_wire"],
     "click": ["cli"],
     "setproctitle": ["observe.titles", "execution.settling_in"],
     "psutil": ["cli"],

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 from ..brokers.base import MAX_BATCH, Store
@@ -18,7 +17,7 @@ from ..config_file import load_config
 from ..dispatch import NewJob, options_of, prepare
 from ..errors import JobNotFound, UsageError, nearest
 from ..job import BoundJob, JobHandle
-from ..options import DispatchOptions
+from ..options import DispatchOptions, JobOptions
 from ..registry import Registration, registry
 from ..security import SecurityConfig, check_dispatch
 from ..settings import resolve_url
@@ -46,11 +45,12 @@ class Client:
         self._keys = keys
         self._key_file = key_file
         self._published = Published(store, clock)
+        # By job: its options, the limits, and the options that it has by them. The same again, as declared ones are, pass unseen.
+        self._checked: dict[str, tuple[JobOptions, SecurityConfig, JobOptions]] = {}
 
     def dispatch(self, jobs: Sequence[BoundJob]) -> list[JobHandle]:
         """Enqueue `jobs`, in one round trip for each queue and 500 jobs. See `job.dispatch_many`."""
-        known = {name: self._known(name) for name in {bound.name for bound in jobs if bound.registration is None}}
-        prepared = [self._prepare(bound, bound.registration or known[bound.name]) for bound in jobs]
+        prepared = [self._prepare(bound, bound.registration or self._known(bound.name)) for bound in jobs]
         by_queue: dict[str, list[NewJob]] = {}
         for job in prepared:
             by_queue.setdefault(job.queue, []).append(job)
@@ -93,16 +93,17 @@ class Client:
         return registry.get(name) or self.manifest().get(name)
 
     def _prepare(self, bound: BoundJob, registration: Registration | None) -> NewJob:
-        queue = options_of(bound, registration).queue
-        limits, keys = self._limits(queue), self.keys()
+        options, keys = options_of(bound, registration), self.keys()
+        limits = self._limits(options.queue)
         if keys is None and (limits.signed or limits.signing_key_file is not None):
             raise UsageError(
-                f"queue {queue!r} of {self.store.address} takes signed jobs only, and there is no key here: "
+                f"queue {options.queue!r} of {self.store.address} takes signed jobs only, and there is no key here: "
                 f"set ${ENVIRONMENT} to a copy of its daemon's security.signing_key_file"
             )
-        return prepare(
-            bound, registration, check=partial(check_dispatch, limits), max_bytes=limits.max_envelope_bytes, keys=keys
-        )
+        checked = self._checked.get(bound.name)
+        if checked is None or checked[0] is not options or checked[1] is not limits:
+            checked = self._checked[bound.name] = options, limits, check_dispatch(limits, options, bound.name)
+        return prepare(bound, registration, options=checked[2], max_bytes=limits.max_envelope_bytes, keys=keys)
 
     def _limits(self, queue: str) -> SecurityConfig:
         return self._published.limits(queue) if self._security is None else self._security

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from ..brokers.base import Finding, Mark, NewJob, QueueStats, Row, last_of_dead, listed, place
@@ -37,14 +38,25 @@ class RedisClient:
 
         BrokerUnavailable: nothing was added, unless it says so; dispatched again with the same id, a job is there once.
         """
+        if len(jobs) == 1:
+            return self._enqueue_one(jobs[0], max_depth)
         sender = self._wire.take_sender()
         adding = commands.Adding(jobs, max_depth, sender, SENDER_MEMORY_S)
         note = self._note({job.queue for job in jobs})
         for calls in adding.calls():
-            adding.replies = self._wire.ask([*note, *calls], doubt=_doubt(jobs))[len(note) :]
+            adding.replies = self._wire.ask([*note, *calls], doubt=partial(_doubt, jobs))[len(note) :]
             note = []
         self._wire.give_sender(sender)
         return adding.fresh
+
+    def _enqueue_one(self, job: NewJob, max_depth: int) -> list[bool]:
+        """What `Adding` comes to then, at a third of its cost: it is the call that applications wait for."""
+        sender = self._wire.take_sender()
+        call = commands.enqueue(sender, SENDER_MEMORY_S, (job,), max_depth, 1 if max_depth else 0)
+        *_, reply = self._wire.ask([*self._note((job.queue,)), call], doubt=partial(_doubt, (job,)))
+        fresh = commands.read_enqueued(reply, job.queue, max_depth)
+        self._wire.give_sender(sender)
+        return fresh
 
     def show(self, id: str, queue: str | None = None) -> Row | None:
         return next(iter(self._rows([(name, id) for name in self._queues(queue)])), None)
@@ -175,8 +187,10 @@ class RedisClient:
         """The command that lets others find those of `queues` for which it is time, if there are any."""
         now = time.monotonic()
         due = [queue for queue in queues if now - self._listed.get(queue, -LIST_AGAIN_S) >= LIST_AGAIN_S]
+        if not due:
+            return ()
         self._listed.update(dict.fromkeys(due, now))
-        return [("SADD", commands.QUEUES_KEY, *due)] if due else []
+        return [("SADD", commands.QUEUES_KEY, *due)]
 
 
 def _doubt(jobs: Sequence[NewJob]) -> str:

@@ -1,7 +1,8 @@
 """Connections of clients to Redis, and asking over them: one server, the master that Sentinels name, or the nodes of a cluster.
 
-redis-py connects, authenticates, speaks TLS and parses. Its command layer, pool and retries are not used: they cost as much
-as the round trip, and a retry could add a job again that has already run. Here a repeated request is one that the scripts know.
+redis-py connects, authenticates and speaks TLS. What comes after that goes over its socket, packed and parsed by hiredis: its
+layers cost as much as the round trip, and a retry of theirs could add a job again that has already run. Here a repeated request
+is one that the scripts know.
 
 Thread-safe without a lock: a connection, and a sender's name, belong to one call at a time, taken from lists whose pop and append
 are atomic. Fork-safe: a child that finds another process's lists starts new ones.
@@ -13,11 +14,14 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from hiredis import HiredisError, ReplyError
+from hiredis import Reader as ReplyReader
+
 from ..brokers.commands.redis import Sender
-from ..brokers.commands.redis_asking import RIGHTS, Asking, Call, Command, Part, judge, last_word, pack, sync
+from ..brokers.commands.redis_asking import RIGHTS, Asking, Call, Command, Part, commands, judge, last_word, pack, sync
 from ..brokers.commands.redis_client_scripts import CLIENT_SCRIPTS
 from ..brokers.commands.redis_cluster import MAP, Routes
 from ..brokers.commands.redis_hello import MasterSearch, read_hello
@@ -31,7 +35,9 @@ MASTER_KEPT_S: Final = 1.0  # until the Sentinels are asked again: an old master
 
 _INFINITY: Final = float("inf")
 _DIGESTS: Final = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in CLIENT_SCRIPTS.items()}
-# redis-py cuts these codes off its messages and says them by the class.
+_READ_BYTES: Final = 65536
+_HANGS_UP: Final = ("NOAUTH", "WRONGPASS", "LOADING")  # nothing of it was done, nor will be of what follows on this connection
+# While it connects, redis-py cuts these codes off its messages and says them by the class.
 _CODES: Final = {
     "AuthenticationError": "WRONGPASS", "AuthorizationError": "NOAUTH", "NoPermissionError": "NOPERM",
     "BusyLoadingError": "LOADING", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM", "NoScriptError": "NOSCRIPT",
@@ -43,6 +49,17 @@ _CODES: Final = {
 _NO_PASSWORD: Final = (
     "Authentication required", "HELLO must be called with the client already authenticated", "Protocol error: unauthenticated",
 )  # fmt: skip
+
+
+_forks = 0  # how often this process and those it comes from were forked
+
+
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Lost(BrokerUnavailable):
@@ -57,8 +74,8 @@ class Wire:
         self.routes = Routes(target.known)
         self._target = target
         self._patience_s = patience_s
-        self._pid = os.getpid()
-        self._free: dict[Address, list[Any]] = {}  # of redis-py's connections, whose methods carry no types
+        self._forks = _forks
+        self._free: dict[Address, list[_Line]] = {}
         self._senders: list[Sender] = []
         self._greeted = False  # somebody has said whether it is a cluster
         self._master: Address | None = None  # whom the Sentinels named last; None: nobody yet
@@ -77,22 +94,34 @@ class Wire:
         for node in list(self._free):
             self._drop(node)
 
-    def ask(self, asked: Sequence[Call | Command], *, repeat: bool = True, doubt: str = "") -> list[Any]:
+    def ask(
+        self, asked: Sequence[Call | Command], *, repeat: bool = True, doubt: Callable[[], str] = lambda: ""
+    ) -> list[Any]:
         """The replies. What was lost, or refused for now, is asked again for `patience_s`, or (`repeat=False`) not at all.
 
-        Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless. `doubt`: what the first adds where
-        it may have been done all the same.
+        Raises BrokerUnavailable when patience is at its end, BrokerRefused when it is useless. `doubt` says what the first adds
+        where it may have been done all the same.
         """
+        node, plain = self.routes.first, not (self.routes.clustered or self._target.sync_replicas)
+        deadline = time.monotonic() + self._patience_s
+        begun: list[Any] | BrokerUnavailable | None = None  # what came of it at once; None: it is still to be asked
+        if plain:
+            try:
+                begun = self._exchange(node, commands(asked, _DIGESTS))
+            except BrokerUnavailable as error:
+                begun = error
+            else:
+                if not any([isinstance(reply, Exception) for reply in begun]):
+                    return begun  # as nearly always, and Asking would cost a tenth of the whole
         asking = Asking(
             asked, CLIENT_SCRIPTS, self.routes, self.address, words=_words, on_mended=_warn, sync=self._target.sync_replicas
         )
-        deadline = time.monotonic() + self._patience_s
         tries, doubtful = 0, False
         while asking.left:
             trouble = ""
-            for part in asking.parts():
+            for part in asking.parts() if begun is None else [Part(asking, node, asking.left)]:
                 try:
-                    said = self._ask(part)
+                    said = self._ask(part, begun)
                     doubtful = doubtful or (bool(said) and bool(part.promised))
                 except BrokerUnavailable as error:
                     said = str(error)
@@ -100,6 +129,7 @@ class Wire:
                 if said:
                     trouble = said
                     self._suspect(part.node)
+            begun = None
             if asking.hopped():
                 self._learn()
                 trouble = trouble or asking.astray
@@ -107,7 +137,8 @@ class Wire:
                 delay_s = random.random() * min(1.0, FIRST_BACKOFF_S * 2.0**tries)
                 tries += 1
                 if not repeat or time.monotonic() + delay_s > deadline:
-                    raise BrokerUnavailable(f"{self.address}: {trouble}{f'; {doubt}' if doubt and doubtful else ''}")
+                    more = doubt() if doubtful else ""
+                    raise BrokerUnavailable(f"{self.address}: {trouble}{f'; {more}' if more else ''}")
                 time.sleep(delay_s)
         return asking.replies
 
@@ -118,7 +149,11 @@ class Wire:
 
     # -- one node ---------------------------------------------------------------------------------------------------
 
-    def _ask(self, part: Part) -> str:
+    def _ask(self, part: Part, begun: list[Any] | BrokerUnavailable | None) -> str:
+        if isinstance(begun, BrokerUnavailable):
+            raise begun
+        if begun is not None:
+            return part.hear(begun)
         sent = part.commands(_DIGESTS)
         if not part.promised:
             return part.hear(self._exchange(part.node, sent))
@@ -130,48 +165,39 @@ class Wire:
         self._look_whose()
         if self._target.service:
             self._follow(node)
-        free = self._free.setdefault(node, [])
+        free = self._free.get(node)
+        if free is None:
+            free = self._free.setdefault(node, [])
         try:
-            connection = free.pop()
+            line = free.pop()
         except IndexError:
-            connection = self._connect(node)
-        replies = self._talk(connection, sent)
-        free.append(connection)
+            line = self._connect(node)
+        replies = self._talk(line, sent)
+        free.append(line)
         return replies
 
-    def _talk(self, connection: Any, sent: Sequence[Command]) -> list[Any]:
-        from redis.exceptions import RedisError, ResponseError
-
-        replies: list[Any] = []
+    def _talk(self, line: _Line, sent: Sequence[Command]) -> list[Any]:
         try:
-            connection.send_packed_command([pack(sent)], check_health=False)
-            for _ in sent:
-                try:
-                    replies.append(connection.read_response(disable_decoding=True))
-                except ResponseError as error:
-                    if judge(_words(error)).code == "NOAUTH":  # nothing of it was done, and the server hangs up
-                        raise
-                    replies.append(error)
-        except (RedisError, OSError) as error:
-            connection.disconnect()
+            return line.exchange(pack(sent), len(sent))
+        except (HiredisError, OSError) as error:
+            line.close()
             verdict = judge(_words(error))
             if verdict.code in RIGHTS:
                 raise BrokerRefused(f"{self.address}: {verdict.text}") from None
             raise _Lost(verdict.text if verdict.later else f"the connection broke: {_reason(error)}") from None
         except BaseException:
-            connection.disconnect()  # a reply may still be on its way
+            line.close()  # a reply may still be on its way
             raise
-        return replies
 
-    def _connect(self, node: Address) -> Any:
+    def _connect(self, node: Address) -> _Line:
         """A new connection to `node`, or to the master where Sentinels know it."""
         at = self._target.node(node) if self._master is None else self._target.at(self._master)
-        connection = self._opened(at)
+        line = self._opened(at)
         if self._target.service or not self._greeted:
-            self._look_who(node, connection, at)
-        return connection
+            self._look_who(node, line, at)
+        return line
 
-    def _opened(self, at: Target) -> Any:
+    def _opened(self, at: Target) -> _Line:
         from redis.exceptions import RedisError, ResponseError
 
         connection = _connection(at)
@@ -186,20 +212,20 @@ class Wire:
             where = "" if at.address == self.address else f" to {at.host}:{at.port}"
             text = verdict.text if verdict.later else f"cannot connect{where}: {_reason(error)}; {step}"
             raise BrokerUnavailable(text) from None
-        return connection
+        return _Line(connection)
 
-    def _look_who(self, node: Address, connection: Any, at: Target) -> None:
+    def _look_who(self, node: Address, line: _Line, at: Target) -> None:
         """Whether it is a cluster, and with Sentinels, whether it is a master."""
-        (reply,) = self._talk(connection, [("HELLO", 2)])
+        (reply,) = self._talk(line, [("HELLO", 2)])
         self._greeted = True
         try:
             hello = read_hello(reply, at, named=bool(self._target.service))
         except KQueueError:
-            connection.disconnect()
+            line.close()
             self._named_at = -_INFINITY
             raise
         if hello.clustered and not self.routes.clustered:
-            (reply,) = self._talk(connection, [MAP])
+            (reply,) = self._talk(line, [MAP])
             self.routes.learn(reply, node)
 
     # -- which nodes ------------------------------------------------------------------------------------------------
@@ -228,11 +254,11 @@ class Wire:
             address = hosts[self._turn % len(hosts)]
             self._turn += 1
             try:
-                connection = self._opened(self._target.sentinel(address))
+                line = self._opened(self._target.sentinel(address))
                 try:
-                    (reply,) = self._talk(connection, [search.question])
+                    (reply,) = self._talk(line, [search.question])
                 finally:
-                    connection.disconnect()
+                    line.close()
             except (BrokerUnavailable, BrokerRefused) as error:
                 search.failed(error)
                 continue
@@ -270,14 +296,54 @@ class Wire:
         free = self._free.get(node, [])
         while free:
             try:
-                free.pop().disconnect()
+                free.pop().close()
             except IndexError:
                 return  # another thread took it
 
     def _look_whose(self) -> None:
         """In a forked child, forget the parent's connections (dropping them closes our copies only) and names."""
-        if self._pid != os.getpid():
-            self._free, self._senders, self._pid = {}, [], os.getpid()
+        if self._forks != _forks:
+            self._free, self._senders, self._forks = {}, [], _forks
+
+
+class _Line:
+    """A connection, of one call at a time."""
+
+    __slots__ = ("_connection", "_reader", "_socket")
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection  # redis-py's, whose methods carry no types
+        self._socket = connection._sock  # it tells nobody, and there is no other way past its parser
+        self._reader = ReplyReader()
+
+    def exchange(self, data: bytes, count: int) -> list[Any]:
+        """Send `data` and read `count` replies. Raises OSError, HiredisError: it is of no use any more."""
+        try:
+            self._socket.sendall(data)
+        except TimeoutError:
+            raise TimeoutError("Timeout writing to socket") from None
+        replies = []
+        for _ in range(count):
+            reply = self._reader.gets()
+            while reply is False:  # not all of it is here
+                self._receive()
+                reply = self._reader.gets()
+            if isinstance(reply, ReplyError) and judge(_words(reply)).code in _HANGS_UP:
+                raise reply
+            replies.append(reply)
+        return replies
+
+    def close(self) -> None:
+        self._connection.disconnect()
+
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except TimeoutError:
+            raise TimeoutError("Timeout reading from socket") from None
+        if not data:
+            raise ConnectionError("Connection closed by server")
+        self._reader.feed(data)
 
 
 def _connection(at: Target) -> Any:
@@ -299,7 +365,7 @@ def _connection(at: Target) -> Any:
 
 def _words(error: Exception) -> str:
     """The server's own words; those it has for a request of somebody without a password do not always begin with NOAUTH."""
-    if str(error).startswith(_NO_PASSWORD):
+    if str(error).removeprefix("ERR ").startswith(_NO_PASSWORD):
         return f"NOAUTH {error}"
     code = _CODES.get(type(error).__name__)
     return f"{code} {error}" if code else str(error)

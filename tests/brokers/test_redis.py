@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kqueue.brokers import redis_transport
-from kqueue.brokers.base import SETTLED, STALE, Counters, Lease, Settlement
+from kqueue.brokers.base import PRIORITY_STEP_S, SETTLED, STALE, Counters, Lease, Settlement
 from kqueue.brokers.commands import redis as commands
 from kqueue.brokers.commands.redis_asking import judge
 from kqueue.brokers.commands.redis_lua import LANES
@@ -145,6 +145,51 @@ def test_a_client_s_enqueue_whose_reply_is_lost_adds_nothing_twice(rig: RedisRig
     assert client.enqueue([new_job("a"), new_job("first")]) == [True, False]
     assert proxy.cuts == 1
     assert [row.id for row in client.list(None, "q", 10)] == ["first"]
+
+
+@pytest.mark.parametrize(("lost", "ran"), [("request", False), ("reply", False), ("reply", True)])
+def test_one_job_is_added_once_whatever_is_lost(rig: RedisRig, proxy: Proxy, lost: str, ran: bool) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("first")])
+    if ran:
+        proxy.on_cut = lambda: rig.server.commands([("DEL", f"{JOB}a"), ("ZREM", READY, "a")])
+    proxy.cut(lost)
+    assert client.enqueue([new_job("a")]) == [True]
+    assert proxy.cuts == 1
+    assert {row.id for row in client.list(None, "q", 10)} == ({"first"} if ran else {"first", "a"})
+    assert client.enqueue([new_job("a")]) == [ran], "and the next request is a new one"
+
+
+def test_who_gives_up_on_a_lost_reply_is_told_that_the_job_may_be_there(rig: RedisRig, proxy: Proxy) -> None:
+    client = RedisClient(rig.url, patience_s=0)
+    rig.clients.append(client)
+    client.enqueue([new_job("first")])
+    proxy.cut()
+    with pytest.raises(BrokerUnavailable, match=r'the connection broke: .*; job a may be there all the same: .*\(id="a"\)'):
+        client.enqueue([new_job("a")])
+    assert client.enqueue([new_job("a")]) == [False]
+
+
+def test_a_silent_server_is_not_waited_for_without_end(
+    rig: RedisRig, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kqueue.client.redis_wire.REPLY_TIMEOUT_S", 0.2)
+    client = RedisClient(rig.url, patience_s=0)
+    rig.clients.append(client)
+    client.enqueue([new_job("first")])
+    proxy.mute = True
+    with pytest.raises(BrokerUnavailable, match="the connection broke: Timeout reading from socket; job a may be there"):
+        client.enqueue([new_job("a")])
+    proxy.mute = False
+    assert client.enqueue([new_job("b")]) == [True], "by a connection on which no late reply can come"
+    assert client.enqueue([new_job("a")]) == [False]
+
+
+def test_a_reply_that_comes_in_many_pieces_is_put_together(rig: RedisRig) -> None:
+    client = rig.make_client()
+    documents = {f"test:{n}": bytes([n]) * 700_000 for n in range(3)}
+    client.publish(documents)
+    assert client.documents("test:") == documents
 
 
 def test_a_cancellation_whose_reply_is_lost_says_that_it_worked(rig: RedisRig, proxy: Proxy) -> None:
@@ -788,15 +833,51 @@ def test_depth_is_looked_at_before_any_queue_of_several_is_filled(rig: RedisRig)
     assert stats(rig, broker) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("priority", [-100, 0, 7])
+@pytest.mark.parametrize("lane", LANES)
+def test_one_job_is_put_where_it_would_be_among_others(rig: RedisRig, priority: int, lane: str) -> None:
+    client = rig.make_client()
+    client.enqueue([new_job("a", priority=priority, lane=lane)])
+    client.enqueue([new_job("b", priority=priority, lane=lane), new_job("c", priority=priority, lane=lane)])
+    for id in "abc":
+        head, envelope = rig.server.command("GET", f"{JOB}{id}").split(b"\n", 1)  # type: ignore[union-attr]
+        name, points, due = head.decode().split(" ")
+        assert (name, points, envelope) == (f"-{lane}", str(priority), new_job(id).envelope)
+        score = float(rig.server.command("ZSCORE", f"kq:{{q}}:ready:{lane}", id))  # type: ignore[arg-type]
+        assert score == pytest.approx(float(due) - priority * PRIORITY_STEP_S, abs=1e-5)
+
+
+def test_one_job_rings_when_it_is_new_and_only_then(rig: RedisRig) -> None:
+    client, idle = rig.make_client(), "kq:{q}:idle"
+    client.enqueue([new_job("a")])
+    rig.server.command("SET", idle, 1)
+    assert client.enqueue([new_job("a")]) == [False]
+    assert rig.server.command("EXISTS", idle) == 1
+    assert client.enqueue([new_job("b")]) == [True]
+    assert rig.server.command("EXISTS", idle) == 0
+
+
+def test_scripts_that_are_forgotten_between_two_jobs_are_loaded_again(rig: RedisRig) -> None:
+    client = rig.make_client()
+    for id in "abc":
+        rig.server.command("SCRIPT", "FLUSH")
+        assert client.enqueue([new_job(id)]) == [True]
+    assert client.stats()["q"].ready == 3
+
+
 # -- clients ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_forked_child_and_its_parent_do_not_share_a_connection(rig: RedisRig) -> None:
+@pytest.mark.parametrize("generations", [1, 2])
+def test_a_forked_child_and_its_parent_do_not_share_a_connection(rig: RedisRig, generations: int) -> None:
     client = rig.make_client()
     client.enqueue([new_job("before")])
     pid = os.fork()
     if pid == 0:
         try:
+            done = False
+            if generations == 2 and (grandchild := os.fork()):  # of a child that has not used it
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
             done = all(client.enqueue([new_job(f"child{n}")]) == [True] for n in range(20))
         finally:
             os._exit(0 if done else 1)

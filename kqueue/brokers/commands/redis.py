@@ -96,26 +96,21 @@ class Adding:
 
     def calls(self) -> Iterator[list[Call]]:
         """The next calls; each list is made when the replies to the one before are there. Raises QueueFull."""
-        coming = Counter(job.queue for job in self._jobs) if self._max_depth else {}
+        coming = Counter([job.queue for job in self._jobs]) if self._max_depth else {}
         if len(coming) > 1:  # no script may look into two queues, so this much can be overtaken
             yield [stats(queue) for queue in coming]
             for (queue, count), reply in zip(coming.items(), self.replies, strict=True):
                 found = read_stats(reply)
                 if found.ready + found.delayed + count > self._max_depth:
-                    raise self._full(queue, found.ready + found.delayed)
+                    raise _full(queue, found.ready + found.delayed, self._max_depth)
         for positions in batches(self._jobs):
             batch = [self._jobs[position] for position in positions]
             queue = batch[0].queue
             room = (self._max_depth, coming.pop(queue)) if queue in coming else (0, 0)  # the first speaks for all of its queue
             yield [enqueue(self._sender, self._memory_s, batch, *room)]
             (reply,) = self.replies
-            if isinstance(reply, int):
-                raise self._full(queue, reply)
-            for position, digit in zip(positions, reply, strict=True):
-                self.fresh[position] = digit == YES
-
-    def _full(self, queue: str, depth: int) -> QueueFull:
-        return QueueFull(f"queue {queue!r} holds {depth} jobs, allowed are {self._max_depth}")
+            for position, fresh in zip(positions, read_enqueued(reply, queue, self._max_depth), strict=True):
+                self.fresh[position] = fresh
 
 
 def batches(jobs: Sequence[NewJob]) -> Iterator[list[int]]:
@@ -349,6 +344,17 @@ def _read_job(job: bytes | None) -> tuple[bytes, bytes, bytes, bytes | None]:
     except ValueError:
         return b"", b"", b"", job
     return lane[1:], priority, at, envelope or None
+
+
+def read_enqueued(reply: bytes | int, queue: str, max_depth: int) -> list[bool]:
+    """For each job of an `enqueue` whether it is new. Raises QueueFull."""
+    if isinstance(reply, int):
+        raise _full(queue, reply, max_depth)
+    return read_digits(reply)
+
+
+def _full(queue: str, depth: int, max_depth: int) -> QueueFull:
+    return QueueFull(f"queue {queue!r} holds {depth} jobs, allowed are {max_depth}")
 
 
 def read_digits(digits: bytes) -> list[bool]:

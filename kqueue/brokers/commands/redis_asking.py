@@ -92,6 +92,11 @@ class Call(NamedTuple):
     args: list[Arg]
 
 
+def commands(asked: Iterable[Call | Command], digests: Mapping[str, Arg]) -> list[Command]:
+    """What is sent to ask that."""
+    return [("EVALSHA", digests[one.script], *one.args) if isinstance(one, Call) else one for one in asked]
+
+
 def pack(sent: Iterable[Command]) -> bytes:
     """Commands as they go over the wire."""
     return b"".join([pack_command(tuple(command)) for command in sent])  # type: ignore[arg-type]  # its stub means a 1-tuple
@@ -188,11 +193,10 @@ class Part:
         whole = self._whole
         sent: list[Command] = [("SCRIPT", "LOAD", text) for text in whole.scripts.values()] if self._loads else []
         sent += [mend(prefix, whole.wrong[prefix]) for prefix in self._mends]
-        for position in self.positions:
-            asked = whole.asked[position]
+        for command in commands([whole.asked[position] for position in self.positions], digests):
             if self._asking:
                 sent.append(("ASKING",))
-            sent.append(("EVALSHA", digests[asked.script], *asked.args) if isinstance(asked, Call) else asked)
+            sent.append(command)
         return sent
 
     def hear(self, answers: Sequence[Any], held_by: Any = None) -> str:

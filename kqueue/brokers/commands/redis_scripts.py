@@ -14,7 +14,7 @@ from .redis_lua import BASE, BELL, CERTIFY, DUE, EPOCHS, FOLLOW, FUNCTIONS, JOB,
 # ARGV: sender, request, seconds to remember it, greatest depth (0: any), jobs the whole call adds to it; then six a job:
 #       id, lane, priority, "" or seconds from now, "" or seconds since 1970, envelope
 # ->    a digit a job (1: new), or the depth that left no room, as an integer
-_HAND = """
+_ENQUEUE_ONE = """
 local memory = prefix .. 'client:' .. ARGV[1]
 local request, answers = string.match(redis.call('GET', memory) or '', '^(%d+) (%d*)$')
 if request == ARGV[2] then return answers end
@@ -27,34 +27,49 @@ if max_depth > 0 then
   if depth + ARGV[5] > max_depth then return depth end
 end
 
--- One job that is due: lease it to the daemon that has offered to take it, if there is one (decision 0023).
-local epoch, number, lanes
+-- One job that is due, as nearly always: here no function is defined, see _SELDOM.
 if #ARGV == 11 and ARGV[9] == '' and ARGV[10] == '' then
-  epoch, number, lanes = string.match(redis.call('GET', prefix .. 'idle') or '', '^(%S+) (%d+) (.+)$')
-end
-if epoch then
   local id, lane = ARGV[6], ARGV[7] == 'isolated' and 'isolated' or 'inline'
-  local key, leased, last = prefix .. 'job:' .. id, prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
-  local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch) or 0)
-  local answered = tonumber(string.match(redis.call('GET', last) or '', '^%d+') or 0)
-  redis.call('HLEN', leased)
-  if string.find(lanes, lane, 1, true) and expiry > now and expiry < 1e15 and answered + 1 < tonumber(number)
-      and redis.call('EXISTS', key) + redis.call('ZCARD', prefix .. 'ready:' .. lane) == 0 then
-    local job = '-' .. lane .. ' ' .. ARGV[8] .. ' ' .. string.format('%.6f', now) .. '\\n' .. ARGV[11]
-    redis.call('SET', key, job)
-    local heard = redis.pcall('PUBLISH', prefix .. 'to:' .. epoch, number .. ' ' .. #id .. '\\n' .. id .. job)
-    if type(heard) == 'number' and heard > 0 then
-      redis.call('HSET', leased, id, 1)
-      redis.call('SET', last, number .. ' ' .. cmsgpack.pack({id}))
-      redis.call('SET', prefix .. 'idle', 1)
-      redis.call('SET', memory, ARGV[2] .. ' 1', 'EX', ARGV[3])
-      return '1'
-    end
-    redis.call('DEL', key)
+  local key, ready = prefix .. 'job:' .. id, prefix .. 'ready:' .. lane
+  local idle = redis.call('GET', prefix .. 'idle')
+  if redis.call('EXISTS', key) == 1 then
+    redis.call('SET', memory, ARGV[2] .. ' 0', 'EX', ARGV[3])
+    return '0'
   end
+  local priority, due = ARGV[8], string.format('%.6f', now)
+  local job = '-' .. lane .. ' ' .. priority .. ' ' .. due .. '\\n' .. ARGV[11]
+
+  -- Lease it to the daemon that has offered to take it, if there is one (decision 0023).
+  local epoch, number, lanes = string.match(idle or '', '^(%S+) (%d+) (.+)$')
+  if epoch then
+    local leased, last = prefix .. 'leased:' .. epoch, prefix .. 'last:' .. epoch
+    local expiry = tonumber(redis.call('ZSCORE', prefix .. 'epochs', epoch) or 0)
+    local answered = tonumber(string.match(redis.call('GET', last) or '', '^%d+') or 0)
+    redis.call('HLEN', leased)
+    if string.find(lanes, lane, 1, true) and expiry > now and expiry < 1e15 and answered + 1 < tonumber(number)
+        and redis.call('ZCARD', ready) == 0 then
+      redis.call('SET', key, job)
+      local heard = redis.pcall('PUBLISH', prefix .. 'to:' .. epoch, number .. ' ' .. #id .. '\\n' .. id .. job)
+      if type(heard) == 'number' and heard > 0 then
+        redis.call('HSET', leased, id, 1)
+        redis.call('SET', last, number .. ' ' .. cmsgpack.pack({id}))
+        redis.call('SET', prefix .. 'idle', 1)
+        redis.call('SET', memory, ARGV[2] .. ' 1', 'EX', ARGV[3])
+        return '1'
+      end
+      redis.call('DEL', key)
+    end
+  end
+
+  redis.call('ZADD', ready, priority == '0' and due or string.format('%.6f', now - priority * PRIORITY_STEP), id)
+  redis.call('SET', key, job)
+  redis.call('SET', memory, ARGV[2] .. ' 1', 'EX', ARGV[3])
+  if idle and redis.call('DEL', prefix .. 'idle') == 1 then redis.pcall('PUBLISH', prefix .. 'bell', '') end
+  return '1'
 end
 """
 
+# Several, or one that is due later.
 _ENQUEUE = """
 local keys, digits, moments, seen = {}, {}, {}, {}
 for i = 6, #ARGV, 6 do keys[#keys + 1] = job_key(ARGV[i]) end
@@ -465,7 +480,7 @@ return {count('ready:inline') + count('ready:isolated'), count('delayed'), lease
 """
 
 SCRIPTS: Final[Mapping[str, str]] = {
-    "enqueue": START + _HAND + FUNCTIONS + BELL + PLACE + _ENQUEUE,
+    "enqueue": START + _ENQUEUE_ONE + FUNCTIONS + BELL + PLACE + _ENQUEUE,
     "reserve": START + _SELDOM + _RESERVE,
     "settle": START + _SETTLE_PLAIN + FUNCTIONS + BELL + JOB + PLACE + CERTIFY + EPOCHS + FOLLOW + _SETTLE,
     "open": BASE + BELL + JOB + PLACE + CERTIFY + EPOCHS + RECOVER + _OPEN,
