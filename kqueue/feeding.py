@@ -59,7 +59,7 @@ class Feeding:
                 if self._nudged or self._is_hungry():
                     continue
                 self._sated = False  # a slot that is freed is news
-            if self._is_finished():
+            if not self._nudged and self._is_finished():
                 runtime.stop("burst" if self.burst else "max-jobs")
                 return
             waits = (next_due_s, runtime.intake.opens_in_s(), runtime.quarantine.opens_in_s())

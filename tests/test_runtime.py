@@ -182,16 +182,17 @@ def test_a_burst_runs_what_is_ready_and_ends(house: House, tick: Any, ran: list[
 
 
 class Distant(MemoryBroker):
-    """It answers in the turn after it was asked, and notes who asks it when."""
+    """It answers a reservation after `after_s` (0: in the next turn), and notes when it was asked."""
 
-    def __init__(self, store: MemoryStore, noted: list[str]) -> None:
+    def __init__(self, store: MemoryStore, noted: list[str], after_s: float = 0) -> None:
         super().__init__(store)
         self._noted = noted
+        self._after_s = after_s
 
     def reserve(self, queue: str, wants: Any) -> Any:
         self._noted.append("asked")
         reserved = yield from super().reserve(queue, wants)
-        yield
+        yield sleep(self._after_s) if self._after_s else None
         self._noted.append(f"answered {len(reserved.leases)}")
         return reserved
 
@@ -219,6 +220,12 @@ def test_the_next_reservation_is_under_way_while_jobs_run(
         house.run(runtime)
         assert max(noted) == "ran"
         assert {line for line in noted if line != "ran"} <= {"1 are held", "2 are held"}, "no more than were asked for at once"
+
+
+def test_a_burst_does_not_end_before_a_retry_that_came_while_nothing_was_found(house: House, failing: Any) -> None:
+    id = house.dispatch(failing(max_attempts=3, backoff=[0]).job())
+    house.run(house.runtime(Distant(house.store, [], after_s=1.5)))
+    assert len(house.certificates(id)) == 3
 
 
 def test_its_facts_come_in_order(house: House, tick: Any) -> None:
