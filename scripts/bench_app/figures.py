@@ -81,6 +81,12 @@ FIGURES: Sequence[Figure] = (
     Figure("tls_memory", "2,000 TLS connections at once: memory of one", "KiB"),
     Figure("tls_rate", "opened, with the server on the same machine", "/s"),
     Figure("requests", "100,000 HTTP requests, and no file left open", "/s"),
+    # distant.py
+    Figure("near_noop", "no-op inline jobs through a proxy", "/s"),
+    Figure("distant_noop", "the same, which delays each direction by 1 ms", "/s"),
+    Figure("distant_share", "that is, of the rate without the delay", "%", 80, more=True),
+    Figure("distant_round_trip", "round trip to Redis then, p50", "ms"),
+    Figure("distant_proxy", "the proxy's share of a CPU, at most", "%"),
     # crowded.py
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),

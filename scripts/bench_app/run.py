@@ -30,6 +30,7 @@ import click
 import comparing
 import connections
 import crowded
+import distant
 import elsewhere
 import http_jobs
 import idle
@@ -61,6 +62,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "http": http_jobs.measure,
     "tls": connections.measure_tls,
     "requests": connections.measure_requests,
+    "distant": distant.measure,
     "crowded": crowded.measure,
 }
 
