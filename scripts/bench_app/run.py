@@ -34,6 +34,7 @@ import distant
 import elsewhere
 import http_jobs
 import idle
+import lag
 import lasting
 import latency
 import parked
@@ -42,6 +43,7 @@ import report
 import starting
 import throughput
 import twenty
+import two
 from bench import Bench
 from figures import BROKERS, BY_KEY
 from kqueued import Failure, compile_modules
@@ -62,6 +64,8 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "http": http_jobs.measure,
     "tls": connections.measure_tls,
     "requests": connections.measure_requests,
+    "lag": lag.measure,
+    "two": two.measure,
     "distant": distant.measure,
     "crowded": crowded.measure,
 }
