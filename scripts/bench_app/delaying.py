@@ -4,8 +4,8 @@
 
 PORT: of the server, on 127.0.0.1. SECONDS: of delay in each direction, so that a round trip is twice as long; 0: the same work
 without it. Nothing is held back for its size: there may be any number of bytes under way. It prints its port, and ends when its
-stdin does. select(2), since its timeout is in microseconds and that of epoll in milliseconds; and without the 50 µs by which the
-kernel lets sleepers oversleep.
+stdin does. select(2), since its timeout is in microseconds and that of epoll in milliseconds; and without the 50 µs by which
+the kernel lets sleepers oversleep.
 """
 
 from __future__ import annotations

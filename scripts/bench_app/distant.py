@@ -1,9 +1,10 @@
 """Distant: no-op inline jobs from a Redis that is 2 ms away, against the same one through the same proxy without the delay.
 
-The proxy (delaying.py) is a process of its own between the daemon and Redis; the jobs are enqueued without it. Both ways of it are
-taken by turns, and twice in a round, the first one last the second time. The rate is that of throughput.py. How long a round trip
-then is, is measured by PING through the proxy; and so that nobody has to believe that the proxy is not what holds jobs up, there
-is the share of a CPU that it used while jobs ran, and the rate through it without delay stands beside that without it ("noop").
+The proxy (delaying.py) is a process of its own between the daemon and Redis; the jobs are enqueued without it. Both ways of it
+are taken by turns, and twice in a round, the first one last the second time. The rate is that of throughput.py. How long a
+round trip then is, is measured by PING through the proxy; and so that nobody has to believe that the proxy is not what holds
+jobs up, there is the share of a CPU that it used while jobs ran, and the rate through it without delay stands beside that
+without it ("noop").
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ FIGURES: Sequence[Figure] = (
     Figure("lag_p99", "loop lag, 10,000 parked and 2,000 jobs/s coming, p99", "ms", 10),
     Figure("lag_late_p50", "dispatch of 20 to start of each, meanwhile, p50", "ms"),
     Figure("lag_late_p99", "dispatch of 20 to start of each, meanwhile, p99", "ms"),
+    Figure("lag_looked_p99", "the same while asked for a status every 1.5 s, p99", "ms"),
+    Figure("lag_largest", "the largest of all", "ms"),
     # two.py
     Figure("two_noop", "no-op inline jobs, two daemons on one Redis", "/s"),
     Figure("two_noop_times", "that is, times those of one daemon", "x", 0.8, more=True),

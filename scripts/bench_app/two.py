@@ -1,9 +1,9 @@
 """Two: two daemons on one queue, against one, on the same machine: no-op inline jobs, and such that use 100 µs of CPU.
 
-All jobs stand in the queue when the daemons start, at the same time; they write their marks into the same files, and the rate is
-that of throughput.py. One and two are taken by turns, twice in a round. The scheduler places the processes, as it does for a user:
-on two CPUs, two daemons and Redis are three for two places, which is why no-ops, of which Redis does a large part, need not get
-faster. How much CPU each of them used for a job is in `--only costs`.
+All jobs stand in the queue when the daemons start, at the same time; they write their marks into the same files, and the rate
+is that of throughput.py. One and two are taken by turns, twice in a round. The scheduler places the processes, as it does for a
+user: on two CPUs, two daemons and Redis are three for two places, which is why no-ops, of which Redis does a large part, need
+not get faster. How much CPU each of them used for a job is in `--only costs`.
 """
 
 from __future__ import annotations
