@@ -35,11 +35,12 @@ LOOK_S = 0.005  # between two looks; a stat(2) each
 CONFIG = """\
 instance: {instance}
 state_dir: {room}/var
-queue: {{url: "{url}"}}
+queue: {{url: "{url}"{queue}}}
 jobs: {{path: [{here}], modules: {modules}, isolated_modules: {isolated_modules}}}
 control: {{socket: {room}/var/kqueued.sock}}
 isolated: {{environment: [{variable}], max_concurrent: {isolated}}}
 inline: {{max_concurrent: {inline}}}
+{more}
 """
 
 
@@ -51,13 +52,14 @@ class Kqueued:
     """A kqueued on `url` in the new directory `room`, running while the `with` lasts.
 
     `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`, `inline`: jobs at once; `marks_in`:
-    the directory of another one's marks, for its own to go there.
+    the directory of another one's marks, for its own to go there. `queue`: what else stands below that (", names: …"), `more`: and
+    at the end of its configuration.
     """
 
     def __init__(
         self, room: Path, url: str, modules: Sequence[str] = ("light",), isolated_modules: Sequence[str] = (), *,
         python: Sequence[str] = (), options: Sequence[str] = (), isolated: int = 4, inline: int = 10_000,
-        marks_in: Path | None = None,
+        marks_in: Path | None = None, queue: str = "", more: str = "",
     ) -> None:  # fmt: skip
         room.mkdir(parents=True)
         self._config = room / "kqueue.yaml"
@@ -65,7 +67,7 @@ class Kqueued:
             CONFIG.format(
                 instance=room.name, room=room, url=url, here=json.dumps(str(HERE)), modules=json.dumps(list(modules)),
                 isolated_modules=json.dumps(list(isolated_modules)), isolated=isolated, inline=inline,
-                variable=marks.DIRECTORY_VARIABLE,
+                variable=marks.DIRECTORY_VARIABLE, queue=queue, more=more,
             )
         )  # fmt: skip
         self._room = room
