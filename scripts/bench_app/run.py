@@ -1,6 +1,7 @@
 """Measures KQueue against its targets: real daemons on a Redis and on SQLite files of its own, several rounds, medians.
 
     ./scripts/bench [--broker redis|sqlite|both] [--rounds N] [--quick] [--only WORD] [--persistence KIND] [--json FILE]
+    ./scripts/bench --only steps [--rounds N] [--quick] [--markdown]
     ./scripts/bench --profile
     ./scripts/bench --peers [NAME,…] [--only noop|latency|parked|http] [--rounds N] [--quick] [--json FILE] [--markdown]
 
@@ -41,6 +42,7 @@ import parked
 import profiling
 import report
 import starting
+import steps
 import throughput
 import twenty
 import two
@@ -69,13 +71,14 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "distant": distant.measure,
     "crowded": crowded.measure,
 }
+PAGES: Mapping[str, Callable[[Bench, Mapping[str, str], int, bool], None]] = {"steps": steps.run}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--broker", type=click.Choice([*BROKERS, "both"]), default="both", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), help="How often each figure is taken.  [default: 3; with --quick 1]")
 @click.option("--quick", is_flag=True, help="Fewer jobs: a look, not a measurement.")
-@click.option("--only", type=click.Choice(list(MEASUREMENTS)), multiple=True, help="These measurements alone. May be repeated.")
+@click.option("--only", type=click.Choice([*MEASUREMENTS, *PAGES]), multiple=True, help="These alone. May be repeated.")
 @click.option("--persistence", type=click.Choice(list(PERSISTENCE)), default="none", show_default=True, help="Of the Redis.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every sample there, too.")
 @click.option("--profile", is_flag=True, help="Run the no-op inline jobs under cProfile instead, and print the top 25.")
@@ -83,7 +86,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "--peers", is_flag=False, flag_value="all", metavar="[NAME,…]",
     help="Compare with other queues instead, each installed into .venv-peers; --only takes noop, latency, parked, http.",
 )
-@click.option("--markdown", is_flag=True, help="With --peers: write the tables and the chart of docs/performance.md.")
+@click.option("--markdown", is_flag=True, help="With --peers, --only steps: write the tables of that page of docs/.")
 def main(
     broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool,
     peers: str | None, markdown: bool,
@@ -93,6 +96,11 @@ def main(
         broker, named = "redis", comparing.chosen(peers)
     wanted = BROKERS if broker == "both" else (broker,)
     names = [name for name in MEASUREMENTS if name in only or not only]
+    written = [name for name in PAGES if name in only]
+    if written and peers is None:
+        if names or len(written) > 1 or broker == "sqlite":
+            raise click.UsageError(f"--only {written[0]} stands by itself, and is of Redis")
+        broker = "redis"
     samples: dict[tuple[str, str], list[float]] = {}
     failures: list[str] = []
     noise: list[float] = []
@@ -110,6 +118,12 @@ def main(
             return
         if peers is not None:
             sys.exit(not comparing.run(benches[0], found, named, only, rounds or (1 if quick else 3), json_file, markdown))
+        if written:
+            try:
+                PAGES[written[0]](benches[0], found, rounds or (1 if quick else 3), markdown)
+            except Failure as failure:
+                raise click.ClickException(str(failure)) from None
+            return
         for number in range(1, (rounds or (1 if quick else 3)) + 1):
             noise.append(report.busy_cpus())
             click.echo(f"round {number}   {noise[-1]:.2f} of {os.cpu_count()} CPUs are busy with something else", err=True)
