@@ -52,8 +52,8 @@ class Kqueued:
     """A kqueued on `url` in the new directory `room`, running while the `with` lasts.
 
     `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`, `inline`: jobs at once; `marks_in`:
-    the directory of another one's marks, for its own to go there. `queue`: what else stands below that (", names: …"), `more`: and
-    at the end of its configuration.
+    the directory of another one's marks, for its own to go there. `queue`: what else stands below that (", names: …"), `more`:
+    and at the end of its configuration.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ def show(page: Page, conditions: Mapping[str, str], noise: Sequence[float], writ
 def as_markdown(page: Page, conditions: Mapping[str, str], noise: Sequence[float]) -> str:
     busy = " and ".join(f"{each:.1f}" for each in noise)
     first = (
-        f"Taken on {time.strftime('%d %B %Y')}: medians of {len(noise)} round{'s' * (len(noise) > 1)}, before which {busy} CPUs were "
-        "busy with something else."
+        f"Taken on {time.strftime('%d %B %Y')}: medians of {len(noise)} round{'s' * (len(noise) > 1)}, before which {busy} "
+        "CPUs were busy with something else."
     )
     parts = [textwrap.fill(first, WIDTH), "", *(f"- {name}: {text}" for name, text in conditions.items())]
     for table in page.tables:

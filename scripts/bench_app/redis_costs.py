@@ -1,8 +1,8 @@
 """What Redis spends on a job, by how many come at once: the CPU of the whole server, and that of the scripts alone.
 
-A broker of the daemon's own kind enqueues some thousand jobs, reserves and acknowledges them, so many at a time as asked for; after
-each of the three the server's CPU time is read. It holds the socket, the parser and the script; `INFO commandstats` has the
-script's part. Nobody else is connected, and no job runs.
+A broker of the daemon's own kind enqueues some thousand jobs, reserves and acknowledges them, so many at a time as asked for;
+after each of the three the server's CPU time is read. It holds the socket, the parser and the script; `INFO commandstats` has
+the script's part. Nobody else is connected, and no job runs.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "crowded": crowded.measure,
 }
 PAGES: Mapping[str, Callable[[Bench, Mapping[str, str], int, bool], None]] = {"steps": steps.run}
+PAGE_FILES: Mapping[str, str] = {"steps": steps.FILE}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

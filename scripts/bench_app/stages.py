@@ -1,9 +1,10 @@
 """Stages: how long a program spends in each of some named functions, what they call in others of them not counted.
 
-A function is wrapped where it is looked up. Whenever one is entered or left, the time since the last such moment goes to the stage
-that was under way. A generator's time is that of its steps. What the wrapping itself costs is measured on an empty function, once
-for the stage (from its clock to its clock) and once for whoever calls it, and subtracted. perf_counter: a stage that the scheduler
-interrupts is longer by that, so it takes a quiet machine; and Python collects its garbage in whatever stage it happens to be.
+A function is wrapped where it is looked up. Whenever one is entered or left, the time since the last such moment goes to the
+stage that was under way. A generator's time is that of its steps. What the wrapping itself costs is measured on an empty
+function, once for the stage (from its clock to its clock) and once for whoever calls it, and subtracted. It is the thread's CPU
+time: neither neighbours nor a server that the kernel lets run first make a stage longer. Python collects its garbage in
+whatever stage it happens to be.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Stages:
 
     def __init__(self, root: str) -> None:
         self._now: str = root
-        self._since = time.perf_counter_ns()
+        self._since = time.thread_time_ns()
         self._ns: dict[str, int] = {root: 0}
         self._entered: dict[str, int] = {root: 0}
         self._calls: dict[str, int] = {root: 0}  # of other stages, by this one
@@ -38,7 +39,7 @@ class Stages:
         """Begin anew, in whatever stage it is."""
         for counts in (self._ns, self._entered, self._calls):
             counts.update(dict.fromkeys(counts, 0))
-        self._since = time.perf_counter_ns()
+        self._since = time.thread_time_ns()
 
     def watch(self, stage: str, targets: Sequence[str]) -> None:
         """Time "module:name.of.the.function" for each of `targets` as `stage`."""
@@ -55,11 +56,11 @@ class Stages:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             before = self._enter(stage)
-            self._since = time.perf_counter_ns()
+            self._since = time.thread_time_ns()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._leave(before, time.perf_counter_ns())
+                self._leave(before, time.thread_time_ns())
 
         @functools.wraps(function)
         def steps(*args: Any, **kwargs: Any) -> Any:
@@ -67,13 +68,13 @@ class Stages:
             resume, value = generator.send, None
             while True:
                 before = self._enter(stage)
-                self._since = time.perf_counter_ns()
+                self._since = time.thread_time_ns()
                 try:
                     trap = resume(value)
                 except StopIteration as end:
                     return end.value
                 finally:
-                    self._leave(before, time.perf_counter_ns())
+                    self._leave(before, time.thread_time_ns())
                 try:
                     resume, value = generator.send, (yield trap)
                 except BaseException as error:
@@ -83,7 +84,7 @@ class Stages:
 
     def _enter(self, stage: str) -> str:
         before = self._now
-        self._ns[before] += time.perf_counter_ns() - self._since
+        self._ns[before] += time.thread_time_ns() - self._since
         self._calls[before] += 1
         self._entered[stage] += 1
         self._now = stage
@@ -92,14 +93,15 @@ class Stages:
     def _leave(self, before: str, now: int) -> None:
         self._ns[self._now] += now - self._since
         self._now = before
-        self._since = time.perf_counter_ns()
+        self._since = time.thread_time_ns()
 
     def taken(self) -> dict[str, Taken]:
         """What each stage took by now, without what the watching took."""
         own_ns, callers_ns = calibrated()
         return {
-            stage: Taken(max(0.0, ns - self._entered[stage] * own_ns - self._calls[stage] * callers_ns) / 1e9, self._entered[stage])
+            stage: Taken(max(0.0, ns - entered * own_ns - self._calls[stage] * callers_ns) / 1e9, entered)
             for stage, ns in self._ns.items()
+            for entered in [self._entered[stage]]
         }
 
 
@@ -126,10 +128,10 @@ def calibrated() -> tuple[float, float]:
         stages = Stages("caller")
         stages.watch("empty", [])
         wrapped = stages.timed("empty", empty)
-        began = time.perf_counter_ns()
+        began = time.thread_time_ns()
         for _ in range(CALIBRATIONS):
             empty()
-        bare_ns = time.perf_counter_ns() - began
+        bare_ns = time.thread_time_ns() - began
         stages.clear()
         for _ in range(CALIBRATIONS):
             wrapped()

@@ -26,7 +26,8 @@ BUILD = "handle of the job, and whatever is not below"
 DAEMON: Mapping[str, Sequence[str]] = {  # in the order of a job's life
     WAITING: ["kqueue.kernel.clock:Clock.select"],
     "ask for jobs, pick out the reply": [
-        "kqueue.runtime:KQueueRuntime._keep_fed", "kqueue.brokers.redis:RedisBroker.reserve", "kqueue.brokers.commands.redis:reserve",
+        "kqueue.runtime:KQueueRuntime._keep_fed", "kqueue.brokers.redis:RedisBroker.reserve",
+        "kqueue.brokers.commands.redis:reserve",
     ],
     "send (what was asked for, in batches)": ["kqueue.brokers.redis_wire:Wire.put", "kqueue.brokers.redis_wire:Wire.flush"],
     "read: from the socket, parse": ["kqueue.brokers.redis_wire:Wire.read"],

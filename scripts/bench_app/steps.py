@@ -33,6 +33,7 @@ from spending import Spent, spend
 from throughput import BATCH, fill
 from warm import pooled_noop
 
+FILE = "where-the-time-goes.md"
 COMMAND = "./scripts/bench --only steps --markdown"
 STARTS: Sequence[tuple[str, Any, str, int]] = (
     ("inline", noop, "light", 20_000), ("pool", pooled_noop, "warm", 5_000), ("fork", forked_noop, "forked", 600),
@@ -50,7 +51,7 @@ class Round(NamedTuple):
 
 def run(bench: Bench, conditions: Mapping[str, str], rounds: int, markdown: bool) -> None:
     taken, noise = pages.rounds_of(rounds, lambda: _round(bench))
-    pages.show(Page("where-the-time-goes.md", COMMAND, tables(taken)), conditions, noise, markdown)
+    pages.show(Page(FILE, COMMAND, tables(taken)), conditions, noise, markdown)
 
 
 def _round(bench: Bench) -> Round:
@@ -62,10 +63,13 @@ def _round(bench: Bench) -> Round:
         _staged(room / "stages", [sys.executable, "-c", stepping.PROGRAM, str(room / "stages"), "client", url, *sizes], count)
         for count, *sizes in ((jobs // 10, str(jobs // 10), "1"), (jobs, str(jobs), str(BATCH)))
     ]
+    spent = {
+        name: spend(bench, job, bench.pick(count, count // 10), isolated_modules=[module]) for name, job, module, count in STARTS
+    }
     return Round(
         client,
         _daemon(bench, jobs),
-        {name: spend(bench, job, bench.pick(count, count // 10), isolated_modules=[module]) for name, job, module, count in STARTS},
+        spent,
         [redis_costs.measure(bench.redis, at_once, bench.pick(10_000, 2_000)) for at_once in AT_ONCE],
         {name: calls for name, job, module, count in STARTS if (calls := _syscalls(bench, job, module, count // 10)) is not None},
     )
@@ -147,15 +151,16 @@ def _of_daemon(rounds: Sequence[Round]) -> Table:
     real = statistics.median(each.spent["inline"].daemon_us for each in rounds)
     rows += [["**sum**", number(whole)], ["CPU of the same without timers", number(real)]]
     text = (
-        f"The last line is what the operating system says of a daemon with nothing wrapped. {abs(whole / real - 1):.0%} between it "
-        "and the sum is what epoll and the exit take on one side, and the error of the timers on the other."
+        f"The last line is what the operating system says of a daemon with nothing wrapped. The sum is {whole / real:.0%} of it: the "
+        "timers throw what runs between out of the processor's caches, and waiting (epoll) is not in it; so shares are what counts."
     )
     return Table("The daemon, inline jobs, as many at once as it asks for", ["µs"], rows, text)
 
 
 def _of_redis(rounds: Sequence[Round]) -> Table:
     found = [pages.medians([each.redis[place] for each in rounds]) for place in range(len(AT_ONCE))]
-    labels = ("enqueue", "reserve", "settle", "enqueue, its script alone", "reserve, its script alone", "settle, its script alone")
+    steps = ("enqueue", "reserve", "settle")
+    labels = (*steps, *(f"{step}, its script alone" for step in steps))
     rows = [[label, *(number(values[place]) for values in found)] for place, label in enumerate(labels)]
     rows.insert(3, ["**all three**", *(number(sum(values[:3])) for values in found)])
     return Table("Redis", [f"{at_once:,} at once, µs" for at_once in AT_ONCE], rows)
@@ -166,9 +171,8 @@ def _of_starts(rounds: Sequence[Round]) -> Table:
     for name, *_ in STARTS:
         rate, daemon, children, redis, client = pages.medians([each.spent[name] for each in rounds])
         calls = [each.syscalls[name] for each in rounds if name in each.syscalls]
-        rows.append([
-            name, *map(number, (daemon, children, redis, client)), number(statistics.median(calls)) if calls else "-", number(rate),
-        ])  # fmt: skip
+        counted = number(statistics.median(calls)) if calls else "-"
+        rows.append([name, *map(number, (daemon, children, redis, client)), counted, number(rate)])
     head = ["daemon, µs", "template and children, µs", "Redis, µs", "client, in bulk, µs", "system calls", "jobs/s"]
     return Table("CPU of a job by the way in which it starts", head, rows)
 
