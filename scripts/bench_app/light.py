@@ -15,6 +15,12 @@ async def noop() -> None:
 
 
 @job
+async def sized(data: str) -> None:
+    """A no-op with an argument."""
+    marks.write("sized", time.time())
+
+
+@job
 async def burn() -> None:
     """100 µs of CPU."""
     marks.write("burn", time.time())

@@ -1,7 +1,7 @@
 """Measures KQueue against its targets: real daemons on a Redis and on SQLite files of its own, several rounds, medians.
 
     ./scripts/bench [--broker redis|sqlite|both] [--rounds N] [--quick] [--only WORD] [--persistence KIND] [--json FILE]
-    ./scripts/bench --only steps [--rounds N] [--quick] [--markdown]
+    ./scripts/bench --only steps|costs [--rounds N] [--quick] [--markdown]
     ./scripts/bench --profile
     ./scripts/bench --peers [NAME,…] [--only noop|latency|parked|http] [--rounds N] [--quick] [--json FILE] [--markdown]
 
@@ -30,6 +30,7 @@ from pathlib import Path
 import click
 import comparing
 import connections
+import costs
 import crowded
 import distant
 import elsewhere
@@ -71,8 +72,8 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "distant": distant.measure,
     "crowded": crowded.measure,
 }
-PAGES: Mapping[str, Callable[[Bench, Mapping[str, str], int, bool], None]] = {"steps": steps.run}
-PAGE_FILES: Mapping[str, str] = {"steps": steps.FILE}
+PAGES: Mapping[str, Callable[[Bench, Mapping[str, str], int, bool], None]] = {"steps": steps.run, "costs": costs.run}
+PAGE_FILES: Mapping[str, str] = {"steps": steps.FILE, "costs": costs.FILE}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,7 +88,7 @@ PAGE_FILES: Mapping[str, str] = {"steps": steps.FILE}
     "--peers", is_flag=False, flag_value="all", metavar="[NAME,…]",
     help="Compare with other queues instead, each installed into .venv-peers; --only takes noop, latency, parked, http.",
 )
-@click.option("--markdown", is_flag=True, help="With --peers, --only steps: write the tables of that page of docs/.")
+@click.option("--markdown", is_flag=True, help="With --peers, --only steps or costs: write that page of docs/.")
 def main(
     broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool,
     peers: str | None, markdown: bool,

@@ -151,8 +151,9 @@ def _of_daemon(rounds: Sequence[Round]) -> Table:
     real = statistics.median(each.spent["inline"].daemon_us for each in rounds)
     rows += [["**sum**", number(whole)], ["CPU of the same without timers", number(real)]]
     text = (
-        f"The last line is what the operating system says of a daemon with nothing wrapped. The sum is {whole / real:.0%} of it: the "
-        "timers throw what runs between out of the processor's caches, and waiting (epoll) is not in it; so shares are what counts."
+        "The last line is what the operating system says of a daemon with nothing wrapped. The sum is "
+        f"{whole / real:.0%} of it: the timers throw what runs between out of the processor's caches, and waiting (epoll) is not "
+        "in it; so shares are what counts."
     )
     return Table("The daemon, inline jobs, as many at once as it asks for", ["µs"], rows, text)
 
