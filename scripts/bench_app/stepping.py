@@ -19,20 +19,20 @@ from typing import Any
 import stages
 
 WAITING = "waiting for something to do"
-REPLY = "waiting for Redis, and parsing its reply"
+REPLY = "send it, wait for the reply, parse that"
 KERNEL = "kernel: turns of the loop, tasks, timers"
 BUILD = "handle of the job, and whatever is not below"
 
 DAEMON: Mapping[str, Sequence[str]] = {  # in the order of a job's life
     WAITING: ["kqueue.kernel.clock:Clock.select"],
     "ask for jobs, pick out the reply": [
-        "kqueue.runtime:KQueueRuntime._keep_fed", "kqueue.brokers.redis:RedisBroker.reserve",
+        "kqueue.feeding:Feeding.run", "kqueue.brokers.redis:RedisBroker.reserve",
         "kqueue.brokers.commands.redis:reserve",
     ],
     "send (what was asked for, in batches)": ["kqueue.brokers.redis_wire:Wire.put", "kqueue.brokers.redis_wire:Wire.flush"],
     "read: from the socket, parse": ["kqueue.brokers.redis_wire:Wire.read"],
     "read: leases from the reply": ["kqueue.brokers.commands.redis:read_leases"],
-    "start: a task, the books": ["kqueue.runtime:KQueueRuntime._start_life"],
+    "start: a task, the books": ["kqueue.runtime:KQueueRuntime.begin"],
     "decode the envelope": ["kqueue.runtime:KQueueRuntime._unsigned", "kqueue.runtime:KQueueRuntime._decode"],
     "admit: name, options, limits": ["kqueue.runtime:KQueueRuntime._registration", "kqueue.runtime:admit"],
     "make what it runs in": ["kqueue.runtime:KQueueRuntime._work"],
@@ -56,11 +56,11 @@ CLIENT: Mapping[str, Sequence[str]] = {
     "build: its id": ["kqueue.dispatch:new_id"],
     "encode the envelope": ["kqueue.dispatch:encode"],
     "call: the script and its arguments": ["kqueue.client.redis:RedisClient.enqueue"],
-    "send": ["kqueue.client.redis_wire:pack", "redis.connection:AbstractConnection.send_packed_command"],
-    REPLY: ["redis.connection:AbstractConnection.read_response"],
+    "pack it": ["kqueue.client.redis_wire:pack"],
+    REPLY: ["kqueue.client.redis_wire:_Line.exchange"],
 }
 PROGRAM = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import stepping; stepping.main(*sys.argv[1:])"
-STARTS_WITH = "kqueue.runtime:KQueueRuntime._start_life"
+STARTS_WITH = "kqueue.runtime:KQueueRuntime.begin"
 
 
 def main(file: str, kind: str, *arguments: str) -> None:
