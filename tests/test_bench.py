@@ -15,11 +15,15 @@ import pytest
 APP = Path(__file__).resolve().parent.parent / "scripts/bench_app"
 sys.path.append(str(APP))
 
-import distant  # noqa: E402  (scripts are no package of ours)
+import costs  # noqa: E402  (scripts are no package of ours)
+import distant  # noqa: E402
 import pages  # noqa: E402
 import run  # noqa: E402
+import spending  # noqa: E402
 import stages  # noqa: E402
 import stepping  # noqa: E402
+from bench import Bench  # noqa: E402
+from light import noop  # noqa: E402
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02])
@@ -104,6 +108,25 @@ def test_every_stage_is_made_of_functions_that_there_are() -> None:
     targets = [target for each in (stepping.DAEMON, stepping.CLIENT) for found in each.values() for target in found]
     assert [target for target in targets if stages.find(target)[2] is None] == []
     assert stages.find("kqueue.runtime:nothing.at.all")[2] is None
+
+
+def test_what_is_spent_on_a_job_is_counted_for_two_daemons_that_were_stopped_meanwhile(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, None, quick=True)
+    spent = spending.spend(bench, noop, 300, daemons=2)
+    assert spent.rate > 0
+    assert spent.daemon_us > 0
+    assert spent.client_us > 0
+    assert spent.redis_us == 0
+
+
+def test_the_model_of_a_redis_is_arithmetic() -> None:
+    one = spending.Spent(20_000, 40.0, 0, 10.0, 5.0)
+    spent = {("Daemons", "1 daemon"): one, ("Daemons", "2 daemons"): one._replace(rate=30_000)}
+    by_size, by_job, check = costs.model(spent, [200.0, 50.0, 25.0, 20.0])
+    assert by_size.rows[-1] == ["200 at once", "20", "50,000", "2"]
+    assert by_job.rows[1] == ["100 µs", "7,143", "7"]
+    assert check.rows[0][1:3] == ["50,000", "100,000"]
+    assert check.rows[0][-1] == "30,000"
 
 
 def test_a_page_that_is_written_has_its_markers_and_whole_tables() -> None:

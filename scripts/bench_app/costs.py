@@ -168,7 +168,7 @@ def model(spent: Mapping[Row, Spent], redis_us: Sequence[float]) -> list[Table]:
             ["Redis, µs a job", "jobs/s it carries", "daemons of no-ops that it feeds"], by_size,
             "Redis runs scripts on one CPU. R is what it spends on a job to enqueue, reserve and settle it, D what a daemon "
             f"spends on a job that does nothing ({number(one.daemon_us)} µs), J the CPU of the job itself. One Redis carries "
-            "1,000,000 / R jobs a second, a daemon 1,000,000 / (D + J); so it feeds (D + J) / R daemons, each with its own CPU.",
+            "1,000,000 / R jobs a second, a daemon 1,000,000 / (D+J); so it feeds (D+J) / R daemons, each with its own CPU.",
         ),
         Table(
             f"Daemons that one Redis feeds, {AT_ONCE[-1]} jobs at once", ["jobs/s of a daemon", "daemons"], by_job,
@@ -178,6 +178,6 @@ def model(spent: Mapping[Row, Spent], redis_us: Sequence[float]) -> list[Table]:
             "The model and this machine",
             ["two daemons could", "Redis could", f"{cpus} CPUs could", "so at most", "measured"], check,
             "Jobs that stand in the queue already, so that R is without the enqueueing: 2,000,000 / D, 1,000,000 / R, and the "
-            "CPUs shared by all, CPUs * 1,000,000 / (D + R); the least is the bound. D and R of one daemon.",
+            "CPUs shared by all, CPUs times 1,000,000 / (D+R); the least is the bound. D and R of one daemon.",
         ),
     ]  # fmt: skip

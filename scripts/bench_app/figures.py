@@ -99,6 +99,8 @@ FIGURES: Sequence[Figure] = (
     Figure("distant_round_trip", "round trip to Redis then, p50", "ms"),
     Figure("distant_proxy", "the proxy's share of a CPU, at most", "%"),
     # crowded.py
+    Figure("ready_noop", "no-op inline jobs while 1,000,000 are ready", "/s"),
+    Figure("ready_share", "that is, of the rate while 10,000 are", "%", 80, more=True),
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),
     Figure("crowded_old", "the same of jobs that stood there since long: times", "x", 1.2),

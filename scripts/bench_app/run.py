@@ -7,8 +7,8 @@
 
 A round takes every measurement once, on each broker, so that what disturbs the machine for a while disturbs all of them alike.
 How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, elsewhere, parked,
-http_jobs, connections, crowded; compare for the comparison with other queues. `marks` is what jobs leave behind, `kqueued`
-what runs them, `figures` the targets.
+http_jobs, connections, lag, two, distant, crowded; steps and costs write pages of their own; compare for the comparison with
+other queues. `marks` is what jobs leave behind, `kqueued` what runs them, `figures` the targets.
 
 A target that is missed is said, and is no error: machines differ. A job that is lost, runs twice or stays in the queue is one:
 that round's figure is left out, and the exit status is 1. Whatever was started is ended by its pid, and the temporary directory
@@ -70,6 +70,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "lag": lag.measure,
     "two": two.measure,
     "distant": distant.measure,
+    "ready": crowded.measure_ready,
     "crowded": crowded.measure,
 }
 PAGES: Mapping[str, Callable[[Bench, Mapping[str, str], int, bool], None]] = {"steps": steps.run, "costs": costs.run}
