@@ -16,13 +16,23 @@ class Bench:
 
     def __init__(self, directory: Path, redis: RedisServer | None, quick: bool) -> None:
         self._directory = directory
-        self._redis = redis
+        self.redis = redis
         self._quick = quick
         self._number = count(1)
 
     @property
+    def quick(self) -> bool:
+        return self._quick
+
+    def beside(self, redis: RedisServer | None) -> Bench:
+        """The same on another Redis, or on SQLite. Its rooms are in a directory of their own."""
+        directory = self._directory / f"beside-{next(self._number)}"
+        directory.mkdir()
+        return Bench(directory, redis, self._quick)
+
+    @property
     def broker(self) -> str:
-        return "sqlite" if self._redis is None else "redis"
+        return "sqlite" if self.redis is None else "redis"
 
     def pick(self, full: T, quick: T) -> T:
         """A size: the first one, or with --quick the second."""
@@ -31,7 +41,7 @@ class Bench:
     def empty_queue(self) -> tuple[Path, str]:
         """A directory that does not exist yet, for a Kqueued, and the URL of a queue with nothing in it."""
         room = self._directory / f"{self.broker}-{next(self._number)}"
-        if self._redis is not None:
-            self._redis.flush()
-            return room, self._redis.url
+        if self.redis is not None:
+            self.redis.flush()
+            return room, self.redis.url
         return room, f"sqlite:///{self._directory}/{room.name}.db"

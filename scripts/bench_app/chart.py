@@ -34,7 +34,7 @@ def svg(panels: Sequence[Panel]) -> str:
     ]
     top = 0
     for panel in panels:
-        parts.append(f'<text x="0" y="{top + 18}" font-weight="bold">{escape(panel.title)}</text>')
+        parts.append(f'<text x="4" y="{top + 18}" font-weight="bold">{escape(panel.title)}</text>')
         top += TITLE
         largest = max((bar.value for bar in panel.bars), default=0)
         for bar in panel.bars:

@@ -9,6 +9,9 @@ rest.
 
 A hash table of Redis that has just grown is moved bit by bit by whoever uses it. After filling, it is used until that is done:
 this is the price of growing, not of being large. And what the filling left in the memory of Lua is thrown away.
+
+And the whole of it: the rate (throughput.py) at which a daemon does its first 10,000 no-ops while 1,000,000 are ready, against
+one that has 10,000 only; by turns, twice in a round.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import marks
 from bench import Bench
-from kqueued import Failure
+from kqueued import Failure, Kqueued
+from light import noop
 from redis_server import RedisServer
 
 from kqueue.brokers.base import NewJob, Owner, Settlement
@@ -42,7 +47,42 @@ for n = ARGV[2], ARGV[2] + ARGV[3] - 1 do
 end
 """
 TOUCH = "for n = 1, ARGV[1] do redis.call('ZSCORE', KEYS[1], 'nobody') end"  # looks into the table of keys, too
+READY = """
+for n = ARGV[1], ARGV[1] + ARGV[2] - 1 do
+  local id = string.format('1%025d', n)
+  redis.call('SET', KEYS[1] .. 'job:' .. id, '-inline 0 ' .. n .. '\\n' .. string.gsub(ARGV[3], '@', id))
+  redis.call('ZADD', KEYS[1] .. 'ready:inline', n, id)
+end
+"""
+READY_ENVELOPE = ENVELOPE.replace(b"%s", b"@").replace(b'"q"', b'"default"')
+DONE = 10_000  # of those that are ready
 _ids = count()
+
+
+def measure_ready(bench: Bench) -> dict[str, float]:
+    if bench.broker != "redis":
+        return {}
+    many = bench.pick(1_000_000, 100_000)
+    rates: dict[int, list[float]] = {DONE: [], many: []}
+    for ready in (DONE, many, many, DONE):
+        rates[ready].append(_rate(bench, ready))
+    few, crowded = (statistics.mean(rates[ready]) for ready in (DONE, many))
+    return {"ready_noop": crowded, "ready_share": crowded / few * 100}
+
+
+def _rate(bench: Bench, ready: int) -> float:
+    import redis
+
+    room, url = bench.empty_queue()
+    with redis.Redis.from_url(url) as client:
+        for first in range(0, ready, AT_ONCE):
+            client.eval(READY, 1, "kq:{default}:", first, min(AT_ONCE, ready - first), READY_ENVELOPE)
+    with Kqueued(room, url, options=["--max-jobs", str(DONE)]) as daemon:
+        daemon.wait_for_exit()
+        moments = marks.read(daemon.marks, noop.registration.name)
+    if len(moments) != DONE:
+        raise Failure(f"{len(moments)} marks for {DONE} jobs")
+    return marks.rate(moments)
 
 
 def measure(bench: Bench) -> dict[str, float]:

@@ -81,7 +81,26 @@ FIGURES: Sequence[Figure] = (
     Figure("tls_memory", "2,000 TLS connections at once: memory of one", "KiB"),
     Figure("tls_rate", "opened, with the server on the same machine", "/s"),
     Figure("requests", "100,000 HTTP requests, and no file left open", "/s"),
+    # lag.py
+    Figure("lag_p99", "loop lag, 10,000 parked and 2,000 jobs/s coming, p99", "ms", 10),
+    Figure("lag_late_p50", "dispatch of 20 to start of each, meanwhile, p50", "ms"),
+    Figure("lag_late_p99", "dispatch of 20 to start of each, meanwhile, p99", "ms"),
+    Figure("lag_looked_p99", "the same while asked for a status every 1.5 s, p99", "ms"),
+    Figure("lag_largest", "the largest of all", "ms"),
+    # two.py
+    Figure("two_noop", "no-op inline jobs, two daemons on one Redis", "/s"),
+    Figure("two_noop_times", "that is, times those of one daemon", "x", 0.8, more=True),
+    Figure("two_burn", "jobs of 100 µs CPU, two daemons on one Redis", "/s"),
+    Figure("two_burn_times", "that is, times those of one daemon", "x", 1.5, more=True),
+    # distant.py
+    Figure("near_noop", "no-op inline jobs through a proxy", "/s"),
+    Figure("distant_noop", "the same, which delays each direction by 1 ms", "/s"),
+    Figure("distant_share", "that is, of the rate without the delay", "%", 80, more=True),
+    Figure("distant_round_trip", "round trip to Redis then, p50", "ms"),
+    Figure("distant_proxy", "the proxy's share of a CPU, at most", "%"),
     # crowded.py
+    Figure("ready_noop", "no-op inline jobs while 1,000,000 are ready", "/s"),
+    Figure("ready_share", "that is, of the rate while 10,000 are", "%", 80, more=True),
     Figure("crowded_cost", "Redis' own time to reserve and acknowledge a job", "µs"),
     Figure("crowded_new", "the same of new jobs, 1,110,000 others there: times", "x", 1.2),
     Figure("crowded_old", "the same of jobs that stood there since long: times", "x", 1.2),

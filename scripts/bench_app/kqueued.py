@@ -33,13 +33,14 @@ PATIENCE_S = 60.0  # without any progress
 STOP_S = 30.0  # more than shutdown.grace and what INTERFACES adds to it
 LOOK_S = 0.005  # between two looks; a stat(2) each
 CONFIG = """\
-instance: bench
+instance: {instance}
 state_dir: {room}/var
-queue: {{url: "{url}"}}
+queue: {{url: "{url}"{queue}}}
 jobs: {{path: [{here}], modules: {modules}, isolated_modules: {isolated_modules}}}
 control: {{socket: {room}/var/kqueued.sock}}
 isolated: {{environment: [{variable}], max_concurrent: {isolated}}}
 inline: {{max_concurrent: {inline}}}
+{more}
 """
 
 
@@ -50,28 +51,31 @@ class Failure(Exception):
 class Kqueued:
     """A kqueued on `url` in the new directory `room`, running while the `with` lasts.
 
-    `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`, `inline`: jobs at once.
+    `python`: options of the interpreter ("-m cProfile …"); `options`: of kqueued; `isolated`, `inline`: jobs at once; `marks_in`:
+    the directory of another one's marks, for its own to go there. `queue`: what else stands below that (", names: …"), `more`:
+    and at the end of its configuration.
     """
 
     def __init__(
         self, room: Path, url: str, modules: Sequence[str] = ("light",), isolated_modules: Sequence[str] = (), *,
         python: Sequence[str] = (), options: Sequence[str] = (), isolated: int = 4, inline: int = 10_000,
+        marks_in: Path | None = None, queue: str = "", more: str = "",
     ) -> None:  # fmt: skip
         room.mkdir(parents=True)
         self._config = room / "kqueue.yaml"
         self._config.write_text(
             CONFIG.format(
-                room=room, url=url, here=json.dumps(str(HERE)), modules=json.dumps(list(modules)),
+                instance=room.name, room=room, url=url, here=json.dumps(str(HERE)), modules=json.dumps(list(modules)),
                 isolated_modules=json.dumps(list(isolated_modules)), isolated=isolated, inline=inline,
-                variable=marks.DIRECTORY_VARIABLE,
+                variable=marks.DIRECTORY_VARIABLE, queue=queue, more=more,
             )
         )  # fmt: skip
         self._room = room
         self._command = [sys.executable, *python, "-m", "kqueue.cli.kqueued", "-c", str(self._config), *options]
         self._process: subprocess.Popen[bytes] | None = None
         self._stamp = mmap.mmap(-1, 8)  # shared with the child
-        self.marks = room / "marks"
-        self.marks.mkdir()
+        self.marks = room / "marks" if marks_in is None else marks_in
+        self.marks.mkdir(exist_ok=True)
 
     @property
     def pid(self) -> int:

@@ -15,6 +15,21 @@ async def noop() -> None:
 
 
 @job
+async def sized(data: str) -> None:
+    """A no-op with an argument."""
+    marks.write("sized", time.time())
+
+
+@job
+async def burn() -> None:
+    """100 µs of CPU."""
+    marks.write("burn", time.time())
+    until = time.thread_time() + 0.0001
+    while time.thread_time() < until:
+        pass
+
+
+@job
 async def late(sent: float) -> None:
     """How long after `sent` (time.time() of the client) a job starts."""
     marks.write("late", time.time() - sent)

@@ -46,6 +46,18 @@ def cpu_s(pid: int) -> float:
         return (int(utime) + int(stime)) / TICKS_PER_S
 
 
+def cpu_below_s(pid: int) -> float:
+    """Seconds on a CPU of everything below `pid`, what has ended and was waited for among it (that in steps of 10 ms)."""
+    everybody = tree(pid)
+    return sum(_reaped_s(each) for each in everybody) + sum(cpu_s(each) for each in everybody[1:])
+
+
+def _reaped_s(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as stat:
+        user, system = stat.read().rpartition(")")[2].split()[13:15]
+    return (int(user) + int(system)) / TICKS_PER_S
+
+
 def wakeups(pid: int) -> int:
     """How often it went to sleep, which is how often it woke."""
     with open(f"/proc/{pid}/status") as status:

@@ -28,15 +28,24 @@ def die_with_us() -> None:
 class RedisServer:
     """Running while the `with` lasts. `persistence`: a key of PERSISTENCE; snapshots are off in each."""
 
-    def __init__(self, directory: Path, persistence: str = "none") -> None:
+    def __init__(self, directory: Path, persistence: str = "none", options: Sequence[str] = ()) -> None:
         self._directory = directory
-        self._options: Sequence[str] = PERSISTENCE[persistence]
+        self._options: Sequence[str] = [*PERSISTENCE[persistence], *options]
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self._port}/0"
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def __enter__(self) -> RedisServer:
         program = shutil.which("redis-server")

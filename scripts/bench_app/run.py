@@ -1,13 +1,14 @@
 """Measures KQueue against its targets: real daemons on a Redis and on SQLite files of its own, several rounds, medians.
 
     ./scripts/bench [--broker redis|sqlite|both] [--rounds N] [--quick] [--only WORD] [--persistence KIND] [--json FILE]
+    ./scripts/bench --only steps|costs [--rounds N] [--quick] [--markdown]
     ./scripts/bench --profile
     ./scripts/bench --peers [NAME,…] [--only noop|latency|parked|http] [--rounds N] [--quick] [--json FILE] [--markdown]
 
 A round takes every measurement once, on each broker, so that what disturbs the machine for a while disturbs all of them alike.
 How a figure is measured stands at the head of its file: idle, starting, twenty, latency, throughput, elsewhere, parked,
-http_jobs, connections, crowded; compare for the comparison with other queues. `marks` is what jobs leave behind, `kqueued`
-what runs them, `figures` the targets.
+http_jobs, connections, lag, two, distant, crowded; steps and costs write pages of their own; compare for the comparison with
+other queues. `marks` is what jobs leave behind, `kqueued` what runs them, `figures` the targets.
 
 A target that is missed is said, and is no error: machines differ. A job that is lost, runs twice or stays in the queue is one:
 that round's figure is left out, and the exit status is 1. Whatever was started is ended by its pid, and the temporary directory
@@ -29,18 +30,23 @@ from pathlib import Path
 import click
 import comparing
 import connections
+import costs
 import crowded
+import distant
 import elsewhere
 import http_jobs
 import idle
+import lag
 import lasting
 import latency
 import parked
 import profiling
 import report
 import starting
+import steps
 import throughput
 import twenty
+import two
 from bench import Bench
 from figures import BROKERS, BY_KEY
 from kqueued import Failure, compile_modules
@@ -61,15 +67,21 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "http": http_jobs.measure,
     "tls": connections.measure_tls,
     "requests": connections.measure_requests,
+    "lag": lag.measure,
+    "two": two.measure,
+    "distant": distant.measure,
+    "ready": crowded.measure_ready,
     "crowded": crowded.measure,
 }
+PAGES: Mapping[str, Callable[[Bench, Mapping[str, str], int, bool], None]] = {"steps": steps.run, "costs": costs.run}
+PAGE_FILES: Mapping[str, str] = {"steps": steps.FILE, "costs": costs.FILE}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--broker", type=click.Choice([*BROKERS, "both"]), default="both", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), help="How often each figure is taken.  [default: 3; with --quick 1]")
 @click.option("--quick", is_flag=True, help="Fewer jobs: a look, not a measurement.")
-@click.option("--only", type=click.Choice(list(MEASUREMENTS)), multiple=True, help="These measurements alone. May be repeated.")
+@click.option("--only", type=click.Choice([*MEASUREMENTS, *PAGES]), multiple=True, help="These alone. May be repeated.")
 @click.option("--persistence", type=click.Choice(list(PERSISTENCE)), default="none", show_default=True, help="Of the Redis.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every sample there, too.")
 @click.option("--profile", is_flag=True, help="Run the no-op inline jobs under cProfile instead, and print the top 25.")
@@ -77,7 +89,7 @@ MEASUREMENTS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "--peers", is_flag=False, flag_value="all", metavar="[NAME,…]",
     help="Compare with other queues instead, each installed into .venv-peers; --only takes noop, latency, parked, http.",
 )
-@click.option("--markdown", is_flag=True, help="With --peers: write the tables and the chart of docs/performance.md.")
+@click.option("--markdown", is_flag=True, help="With --peers, --only steps or costs: write that page of docs/.")
 def main(
     broker: str, rounds: int | None, quick: bool, only: tuple[str, ...], persistence: str, json_file: Path | None, profile: bool,
     peers: str | None, markdown: bool,
@@ -87,6 +99,11 @@ def main(
         broker, named = "redis", comparing.chosen(peers)
     wanted = BROKERS if broker == "both" else (broker,)
     names = [name for name in MEASUREMENTS if name in only or not only]
+    written = [name for name in PAGES if name in only]
+    if written and peers is None:
+        if names or len(written) > 1 or broker == "sqlite":
+            raise click.UsageError(f"--only {written[0]} stands by itself, and is of Redis")
+        broker = "redis"
     samples: dict[tuple[str, str], list[float]] = {}
     failures: list[str] = []
     noise: list[float] = []
@@ -104,6 +121,12 @@ def main(
             return
         if peers is not None:
             sys.exit(not comparing.run(benches[0], found, named, only, rounds or (1 if quick else 3), json_file, markdown))
+        if written:
+            try:
+                PAGES[written[0]](benches[0], found, rounds or (1 if quick else 3), markdown)
+            except Failure as failure:
+                raise click.ClickException(str(failure)) from None
+            return
         for number in range(1, (rounds or (1 if quick else 3)) + 1):
             noise.append(report.busy_cpus())
             click.echo(f"round {number}   {noise[-1]:.2f} of {os.cpu_count()} CPUs are busy with something else", err=True)

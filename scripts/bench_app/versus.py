@@ -190,13 +190,13 @@ def settings_as_markdown() -> str:
     return "\n".join(lines)
 
 
-def write_between_markers(file: Path, text: str) -> None:
-    """Replace what stands there between BEGIN and END. ValueError: there is not exactly one such place."""
-    before, found, rest = file.read_text().partition(f"{BEGIN}\n")
+def write_between_markers(file: Path, text: str, begin: str = BEGIN) -> None:
+    """Replace what stands there between `begin` and END. ValueError: there is not exactly one such place."""
+    before, found, rest = file.read_text().partition(f"{begin}\n")
     _, found_end, after = rest.partition(f"{END}\n")
-    if not (found and found_end) or BEGIN in after:
-        raise ValueError(f"{file} must have one line {BEGIN!r} and then one line {END!r}; what is between them is replaced")
-    file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}\n{after}")
+    if not (found and found_end) or begin in after:
+        raise ValueError(f"{file} must have one line {begin!r} and then one line {END!r}; what is between them is replaced")
+    file.write_text(f"{before}{begin}\n\n{text}\n\n{END}\n{after}")
 
 
 def as_json(conditions: Mapping[str, str], noise: Sequence[float], samples: Samples, failures: Sequence[str]) -> dict[str, Any]:
