@@ -17,7 +17,7 @@ from kqueue import BoundJob, KQueueRuntime, ahead, events
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled
 from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool
-from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, take, unread
+from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, take, has_unread
 from kqueue.execution.workers import Worker
 from kqueue.kernel import sleep
 from kqueue.loading import template_config
@@ -252,7 +252,7 @@ def test_output_that_comes_before_the_end_of_an_earlier_run_is_heard_of(bench: T
 
     def listen_late(pool: Pool) -> None:
         bench.open_gate()
-        until(lambda: unread(the(pool).child.stdout) > 0)
+        until(lambda: has_unread(the(pool).child.stdout))
 
     bench.when_full(runtime, listen_late)
     notes, talker = bench.noting(20), pooled.chatters.job(5)

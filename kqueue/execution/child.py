@@ -366,8 +366,10 @@ def flush() -> None:
     """All that was printed goes out now. A stream that is closed, or cannot take it, is the job's own doing."""
     limits.flush_c()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
+        try:
             stream.flush()
+        except Exception:
+            continue
 
 
 _LIMIT_OF: Final = {errno.EMFILE: ("max_files", ""), errno.EFBIG: ("max_file_size", " MiB")}  # what each is about
