@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import os
 import signal
 import socket
@@ -502,14 +503,14 @@ def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.M
     from tests.apps import zoo
 
     def no_pairs(real: Any) -> Any:
-        def socketpair(family: int, kind: int) -> Any:
+        def socketpair(family: int, kind: int, *rest: int) -> Any:
             if kind == socket.SOCK_STREAM:  # a job's; the template's is a SOCK_SEQPACKET
                 raise OSError(24, "Too many open files")
-            return real(family, kind)
+            return real(family, kind, *rest)
 
         return socketpair
 
-    monkeypatch.setattr("kqueue.execution.handle.socket.socketpair", no_pairs(socket.socketpair))
+    monkeypatch.setattr("kqueue.execution.handle._socket.socketpair", no_pairs(_socket.socketpair))
     job = prepare(zoo.add.job(1), zoo.add.registration)
     bench.client.enqueue([job])
     runtime = KQueueRuntime(MemoryBroker(bench.store), template=template_config([ROOT], [], ["tests.apps.zoo"]))

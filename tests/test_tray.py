@@ -17,7 +17,7 @@ from kqueue import BoundJob, KQueueRuntime, ahead, events
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled
 from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool
-from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, take, has_unread
+from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, has_unread, take
 from kqueue.execution.workers import Worker
 from kqueue.kernel import sleep
 from kqueue.loading import template_config

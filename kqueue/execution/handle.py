@@ -5,6 +5,8 @@ All of them are in one epoll, so whoever is with it waits for one fd (see decisi
 
 from __future__ import annotations
 
+import _socket  # socket.socket asks the kernel for what is known here, at three times the price
+import array
 import os
 import select
 import signal
@@ -48,7 +50,7 @@ class Child:
         self.frames = Frames()  # what came through its socket; after one run's last there may be the next one's first
         self.is_muted = False  # `ears` do not listen to stdout and stderr
         with ExitStack() as opened:  # all or nothing: fds may run out between two of them
-            self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket, self._its_socket = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             opened.callback(self.socket.close)
             opened.callback(self._its_socket.close)
             self.socket.setblocking(False)
@@ -114,7 +116,8 @@ class Child:
         """Send it `fd`, before anything else. -1: nothing."""
         if fd >= 0:
             with suppress(OSError):  # it has died, as will be seen
-                socket.send_fds(self.socket, [b"\0"], [fd], socket.MSG_NOSIGNAL)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+                self.socket.sendmsg([b"\0"], [rights], socket.MSG_NOSIGNAL)
 
     def mute(self) -> None:
         """Do not wait for output: what there is concerns a run that is not at its turn yet."""

@@ -280,9 +280,11 @@ class Leftovers:
     def enter(self, job: Running) -> None:
         """In the job's process, before its first line: be found, with all that it will start."""
         put_mark(self._owner, job.mark)
-        if job.cgroup is not None:
-            with suppress(OSError):
+        try:
+            if job.cgroup is not None:
                 job.cgroup.enter()
+        except OSError:
+            return
 
     def limit(self, job: Running, limits: Mapping[str, float]) -> None:
         """It is about to be told what to do, within `limits`."""
