@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from setproctitle import getproctitle, setproctitle
+from setproctitle import setproctitle
 
 from ..environment import NEVER
 from ..errors import Refused
@@ -52,7 +52,6 @@ def ready_to_fork(of_all: Privileges) -> None:
             raise ImportFailed("isolated.directory", f"isolated.directory: {of_all.directory}: {error.strerror}") from None
     limits.forbid_core_dumps()
     limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
-    getproctitle()  # so that the library has looked for its place: each child would do that for itself
     tell_where_it_stands()
     tidy_streams()
 
