@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 Changes = list[tuple[str, str]]  # (what of the process, in detail)
@@ -134,10 +135,11 @@ class ProcessState:
 
     def _rlimits_as_text(self) -> bytes:
         """All of them in one call: to ask for each is three times the price."""
-        try:
-            return os.pread(self._own_limits, 4096, 0)
-        except OSError:  # the job has closed it, as others tell
-            return repr(_rlimits()).encode()
+        with suppress(OSError):
+            text = os.pread(self._own_limits, 4096, 0)
+            if text.startswith(b"Limit"):
+                return text
+        return repr(_rlimits()).encode()  # the job has closed it, or put something else there
 
     def _tell_handlers(self) -> Changes:
         pairs = zip(_SIGNALS, self._handlers, strict=True)
