@@ -62,12 +62,14 @@ def owner_of(identity: str) -> int:
     return number % _OWNERS
 
 
-def put_mark(owner: int, serial: int) -> None:
-    """Mark this process, and whatever it will start. Where an administrator has set a lower limit, there is no mark."""
+def put_mark(owner: int, serial: int) -> bool:
+    """Mark this process, and whatever it will start; whether it is. Where an administrator has set a lower limit, it is not."""
     limit = _MARKED | owner * _SERIALS | (serial if serial == TEMPLATE_SERIAL else mark_serial(serial))
     hard = resource.getrlimit(resource.RLIMIT_RSS)[1]
-    if hard == resource.RLIM_INFINITY or hard >= limit:
+    is_possible = hard == resource.RLIM_INFINITY or hard >= limit
+    if is_possible:
         resource.setrlimit(resource.RLIMIT_RSS, (limit, limit))
+    return is_possible
 
 
 def mark_serial(serial: int) -> int:

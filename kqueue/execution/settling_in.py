@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from setproctitle import setproctitle
+from setproctitle import getproctitle, setproctitle
 
 from ..environment import NEVER
 from ..errors import Refused
@@ -139,6 +139,11 @@ def tidy_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def ready_to_be_named() -> None:
+    """Have the library look for the place of titles."""
+    getproctitle()
 
 
 def name_spare() -> None:

@@ -54,10 +54,11 @@ def main() -> int:
     if message is None:
         return 0
     owner, cgroups = message[1]["owner"], message[1]["cgroups"]
-    put_mark(owner, TEMPLATE_SERIAL)
+    is_marked = put_mark(owner, TEMPLATE_SERIAL)
     try:
         try:
             _import(message[1])
+            _warm_up(is_marked)
             _introduce(control, time.monotonic() - began)
         except ImportFailed as error:
             wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)[:MAX_TEXT]})
@@ -79,6 +80,12 @@ def _import(config: dict[str, Any]) -> None:
     # For current().logger and libraries in a job; does nothing when a module has configured logging itself.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     settling_in.ready_to_fork(Privileges(**config["privileges"]))
+
+
+def _warm_up(is_marked: bool) -> None:
+    """Do what each child would else do for itself, and with it copy the memory that it writes to."""
+    if is_marked:  # else we are known by what /proc/PID/environ says, which a title overwrites
+        settling_in.ready_to_be_named()
     for _ in range(REHEARSALS):
         rehearse()
     gc.collect()
