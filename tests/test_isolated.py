@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _socket
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +28,7 @@ from kqueue.execution.child import Run
 from kqueue.execution.privileges import Privileges
 from kqueue.loading import ImportFailed, template_config
 from tests.apps.zoo import PIDS
-from tests.daemon import tree, wait_gone
+from tests.daemon import PATIENCE_S, tree, wait_gone
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -502,14 +505,14 @@ def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.M
     from tests.apps import zoo
 
     def no_pairs(real: Any) -> Any:
-        def socketpair(family: int, kind: int) -> Any:
+        def socketpair(family: int, kind: int, *rest: int) -> Any:
             if kind == socket.SOCK_STREAM:  # a job's; the template's is a SOCK_SEQPACKET
                 raise OSError(24, "Too many open files")
-            return real(family, kind)
+            return real(family, kind, *rest)
 
         return socketpair
 
-    monkeypatch.setattr("kqueue.execution.handle.socket.socketpair", no_pairs(socket.socketpair))
+    monkeypatch.setattr("kqueue.execution.handle._socket.socketpair", no_pairs(_socket.socketpair))
     job = prepare(zoo.add.job(1), zoo.add.registration)
     bench.client.enqueue([job])
     runtime = KQueueRuntime(MemoryBroker(bench.store), template=template_config([ROOT], [], ["tests.apps.zoo"]))
@@ -519,6 +522,32 @@ def test_a_host_without_fds_costs_no_attempt(bench: Bench, monkeypatch: pytest.M
     assert row is not None
     assert (row.state, row.counters) == ("delayed", Counters())
     assert "Too many open files" in bench.of(events.Warned)[0].message
+
+
+FEW_FDS = """
+import os, resource
+from kqueue.execution.handle import Child
+def is_open():
+    return len(os.listdir("/proc/self/fd"))
+before, hard = is_open(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+made = []
+for spare in range(16):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + spare, hard))
+    try:
+        Child(1, None).close()
+        made.append(True)
+    except OSError:
+        made.append(False)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert is_open() == before, spare
+print(made.index(True) > 4, made == sorted(made))
+"""
+
+
+def test_a_child_for_which_fds_run_out_half_way_leaves_none_open() -> None:
+    """Whichever it is that is not to be had."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", FEW_FDS], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
 
 
 @pytest.mark.parametrize(("ago_s", "error"), [(1.0, JobTimedOut), (0.5, JobCancelled)])

@@ -311,3 +311,42 @@ os.write(write_fd, b"end")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == "[True] [] None\n"
+
+
+MANY_CHILDREN = """
+import os, threading
+from kqueue.execution import killing
+own = killing.OwnChildren()
+read_fd, write_fd = os.pipe()
+forked = set()
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        os.close(write_fd)
+        os.read(read_fd, 1)
+        os._exit(0)
+    forked.add(pid)
+def differ():
+    return len(forked ^ set(killing.children_of(os.getpid()))), len(forked ^ set(own.pids()))
+print(*differ())
+for _ in range(3):
+    fork()
+print(*differ())
+thread = threading.Thread(target=lambda: (fork(), done.set(), end.wait()))
+done, end = threading.Event(), threading.Event()
+thread.start()
+done.wait()
+print(*differ())
+end.set()
+thread.join()
+for _ in range(750):
+    fork()
+print(*differ())
+os.close(write_fd)
+"""
+
+
+def test_all_children_are_found_however_many_there_are() -> None:
+    """None; a few; one of another thread; and more than the kernel lists in one page."""
+    done = subprocess.run([sys.executable, "-c", MANY_CHILDREN], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout == "0 0\n" * 4

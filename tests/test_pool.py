@@ -131,6 +131,16 @@ def test_a_changed_process_runs_no_other_job(bench: PoolBench, how: str) -> None
     assert "hunter2" not in warning, "values of the environment may be secrets"
 
 
+@pytest.mark.parametrize("how", ["fd", "high fd", "thread", "stack limit", "memory limit"])
+def test_who_takes_the_place_of_our_fds_hides_nothing(bench: PoolBench, how: str) -> None:
+    jobs = [pooled.blinds.job(), pooled.pid.job(), pooled.leaks.job(how), pooled.pid.job()]
+    *before, after = [each.result for each in bench.pooled(*jobs)]
+    assert len(set(before)) == 1, "what is as it was goes on"
+    assert after not in before
+    (warning,) = bench.warnings()
+    assert pooled.LEAKS[how][1] in warning
+
+
 def test_a_job_that_fails_is_looked_after_as_well(bench: PoolBench) -> None:
     ran = bench.pooled(pooled.pid.job(), pooled.leaks.job("chdir", fail=True), pooled.pid.job())
     assert ran[1].ended.outcome.cause == "exception"

@@ -17,7 +17,7 @@ from kqueue import BoundJob, KQueueRuntime, ahead, events
 from kqueue.dispatch import NewJob, prepare
 from kqueue.errors import JobCancelled
 from kqueue.execution.pool import MOST_AHEAD, MOST_WAITING, Pool
-from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, take, unread
+from kqueue.execution.tray import DEPTH, MAX_MESSAGE, Tray, has_unread, take
 from kqueue.execution.workers import Worker
 from kqueue.kernel import sleep
 from kqueue.loading import template_config
@@ -67,6 +67,16 @@ class TrayBench(PoolBench):
             act(pool)
 
         runtime.kernel.spawn(watch(), name="watch")
+
+    def fill_late(self, pool: Pool) -> None:
+        """Its process finds its tray empty, and in the next moment it is as it was. It has not been heard of yet."""
+        worker = the(pool)
+        messages = [turn.message for turn in worker.next]
+        assert worker.tray.take_back() == set(messages)
+        self.open_gate()
+        until(lambda: is_asleep(worker.child.pid) and worker.child.ears.poll(0) != [])
+        for message in messages:
+            assert worker.tray.put(message)
 
     def noting(self, count: int) -> list[BoundJob]:
         return [pooled.notes.job(self.notes, number) for number in range(count)]
@@ -252,7 +262,7 @@ def test_output_that_comes_before_the_end_of_an_earlier_run_is_heard_of(bench: T
 
     def listen_late(pool: Pool) -> None:
         bench.open_gate()
-        until(lambda: unread(the(pool).child.stdout) > 0)
+        until(lambda: has_unread(the(pool).child.stdout))
 
     bench.when_full(runtime, listen_late)
     notes, talker = bench.noting(20), pooled.chatters.job(5)
@@ -260,6 +270,48 @@ def test_output_that_comes_before_the_end_of_an_earlier_run_is_heard_of(bench: T
     assert len(set(bench.once_each(20))) == 1
     assert [each.ended.outcome.output.replace("\n", "") for each in ran] == [""] * 5 + ["5" * 5 * 21] + [""] * 16
     assert {each.ended.outcome.pid for each in ran} == set(bench.once_each(20)), "who prints costs no process"
+
+
+def test_who_found_its_tray_empty_is_told_the_first_and_keeps_the_rest(bench: TrayBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was filled a moment too late. What is in it then is not taken out for that, and put in once more."""
+    runtime, real = bench.runtime(), Tray.put
+    put: Counter[bytes] = Counter()
+
+    def counting(tray: Tray, message: bytes) -> bool:
+        done = real(tray, message)
+        put[message] += done
+        return done
+
+    monkeypatch.setattr(Tray, "put", counting)
+    bench.when_full(runtime, bench.fill_late)
+    bench.pooled(pooled.waits_for.job(bench.gate), *bench.noting(30), runtime=runtime)
+    assert len(set(bench.once_each(30))) == 1
+    assert [number for number, _, _ in bench.noted()] == [*range(30)]
+    assert set(put.values()) == {1, 2}
+    assert len([count for count in put.values() if count == 2]) == DEPTH, "those that were put in late"
+
+
+@pytest.mark.parametrize("moment", ["before it is told", "after it was told"])
+def test_who_dies_when_it_is_told_the_next_costs_nobody_anything(
+    bench: TrayBench, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    runtime, real, killed = bench.runtime(), Pool._tell_next, []
+
+    def tell(pool: Pool, worker: Worker) -> bool:
+        told = real(pool, worker) if moment == "after it was told" else True
+        if not killed:
+            killed.append(worker.child.pid)
+            os.kill(worker.child.pid, signal.SIGKILL)
+            until(lambda: worker.child.has_ended)
+        return told if moment == "after it was told" else real(pool, worker)
+
+    monkeypatch.setattr(Pool, "_tell_next", tell)
+    bench.when_full(runtime, bench.fill_late)
+    bench.pooled(pooled.waits_for.job(bench.gate), *bench.noting(30), runtime=runtime)
+    assert len(killed) == 1
+    assert killed[0] not in bench.once_each(30)
+    assert {fact.outcome.cause for fact in bench.of(events.JobEnded)} == {"ok"}
+    assert {(each.counters.runs, each.counters.crashes) for each in bench.settled} == {(0, 0)}
 
 
 # -- the end of all that ---------------------------------------------------------------------------------------------------

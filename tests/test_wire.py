@@ -83,6 +83,22 @@ def test_the_largest_frame_is_a_frame() -> None:
         list(Frames().feed(frame(wire.RESULT, payload + b"x")))
 
 
+def test_who_stops_listening_after_each_frame_misses_none() -> None:
+    """As a run does at its end: what came with that is the next one's. Cut anywhere."""
+    sent = [(wire.RESULT, b"42"), (wire.PROGRESS, b""), (wire.DONE, b"x" * 20), (wire.RESULT, b"null")]
+    stream = b"".join(frame(*each) for each in sent)
+    for cut in range(len(stream) + 1):
+        frames, got, left = Frames(), [], 0
+        for data in (stream[:cut], stream[cut:]):
+            left += len(data)
+            while (one := next(frames.feed(data), None)) is not None:
+                got.append(one)
+                left -= len(frame(*one))
+                assert (frames.is_whole, frames.is_empty) == (left >= 5, left == 0)
+                data = b""
+        assert got == sent
+
+
 def test_many_small_frames_in_one_piece_take_no_time_to_speak_of() -> None:
     many = frame(wire.PROGRESS, b"[0.5,null]") * 50_000
     assert sum(1 for _ in Frames().feed(many)) == 50_000

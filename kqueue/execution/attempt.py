@@ -239,17 +239,17 @@ class Attempt:
         self._listens = wanted
 
     def _serve(self, ready: Sequence[tuple[int, int]]) -> bool:
-        """Take what is there, a bounded amount of each; whether the process has died."""
+        """Take what is there, a bounded amount of each; whether the process has died, so that the rest is `_drain`'s."""
         child = self._child
-        died = False
+        died = any(fd == child.pidfd for fd, _ in ready)
         for fd, events in ready:
-            if fd in (child.stdout, child.stderr):
+            if fd == child.pidfd or (died and not self._token and fd != child.socket.fileno()):
+                continue
+            elif fd in (child.stdout, child.stderr):
                 if not self._is_last("garbage"):  # it is the output of the run that it has gone on to
                     child.mute()
                 elif not self._take_output(fd):
                     child.ears.unregister(fd)
-            elif fd == child.pidfd:
-                died = True
             elif fd == child.stack:
                 if not self._stack.read(fd):
                     child.ears.unregister(fd)
@@ -450,6 +450,13 @@ class Attempt:
         `duration_s`: that we waited for it. `seen_mib`: what it was seen to have.
         """
         done, exit, printed = self._done, self._done or self._child.exit, self._tail.text() if self._has_printed else ""
+        limits = {name: value for name, value in self._request["limits"].items() if value}
+        if done is not None and isinstance(self._said, Result):
+            return Outcome(
+                "ok", result=self._said.json, pid=self._child.pid, duration_s=done.duration_s, cpu_user_s=done.cpu_user_s,
+                cpu_system_s=done.cpu_system_s, max_memory_mib=max(seen_mib, done.max_memory_mib), limits=limits, output=printed,
+                follow_ups=() if self._context.inline else self._context.follow_ups,
+            )  # fmt: skip
         ending = Ending(
             self._request, self._said, self._why, self._numbers, self._garbage, self._child.exit, self._backoff,
             () if self._context.inline else self._context.follow_ups, self._printed, printed, self._kill_grace_s,
@@ -457,7 +464,7 @@ class Attempt:
         verdict = ending.verdict(killer)
         return verdict._replace(
             pid=self._child.pid or None,
-            limits={name: value for name, value in self._request["limits"].items() if value},
+            limits=limits,
             output=printed,
             stack=self._stack.text(roots) if not verdict.ok and self._stack.came else "",
             duration_s=duration_s if done is None else done.duration_s,

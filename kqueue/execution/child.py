@@ -85,7 +85,7 @@ def _wait(orders: socket.socket | None) -> Order:
     """As a spare, which has the time to prepare for whatever comes."""
     assert orders is not None
     orders = settling_in.keep_only(orders)
-    _rehearse()
+    rehearse()
     settling_in.name_spare()
     order = wire.receive_message(orders)
     if order is None:  # the template has no use for it any more
@@ -103,7 +103,7 @@ def _tell_why(error: BaseException, status: int) -> None:
 
 def _run_one(request: Mapping[str, Any]) -> int:
     """A process for one run. Returns its exit status."""
-    supervisor = socket.socket(fileno=wire.JOB_FD)
+    supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, wire.JOB_FD)  # it need not find out what that is
     kind, payload = wire.read_frame(supervisor, (wire.RUN, wire.CALL))
     # Its time-out counts from when it was asked for: no later than at the supervisor, whose SIGTERM would else be a cancellation.
     Run(request, supervisor, request.get("asked_at")).attempt(kind, payload)
@@ -348,7 +348,7 @@ def _nothing() -> None:
     return None
 
 
-def _rehearse() -> None:
+def rehearse() -> None:
     """Run a job that does nothing: whatever memory a run touches, this process then has copies of."""
     none = {"timeout": 0, "max_memory": 0, "max_cpu": 0}
     envelope = codec.Envelope(id="0" * 26, job="rehearsal", args=(), kwargs={})
@@ -366,8 +366,10 @@ def flush() -> None:
     """All that was printed goes out now. A stream that is closed, or cannot take it, is the job's own doing."""
     limits.flush_c()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
+        try:
             stream.flush()
+        except Exception:
+            continue
 
 
 _LIMIT_OF: Final = {errno.EMFILE: ("max_files", ""), errno.EFBIG: ("max_file_size", " MiB")}  # what each is about

@@ -5,13 +5,15 @@ All of them are in one epoll, so whoever is with it waits for one fd (see decisi
 
 from __future__ import annotations
 
+import _socket  # socket.socket asks the kernel for what is known here, at three times the price
+import array
 import os
 import select
 import signal
 import socket
 from collections import deque
 from collections.abc import Generator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .cgroup import Seen
@@ -47,26 +49,22 @@ class Child:
         self.unsent = b""  # what it was told before it started, and its socket had no room for
         self.frames = Frames()  # what came through its socket; after one run's last there may be the next one's first
         self.is_muted = False  # `ears` do not listen to stdout and stderr
-        with ExitStack() as opened:  # all or nothing: fds may run out between two of them
-            self.socket, self._its_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            opened.callback(self.socket.close)
-            opened.callback(self._its_socket.close)
+        self.socket, self._its_socket = _socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        fds: list[int] = []
+        try:  # all or nothing: fds may run out between two of them
             self.socket.setblocking(False)
-            self.stdout, self._its_stdout = pipe()
-            opened.callback(os.close, self.stdout)
-            opened.callback(os.close, self._its_stdout)
-            self.stderr, self._its_stderr = pipe()
-            opened.callback(os.close, self.stderr)
-            opened.callback(os.close, self._its_stderr)
-            # Nobody may have to wait for room in it: what writes there is a signal handler.
-            self.stack, self._its_stack = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            opened.callback(os.close, self.stack)
-            opened.callback(os.close, self._its_stack)
+            for make in (pipe, pipe, _stack_pipe):
+                fds += make()
+            self.stdout, self._its_stdout, self.stderr, self._its_stderr, self.stack, self._its_stack = fds
             self.ears = select.epoll()  # of all its fds, so that whoever listens waits for one
-            opened.callback(self.ears.close)
             for fd in (self.socket.fileno(), self.stdout, self.stderr):
                 self.ears.register(fd, select.EPOLLIN)
-            opened.pop_all()
+        except BaseException:
+            self.socket.close()
+            self._its_socket.close()
+            for fd in fds:
+                os.close(fd)
+            raise
 
     def tell(self, data: bytes) -> None:
         """Send it `data` before it starts, so that it finds it there."""
@@ -114,7 +112,8 @@ class Child:
         """Send it `fd`, before anything else. -1: nothing."""
         if fd >= 0:
             with suppress(OSError):  # it has died, as will be seen
-                socket.send_fds(self.socket, [b"\0"], [fd], socket.MSG_NOSIGNAL)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+                self.socket.sendmsg([b"\0"], [rights], socket.MSG_NOSIGNAL)
 
     def mute(self) -> None:
         """Do not wait for output: what there is concerns a run that is not at its turn yet."""
@@ -146,6 +145,11 @@ class Child:
             if fd >= 0:
                 os.close(fd)
         self.stdout = self.stderr = self.stack = self.pidfd = -1
+
+
+def _stack_pipe() -> tuple[int, int]:
+    """Nobody may have to wait for room in it: what writes there is a signal handler."""
+    return os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def pipe() -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -76,6 +76,7 @@ class IsolatedExecutionStrategy:
         self._general: dict[str, _General] = {}  # by job
         self._commands = {command.name: command for command in commands}
         self.sampler = Sampler(kernel)
+        self._tokens = _tokens()
         self._hinted: set[str] = set()  # what was said of variables that jobs miss
         self._kernel = kernel
         self._events = events
@@ -214,7 +215,7 @@ class IsolatedExecutionStrategy:
         self, request: Mapping[str, Any], general: bytes, data: bytes, context: JobContext, in_line: bool = True
     ) -> Steps:
         """In a process of the pool; in another one when that was dead already."""
-        token = os.urandom(8).hex().encode()
+        token = next(self._tokens)
         message = wire.Take(token, request["attempt"], request["id"], general, data).frame()
         for _ in range(POOL_TRIES):
             try:
@@ -276,6 +277,13 @@ class IsolatedExecutionStrategy:
         if hint and hint not in self._hinted:
             self._hinted.add(hint)
             self._events.emit(Warned(f"{job} failed with {error['class']}: {hint}"))
+
+
+def _tokens() -> Iterator[bytes]:
+    """Those of runs: each 16 digits that nobody can guess. One system call for many of them."""
+    while True:
+        digits = os.urandom(4096).hex().encode()
+        yield from (digits[at : at + 16] for at in range(0, len(digits), 16))
 
 
 def _reference(function: Callable[..., Any]) -> dict[str, str]:

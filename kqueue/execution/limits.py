@@ -10,7 +10,6 @@ import os
 import resource
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from math import ceil
 from typing import Any, Final
 
@@ -184,12 +183,14 @@ def _lower(which: int, soft: int, hard: int | None = None) -> None:
 
 def yield_to_the_oom_killer() -> None:
     """Let the kernel's OOM killer take this process before the supervisor. Not permitted everywhere, never needed."""
-    with suppress(OSError):
+    try:
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"%d" % OOM_SCORE_ADJ)
         finally:
             os.close(fd)
+    except OSError:
+        return
 
 
 def forbid_core_dumps() -> None:

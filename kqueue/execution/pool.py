@@ -160,7 +160,8 @@ class Pool:
     def _wait(self, turn: Turn) -> Steps:
         """Until it has a process, or is to fork one."""
         self._line.append(turn)
-        self._assign()
+        if self._line[0] is turn:  # else there has been no room for those before it
+            self._assign()
         while turn.worker is None and not turn.forks:
             try:
                 yield Park(self._parked)
@@ -262,6 +263,19 @@ class Pool:
         self._assign()
         return True
 
+    def _tell_next(self, worker: Worker) -> bool:
+        """Its process waits to be told what its tray had for it; False: that is not there."""
+        turn = worker.next[0]
+        self._take_back(worker, 1)
+        if not self._line or self._line[0] is not turn:
+            return False
+        self._line.popleft()
+        self._running.remove(worker)
+        self._run(worker, turn)
+        self._kernel.wake(turn.task)
+        self._assign()
+        return True
+
     def _withdraw(self, turn: Turn) -> bool:
         """It is not to begin; False: it has."""
         if turn.is_dismissed or turn.has_begun:
@@ -282,6 +296,8 @@ class Pool:
 
     def _leave(self, worker: Worker, is_reusable: bool) -> None:
         """It runs nothing now. What it has not said to have begun it has not: the one that it took last, when it died then."""
+        if is_reusable and worker.next and self._workers.may_go_on(worker) and self._tell_next(worker):
+            return
         self._running.remove(worker)
         self._busy -= worker.is_of_line
         worker.turn = None

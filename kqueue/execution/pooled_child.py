@@ -109,13 +109,14 @@ class _Pooled:
                 self._limits.lift_files()
                 changes = [("all that it may have", f"{error.__class__.__name__} afterwards")]
             self._limits.lift_memory()
-            if any(what == CHILDREN for what, _ in changes):
+            if changes and any(what == CHILDREN for what, _ in changes):
                 _end_children()
             used = self._look_at_use()
-            if not changes and self._may_go_on(run):
+            now = time.monotonic()
+            if not changes and self._may_go_on(run, now):
                 following = self._take_next()
             next_token = wire.NO_TOKEN if following is None else following.token
-            head = wire.DONE_HEAD.pack(take.token, next_token, time.monotonic() - began, *used)
+            head = wire.DONE_HEAD.pack(take.token, next_token, now - began, *used)
             return wire.frame(wire.DONE, head + codec.to_json(changes) if changes else head)
 
         copy_context().run(run.attempt, wire.CALL if request.get("call") else wire.RUN, take.envelope, farewell)
@@ -132,13 +133,14 @@ class _Pooled:
         message = tray.take(self._tray)
         return wire.read_take(wire.payload_of(message)) if message else None
 
-    def _may_go_on(self, run: Run) -> bool:
+    def _may_go_on(self, run: Run, now: float) -> bool:
         """Whether there is nothing for the supervisor to decide. What it reads while this run lasts, it takes for this run's."""
         if run.was_interrupted or run.ran_out_of_memory:
             return False
-        is_over = self._until.is_over(self._runs, self._memory / limits.MIB, time.monotonic() - self._began)
+        if self._until.is_over(self._runs, self._memory / limits.MIB, now - self._began):
+            return False
         try:
-            return not is_over and not tray.unread(1) and not tray.unread(2)
+            return not tray.has_unread(1) and not tray.has_unread(2)
         except OSError:
             return False
 

@@ -1,7 +1,8 @@
 """What of a process a job may leave changed for the next one that runs in it. For pool processes; the supervisor never loads it.
 
 `ProcessState` remembers how things are and says what is no longer so. It looks after every job of a
-pool, and takes some 40 µs: everything is compared as a whole first, and only what differs is asked for its details.
+pool, and takes some 20 µs: everything is compared as a whole first, and only what differs is asked for its details. What /proc
+tells is read through fds that stay open: to open them each time is most of the price.
 
 What Python cannot see is not looked at: C variables, memory, threads that ended; nor are oom_score_adj, the scheduling policy and
 prctl(2)'s attributes; nor is what belongs to the application, such as its modules' variables.
@@ -20,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 Changes = list[tuple[str, str]]  # (what of the process, in detail)
@@ -29,6 +31,7 @@ _RLIMITS: Final = {name: number for name, number in vars(resource).items() if na
 _RLIMITS.pop("RLIMIT_OFILE", None)  # another name of RLIMIT_NOFILE
 _RLIMIT_NUMBERS: Final = tuple(_RLIMITS.values())
 _TIMERS: Final = {"ITIMER_REAL": 0, "ITIMER_VIRTUAL": 1, "ITIMER_PROF": 2}
+_TIMER_NUMBERS: Final = tuple(_TIMERS.values())
 _STANDARD: Final = ("stdin", "stdout", "stderr", "the job's socket", "the pipe for its stack", "its tray")
 _WITH_FLAGS: Final = range(1, len(_STANDARD))
 _MARK: Final = 40  # a real-time signal, and those that follow it
@@ -37,39 +40,20 @@ THREAD_PATIENCE_S: Final = 0.2  # the kernel counts a thread a little longer tha
 
 
 class ProcessState:
-    """How this process is now. `changes` compares; `expect_…` tell of what is changed on purpose."""
+    """How this process is now. `changes` compares; `expect_…` tell of what is changed on purpose. OSError: no fd is left."""
 
     def __init__(self) -> None:
+        self._open_fds = _Directory("/proc/self/fd")
+        self._own_threads = _Directory("/proc/self/task")
+        self._own_limits = os.open("/proc/self/limits", os.O_RDONLY | os.O_CLOEXEC)
+        self._can_mark = _mark_standard_fds()
         self._handlers = [*map(_signal.getsignal, _SIGNALS)]
         self._environment = dict(_environment())
-        self._rlimits = _rlimits()  # in the order of _RLIMITS
         self._expected_rlimits: Mapping[int, tuple[int, int]] = {}
+        self._remember_rlimits()
         self._fds = _fd_numbers()
-        self._looks: list[tuple[Callable[[], Any], Callable[[Any, Any], Changes]]] = [
-            (look, tell)
-            for look, tell in (
-                (_directory, _plainly("the working directory")),
-                (_umask, lambda old, new: [("the umask", f"{old:04o}, now {new:04o}")]),
-                (_signal_mask, _plainly("the mask of blocked signals")),
-                (_wakeup_fd, _plainly("the wake-up fd of signals")),
-                (lambda: [_signal.getitimer(number) for number in _TIMERS.values()], _tell_timers),
-                (lambda: os.getpriority(os.PRIO_PROCESS, 0), _plainly("the niceness")),
-                (lambda: os.sched_getaffinity(0), _plainly("the CPUs that it may use")),
-                (socket.getdefaulttimeout, _plainly("the default time-out of sockets")),
-                (sys.getrecursionlimit, _plainly("the recursion limit")),
-                (lambda: (gc.isenabled(), *gc.get_threshold()), _plainly("the garbage collector's settings")),
-                (lambda: (os.getresuid(), os.getresgid()), _plainly("the user or group")),
-                (lambda: _locale.setlocale(_locale.LC_ALL, None), _plainly("the locale")),
-                (lambda: list(sys.path), lambda old, new: [("sys.path", str([path for path in new if path not in old])[:150])]),
-                (lambda: (sys.stdin, sys.stdout, sys.stderr), lambda old, new: [("sys.stdin, stdout or stderr", "")]),
-                (lambda: (sys.gettrace(), sys.getprofile()), lambda old, new: [("the trace or profile function", "")]),
-                (_fd_shape, lambda old, new: _tell_fds(self._fds)),
-                (_flags, _tell_flags),
-                (_standard_fds if _mark_standard_fds() else _standard_files, _tell_standard_fds),
-            )
-        ]
-        self._was = [look() for look, _ in self._looks]
-        self._threads = _threads()
+        self._was = self._look()
+        self._threads = self._count_threads()
 
     def expect_environment(self, name: str, value: str) -> None:
         self._environment[os.fsencode(name)] = os.fsencode(value)
@@ -78,26 +62,84 @@ class ProcessState:
         self._handlers[_SIGNALS.index(number)] = handler
 
     def expect_rlimits(self, rlimits: Mapping[int, tuple[int, int]]) -> None:
+        """These are in force by now, and the others as they were."""
         if rlimits is not self._expected_rlimits:
             self._expected_rlimits = rlimits
-            for number, pair in rlimits.items():
-                self._rlimits[_RLIMIT_NUMBERS.index(number)] = pair
+            self._remember_rlimits()
 
     def changes(self) -> Changes:
         """What is not as it was."""
         found: Changes = []
-        for (look, tell), was in zip(self._looks, self._was, strict=True):
-            now = look()
-            if now != was:
-                found += tell(was, now)
+        now = self._look()
+        if now != self._was:
+            for what, old, new in zip(self._tellers(), self._was, now, strict=True):
+                if old != new:
+                    found += what(old, new)
         if _environment() != self._environment:
             found += _tell_environment(self._environment, _environment())
         if [*map(_signal.getsignal, _SIGNALS)] != self._handlers:
             found += self._tell_handlers()
-        if (now := _rlimits()) != self._rlimits:
-            rows = zip(_RLIMITS, self._rlimits, now, strict=True)
+        if self._rlimits_as_text() != self._limits_text:
+            rows = zip(_RLIMITS, self._rlimits, _rlimits(), strict=True)
             found += [(name, f"{was}, now {is_now}") for name, was, is_now in rows if was != is_now]
-        return found + self._tell_threads() + _tell_children()
+        if self._count_threads() != self._threads:
+            found += self._tell_threads()
+        return found + _tell_children()
+
+    def _look(self) -> tuple[Any, ...]:
+        """Everything that is compared as it is, in the order of `_tellers`."""
+        return (
+            _directory(), _umask(), _signal.pthread_sigmask(signal.SIG_BLOCK, ()), _wakeup_fd(),
+            [*map(_signal.getitimer, _TIMER_NUMBERS)], os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0),
+            socket.getdefaulttimeout(), sys.getrecursionlimit(), (gc.isenabled(), gc.get_threshold()),
+            os.getresuid(), os.getresgid(), _locale.setlocale(_locale.LC_ALL, None), [*sys.path],
+            (sys.stdin, sys.stdout, sys.stderr), (sys.gettrace(), sys.getprofile()),
+            self._fd_shape(), _flags(), _standard_marks() if self._can_mark else _standard_files(),
+        )  # fmt: skip
+
+    def _tellers(self) -> tuple[Callable[[Any, Any], Changes], ...]:
+        return (
+            _plainly("the working directory"), lambda old, new: [("the umask", f"{old:04o}, now {new:04o}")],
+            _plainly("the mask of blocked signals"), _plainly("the wake-up fd of signals"),
+            _tell_timers, _plainly("the niceness"), _plainly("the CPUs that it may use"),
+            _plainly("the default time-out of sockets"), _plainly("the recursion limit"),
+            _plainly("the garbage collector's settings"),
+            _plainly("the user or group"), _plainly("the user or group"), _plainly("the locale"),
+            lambda old, new: [("sys.path", str([path for path in new if path not in old])[:150])],
+            lambda old, new: [("sys.stdin, stdout or stderr", "")], lambda old, new: [("the trace or profile function", "")],
+            lambda old, new: _tell_fds(self._fds), _tell_flags, _tell_standard_fds,
+        )  # fmt: skip
+
+    def _fd_shape(self) -> Any:
+        """How many are open, and the lowest that is free: as long as all stand below that, there is no other set of that shape.
+
+        Linux 6.2 and later tell the first as the size of a directory, at a third of the price of listing it.
+        """
+        count = self._open_fds.status().st_size
+        if not count:
+            return _fd_numbers()
+        try:
+            free = os.dup(0)
+        except OSError:  # 0 is closed: so that is it
+            return count, 0
+        os.close(free)
+        return count, free
+
+    def _count_threads(self) -> int:
+        """By the kernel's count, as a directory has a link from each that is in it."""
+        return self._own_threads.status().st_nlink - 2
+
+    def _remember_rlimits(self) -> None:
+        self._rlimits = _rlimits()  # in the order of _RLIMITS
+        self._limits_text = self._rlimits_as_text()
+
+    def _rlimits_as_text(self) -> bytes:
+        """All of them in one call: to ask for each is three times the price."""
+        with suppress(OSError):
+            text = os.pread(self._own_limits, 4096, 0)
+            if text.startswith(b"Limit"):
+                return text
+        return repr(_rlimits()).encode()  # the job has closed it, or put something else there
 
     def _tell_handlers(self) -> Changes:
         pairs = zip(_SIGNALS, self._handlers, strict=True)
@@ -105,13 +147,29 @@ class ProcessState:
 
     def _tell_threads(self) -> Changes:
         deadline: float | None = None
-        while (threads := _threads()) != self._threads:
+        while (threads := self._count_threads()) != self._threads:
             now = time.monotonic()
             deadline = deadline or now + THREAD_PATIENCE_S
             if now >= deadline or len(sys._current_frames()) > self._threads:
                 return [("its threads", f"{threads - self._threads} more")]
             time.sleep(0.001)
         return []
+
+
+class _Directory:
+    """One of /proc, of which only what stat(2) says matters."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._inode = os.fstat(self._fd).st_ino
+
+    def status(self) -> os.stat_result:
+        try:
+            status = os.fstat(self._fd)
+        except OSError:  # the job has closed it
+            return os.stat(self._path)
+        return status if status.st_ino == self._inode else os.stat(self._path)
 
 
 def _plainly(what: str) -> Callable[[Any, Any], Changes]:
@@ -136,10 +194,6 @@ def _umask() -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
-
-
-def _signal_mask() -> set[int]:
-    return set(_signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
 def _rlimits() -> list[tuple[int, int]]:
@@ -171,22 +225,6 @@ def _tell_timers(old: Any, new: Any) -> Changes:
 
 def _fd_numbers() -> list[int]:
     return [fd for fd in map(int, os.listdir("/proc/self/fd")) if _file_of(fd) is not None]  # without that of the listing
-
-
-def _fd_shape() -> Any:
-    """How many are open, and the lowest that is free: as long as all stand below that, there is no other set of that shape.
-
-    Linux 6.2 and later tell the first as the size of a directory, at a third of the price of listing it.
-    """
-    count = os.stat("/proc/self/fd").st_size
-    if not count:
-        return _fd_numbers()
-    try:
-        free = os.dup(0)
-    except OSError:  # 0 is closed: so that is it
-        return count, 0
-    os.close(free)
-    return count, free
 
 
 def _tell_fds(was: list[int]) -> Changes:
@@ -222,8 +260,8 @@ def _marks() -> list[int]:
     return [fcntl.fcntl(fd, fcntl.F_GETSIG) for fd in range(len(_STANDARD))]
 
 
-def _standard_fds() -> list[int]:
-    """Their marks; 0: it is closed."""
+def _standard_marks() -> list[int]:
+    """Those of the standard fds; 0: it is closed."""
     try:
         return _marks()
     except OSError:
@@ -257,10 +295,6 @@ def _flags() -> list[int]:
 def _tell_flags(old: list[int], new: list[int]) -> Changes:
     rows = zip(_STANDARD[1:], old, new, strict=True)
     return [("the flags of its fds", f"{name}: {was:o}, now {now:o}") for name, was, now in rows if was != now and now >= 0]
-
-
-def _threads() -> int:
-    return os.stat("/proc/self/task").st_nlink - 2
 
 
 def _tell_children() -> Changes:

@@ -6,6 +6,9 @@ A process may be gone at any moment: then its files cannot be opened, or read as
 from __future__ import annotations
 
 import os
+from typing import Final
+
+MAY_BE_MORE: Final = 2048  # bytes: the kernel gives a page at a time, and of a list what fits that, so there may be from here on
 
 
 def read(path: str) -> bytes:
@@ -13,7 +16,8 @@ def read(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.read(fd, 65536)
-        while len(data) >= 4096 and (more := os.read(fd, 65536)):  # the kernel gives a page at a time, where there is more
+        more = data
+        while len(more) >= MAY_BE_MORE and (more := os.read(fd, 65536)):
             data += more
         return data
     finally:

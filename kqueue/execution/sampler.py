@@ -33,7 +33,7 @@ from ..kernel import Kernel, Park, Task, sleep
 from ..process import PAGE
 from .killing import JOB_ID, environ_of
 from .oom import OomKills
-from .procfs import read, stat_fields
+from .procfs import MAY_BE_MORE, read, stat_fields
 
 Steps = Generator[Any, Any, Any]
 
@@ -241,7 +241,9 @@ class Sampler:
         return list(faults)
 
     def _children(self, job: Job, pid: int, threads: int) -> list[int]:
-        listed = os.pread(job.children_fd, 65536, 0) if pid == job.pid else read(f"/proc/{pid}/task/{pid}/children")
+        listed = os.pread(job.children_fd, MAY_BE_MORE, 0) if pid == job.pid else b""
+        if pid != job.pid or len(listed) == MAY_BE_MORE:
+            listed = read(f"/proc/{pid}/task/{pid}/children")
         children = [int(child) for child in listed.split()]
         if threads > 1:
             if self._tick % FULLY_EVERY == 0 or pid not in job.by_thread:

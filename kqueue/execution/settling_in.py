@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from setproctitle import setproctitle
+from setproctitle import getproctitle, setproctitle
 
 from ..environment import NEVER
 from ..errors import Refused
@@ -50,6 +50,8 @@ def ready_to_fork(of_all: Privileges) -> None:
             os.chdir(of_all.directory)
         except OSError as error:
             raise ImportFailed("isolated.directory", f"isolated.directory: {of_all.directory}: {error.strerror}") from None
+    limits.forbid_core_dumps()
+    limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
     tell_where_it_stands()
     tidy_streams()
 
@@ -93,8 +95,6 @@ def prepare(template_pid: int, nice: int) -> None:
     if nice:
         os.nice(nice)
     limits.yield_to_the_oom_killer()
-    limits.forbid_core_dumps()
-    limits.prctl(limits.PR_SET_NO_NEW_PRIVS, 1)
     die_with(template_pid)
 
 
@@ -139,6 +139,11 @@ def tidy_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def ready_to_be_named() -> None:
+    """Have the library look for the place of titles."""
+    getproctitle()
 
 
 def name_spare() -> None:

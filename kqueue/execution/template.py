@@ -32,7 +32,7 @@ from ..security import SecurityConfig
 from . import exec_child as exec_child
 from . import inherited, settling_in, wire
 from . import pooled_child as pooled_child
-from .child import Order  # here, not in the child: what is imported before a fork is imported once
+from .child import Order, rehearse  # here, not in the child: what is imported before a fork is imported once
 from .child import main as child_main
 from .killing import TEMPLATE_SERIAL, Leftovers, Running, put_mark
 from .limits import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
@@ -54,10 +54,11 @@ def main() -> int:
     if message is None:
         return 0
     owner, cgroups = message[1]["owner"], message[1]["cgroups"]
-    put_mark(owner, TEMPLATE_SERIAL)
+    is_marked = put_mark(owner, TEMPLATE_SERIAL)
     try:
         try:
             _import(message[1])
+            _warm_up(is_marked)
             _introduce(control, time.monotonic() - began)
         except ImportFailed as error:
             wire.send_message(control, wire.IMPORT_FAILED, {"key": error.key, "message": str(error)[:MAX_TEXT]})
@@ -79,6 +80,14 @@ def _import(config: dict[str, Any]) -> None:
     # For current().logger and libraries in a job; does nothing when a module has configured logging itself.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     settling_in.ready_to_fork(Privileges(**config["privileges"]))
+
+
+def _warm_up(is_marked: bool) -> None:
+    """Do what each child would else do for itself, and with it copy the memory that it writes to."""
+    if is_marked:  # else we are known by what /proc/PID/environ says, which a title overwrites
+        settling_in.ready_to_be_named()
+    for _ in range(REHEARSALS):
+        rehearse()
     gc.collect()
     gc.freeze()  # so that a child's first collection does not touch, and thereby copy, every page
 
@@ -99,6 +108,9 @@ MAX_TEXT: Final = 2000  # characters of a signature or an error: a message must 
 
 
 END_PATIENCE_S: Final = 60.0  # for what was killed at our own end; a supervisor that lives has less, and kills us
+
+
+REHEARSALS: Final = 20  # by then the interpreter has rewritten the code of a run to its liking, and no child's copy has to be
 
 
 QUIET_MS: Final = 5  # after which a child is forked ahead: where jobs come faster, it would only cost more than it saves
@@ -138,10 +150,11 @@ class Template:
         poll.register(self._wake_fd, select.POLLIN)
         try:
             while True:
-                if self._spare is None and self._may_fork and not poll.poll(QUIET_MS):
+                news = poll.poll(QUIET_MS) if self._spare is None and self._may_fork else []
+                if not news and self._spare is None and self._may_fork:
                     self._fork_ahead()
                 pause_s = self._leftovers.pause_s
-                ready = [fd for fd, _ in poll.poll(None if pause_s is None else pause_s * 1000)]
+                ready = [fd for fd, _ in news or poll.poll(None if pause_s is None else pause_s * 1000)]
                 if self._wake_fd in ready:
                     os.read(self._wake_fd, 512)
                 ended = self._reap() if self._wake_fd in ready else 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import socket
-import struct
 import termios
 from typing import Final, NamedTuple
 
@@ -22,8 +21,7 @@ DEPTH: Final = 16  # jobs in one tray: of 0.1 ms each they last while a busy hos
 DOUBT_S: Final = 0.5  # within which a process says that it has taken one, after it has
 
 _AT_ONCE: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_INT: Final = struct.Struct("i")
-_ZERO: Final = bytes(_INT.size)
+_ZERO: Final = bytes(4)  # of an int
 
 
 class Until(NamedTuple):
@@ -79,7 +77,6 @@ def take(tray: socket.socket) -> bytes:
         return b""
 
 
-def unread(fd: int) -> int:
-    """Bytes in pipe `fd` that nobody has read yet. OSError when it is none."""
-    count: int = _INT.unpack(fcntl.ioctl(fd, termios.FIONREAD, _ZERO))[0]
-    return count
+def has_unread(fd: int) -> bool:
+    """Whether there is something in pipe `fd` that nobody has read yet. OSError when it is none."""
+    return fcntl.ioctl(fd, termios.FIONREAD, _ZERO) != _ZERO

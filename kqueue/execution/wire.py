@@ -96,33 +96,35 @@ class Frames:
 
     def __init__(self, kinds: Sequence[int] = _FROM_CHILD) -> None:
         self._buffer = bytearray()
+        self._at = 0  # where what was not given out begins
         self._kinds = kinds
-        self.heard = 0  # frames so far
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """The frames that `data` completes. WireError for an unknown kind or an absurd length."""
-        self._buffer += data
-        while len(self._buffer) >= _HEADER.size:
-            length, kind = _HEADER.unpack_from(self._buffer)
+        buffer = self._buffer
+        if self._at:
+            del buffer[: self._at]
+            self._at = 0
+        buffer += data
+        while len(buffer) - self._at >= _HEADER.size:
+            length, kind = _HEADER.unpack_from(buffer, self._at)
             if kind not in self._kinds or not 0 < length <= MAX_FRAME:
                 raise WireError(f"a frame of kind {kind} and length {length}")
-            end = 4 + length
-            if len(self._buffer) < end:
+            begin, end = self._at + _HEADER.size, self._at + 4 + length
+            if len(buffer) < end:
                 return
-            payload = bytes(self._buffer[_HEADER.size : end])
-            del self._buffer[:end]
-            self.heard += 1
-            yield kind, payload
+            self._at = end
+            yield kind, bytes(buffer[begin:end])
 
     @property
     def is_whole(self) -> bool:
         """Whether something has come that was not given out: it may be a whole frame."""
-        return len(self._buffer) >= _HEADER.size
+        return len(self._buffer) - self._at >= _HEADER.size
 
     @property
     def is_empty(self) -> bool:
         """Whether no part of another frame has come."""
-        return not self._buffer
+        return len(self._buffer) == self._at
 
 
 def payload_of(message: bytes) -> bytes:

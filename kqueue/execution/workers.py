@@ -129,14 +129,14 @@ class Workers:
         for worker in reversed(self._idle):
             if worker.key == key:
                 self._idle.remove(worker)
-                if self._may_go_on(worker, 0.0):
+                if self.may_go_on(worker, 0.0):
                     return worker
                 self._retire(worker)
         return None
 
     def leave(self, worker: Worker, is_reusable: bool) -> None:
         """It runs nothing any more. `is_reusable`: as far as its last run says."""
-        if is_reusable and self._may_go_on(worker, worker.memory_mib):
+        if is_reusable and self.may_go_on(worker):
             self._idle.append(worker)
         else:
             self._retire(worker)
@@ -150,6 +150,12 @@ class Workers:
         """Whether its template is the one that forks now."""
         return self._link.is_current(worker.child)
 
+    def may_go_on(self, worker: Worker, memory_mib: float | None = None) -> bool:
+        """Whether its life is not over yet. `memory_mib`: that it has; None: after its last job."""
+        age_s = self._kernel.clock.monotonic() - worker.began
+        is_over = self._settings.until.is_over(worker.jobs, worker.memory_mib if memory_mib is None else memory_mib, age_s)
+        return not is_over and worker.child.exit is None and self.is_current(worker)
+
     def retire_idle(self) -> None:
         """Retire all that run nothing now."""
         while self._idle:
@@ -160,11 +166,6 @@ class Workers:
         for worker in [worker for worker in self._idle if worker.child.lost]:
             self._idle.remove(worker)
             self._retire(worker)
-
-    def _may_go_on(self, worker: Worker, memory_mib: float) -> bool:
-        age_s = self._kernel.clock.monotonic() - worker.began
-        is_over = self._settings.until.is_over(worker.jobs, memory_mib, age_s)
-        return not is_over and worker.child.exit is None and self.is_current(worker)
 
     def _retire(self, worker: Worker) -> None:
         self._link.forget(worker.child)

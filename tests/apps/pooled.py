@@ -109,6 +109,7 @@ LEAKS: dict[str, tuple[Callable[[], Any], str]] = {
     "fd": (lambda: _kept.append(open("/etc/passwd")), "its open fds"),  # noqa: SIM115
     "high fd": (_opens_high, "its open fds"),
     "closed stdin": (lambda: os.close(0), "its open fds"),
+    "closed what is not its own": (lambda: os.closerange(6, 64), "its open fds"),
     "moved stdout": (_moves_stdout, "its open fds"),
     "non-blocking stdout": (lambda: os.set_blocking(1, False), "the flags of its fds (stdout"),
     "non-blocking stderr": (lambda: subprocess.run([sys.executable, "-c", "import os; os.set_blocking(2, False)"]), "(stderr"),
@@ -139,6 +140,17 @@ def leaks(how: str, fail: bool = False) -> int:
     LEAKS[how][0]()
     if fail:
         raise LookupError(how)
+    return os.getpid()
+
+
+@job()
+def blinds() -> int:
+    """Puts something else in the place of the fds by which KQueue looks for what is changed."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 5 and fd != null and os.path.exists(f"/proc/self/fd/{fd}"):  # the listing's own is not there any more
+            os.dup2(null, fd, inheritable=False)
+    os.close(null)
     return os.getpid()
 
 

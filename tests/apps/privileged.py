@@ -250,6 +250,11 @@ def swells() -> None:
 
 
 @job(isolated=True, keep_result=60)
+def environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+@job(isolated=True, keep_result=60)
 def reads_file(name: str) -> str:
     return os.environ[name]
 
