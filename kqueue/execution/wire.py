@@ -115,6 +115,9 @@ class Frames:
                 return
             self._at = end
             yield kind, bytes(buffer[begin:end])
+        if self._at == len(buffer):  # a large one need not be kept until the next
+            buffer.clear()
+            self._at = 0
 
     @property
     def is_whole(self) -> bool:
