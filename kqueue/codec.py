@@ -82,8 +82,11 @@ def encode(envelope: Envelope, max_bytes: int = MAX_BYTES) -> bytes:
     return data
 
 
-def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Envelope:
-    """The envelope in `data`. Arguments stay packed. Raises EnvelopeError (NewerEnvelope for a later version)."""
+def decode(data: bytes, max_bytes: int = MAX_BYTES, expected_id: str = "") -> Envelope:
+    """The envelope in `data`. Arguments stay packed. Raises EnvelopeError (NewerEnvelope for a later version).
+
+    Where its id is `expected_id`, it is that very string, and the memory of a second one is not needed.
+    """
     if len(data) > max_bytes:
         raise EnvelopeError(f"the envelope is {len(data)} bytes, allowed are {max_bytes}")
     fields = from_json(data)
@@ -93,7 +96,7 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Envelope:
     if type(version) is not int or version < 1:
         raise EnvelopeError(f'the envelope has no valid version: "v" is {version!r:.40}')
     tagged = _TAG in data or b"\\" in data
-    if (usual := _usual(fields, tagged)) is not None:
+    if (usual := _usual(fields, tagged, expected_id)) is not None:
         return usual
     if version > VERSION:
         raise NewerEnvelope(f"the envelope is of version {version}, this KQueue reads up to {VERSION}: upgrade it")
@@ -118,7 +121,7 @@ def decode(data: bytes, max_bytes: int = MAX_BYTES) -> Envelope:
 _usual_fields: Final = itemgetter("v", "id", "job", "args", "kwargs", "queue", "lane", "priority", "enqueued_at")
 
 
-def _usual(fields: dict[str, Any], tagged: bool) -> Envelope | None:
+def _usual(fields: dict[str, Any], tagged: bool, expected_id: str) -> Envelope | None:
     """What `encode` writes of a job without options, at a third of the price; None: it is something else, or wrong."""
     if len(fields) != 9:
         return None
@@ -132,6 +135,8 @@ def _usual(fields: dict[str, Any], tagged: bool) -> Envelope | None:
         and type(enqueued_at) is float
     ):  # fmt: skip
         return None
+    if id == expected_id:
+        id = expected_id
     # The same few names stand in all of them: ten thousand jobs that wait share theirs.
     job, queue, lane = intern(job), intern(queue), intern(lane)
     return Envelope(id, job, args, kwargs, queue, lane, priority, enqueued_at, _NO_OPTIONS, None, tagged)

@@ -101,7 +101,7 @@ class KQueueRuntime:
         self.processed = 0  # attempts that ended, whatever came of them
         self.failed = 0
         self.held: set[Held] = set()
-        self._newest: dict[tuple[str, str], Held] = {}  # by queue and id
+        self._newest: dict[str, dict[str, Held]] = {}  # by queue, then by id
         self._specs = [QueueSpec(queue) if isinstance(queue, str) else queue for queue in queues]
         self._strict_order = strict_order
         self._slots = {"inline": max_inline, "isolated": max_isolated}
@@ -204,7 +204,7 @@ class KQueueRuntime:
         return unsigned(lease.envelope) if self.keys is None else self.keys.check(lease.envelope)
 
     def _decode(self, lease: Lease, data: bytes) -> Any:
-        envelope = decode(data, self.security.max_envelope_bytes)
+        envelope = decode(data, self.security.max_envelope_bytes, lease.token.id)
         if envelope.id != lease.token.id:
             raise EnvelopeError(f"the envelope of {lease.token.id} says that it is {envelope.id}'s")
         return envelope
@@ -234,8 +234,9 @@ class KQueueRuntime:
         """The task of a lease has ended, one way or another: free its slot and hand its verdict to the settler."""
         self.held.discard(held)
         self.quarantine.leave(held)
-        if self._newest.get(held.key) is held:
-            del self._newest[held.key]
+        newest, id = self._newest[held.lease.queue], held.lease.token.id
+        if newest.get(id) is held:
+            del newest[id]
         self.intake.ended(held.lease.queue, held.lease.lane)
         self.memory.give(held)
         ended: Ended = task.value if task.error is None else self._mishap(held, task.error)
@@ -294,14 +295,15 @@ class KQueueRuntime:
     def begin(self, lease: Lease) -> None:
         """A job that was reserved starts its life."""
         held = Held(lease, self.kernel.clock.monotonic(), self.intake.taken_at)
-        older, self._newest[held.key] = self._newest.get(held.key), held
+        newest, id = self._newest.setdefault(lease.queue, {}), lease.token.id
+        older, newest[id] = newest.get(id), held
         if older is not None:  # it was recovered, and came back to us while its first run still goes on
             self._end(older, "its lease was lost, and it runs again")
         self.held.add(held)
-        held.task = self.kernel.spawn(self._life(held), name=lease.token.id)
+        held.task = self.kernel.spawn(self._life(held), name=id)
         held.task.on_end = partial(self._ended, held)
         if lease.lane == "inline":
-            held.task.mark = lease.token.id
+            held.task.mark = id
         self.intake.started(lease.queue, lease.lane)
 
     def _put_back(self, task: Task) -> None:

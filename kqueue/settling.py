@@ -33,13 +33,12 @@ DEFAULTS: Final = JobOptions()
 class Held:
     """A lease that this process holds, while its job runs."""
 
-    __slots__ = ("context", "is_dismissed", "job", "key", "lease", "lost", "options", "started", "strategy", "taken_at", "task")
+    __slots__ = ("context", "is_dismissed", "job", "lease", "lost", "options", "started", "strategy", "taken_at", "task")
 
     task: Task
 
     def __init__(self, lease: Lease, started: float, taken_at: float) -> None:
         self.lease = lease
-        self.key = (lease.queue, lease.token.id)
         self.is_dismissed = False  # it has not begun, and is to go back to its queue
         self.lost = False  # somebody else has it now: what comes of this run is nobody's
         self.taken_at = taken_at  # when the intake wrote it down

@@ -214,6 +214,9 @@ def documents(tx: Transaction, prefix: str) -> dict[str, bytes]:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
+_NONE: Final = Counters()  # one for all jobs that have not run
+
+
 def _next_due(tx: Transaction, queue: str) -> float | None:
     found = tx.db.execute(_NEXT_DUE, (queue,)).fetchone()
     return None if found is None else float(found[0])
@@ -225,7 +228,8 @@ def _lease(tx: Transaction, epoch: str, queue: str, lane: str, want: int) -> lis
         token = Token(epoch, id, count(number) + 1)
         held.append((epoch, token.number, rowid))
         at = available_at if isinstance(available_at, float) else 0.0
-        leases.append(Lease(token, queue, lane, envelope, Counters(*map(count, counters)), at))
+        past = Counters(*map(count, counters)) if any(counters) else _NONE
+        leases.append(Lease(token, queue, lane, envelope, past, at))
     tx.db.executemany(_LEASE, held)
     return leases
 
