@@ -35,33 +35,33 @@ FIGURES: Sequence[Figure] = (
     Figure("idle_pss", "idle: supervisor, memory (PSS)", "MiB", {"redis": 18}),
     Figure("idle_anonymous", "idle: supervisor, anonymous part of it", "MiB"),
     Figure("idle_resident", "idle: supervisor, RSS (PSS if no other Python ran)", "MiB"),
-    Figure("idle_tree_pss", "idle: supervisor and template (PSS)", "MiB"),
+    Figure("idle_tree_pss", "idle: supervisor and template (PSS)", "MiB", 30),
     Figure("idle_cpu", "idle: supervisor, CPU in 5 s", "ms", 10),
     Figure("idle_wakeups", "idle: supervisor, wake-ups", "/s", 1),
     Figure("heavy_growth", "idle: growth of it by a heavy isolated module", "MiB", 0.25),
     Figure("heavy_tree_pss", "idle: whole tree with that module (PSS)", "MiB"),
     # starting.py
-    Figure("start", "start of kqueued to its first job", "ms", 300),
+    Figure("start", "start of kqueued to its first job", "ms", 200),
     Figure("start_template", "the same, with a template to start", "ms", 300),
     # twenty.py
     Figure("twenty_spread", "20 jobs of 1 s: last start after the first", "ms", 50),
     Figure("twenty_total", "20 jobs of 1 s: all done after", "s", 1.1),
     # latency.py
-    Figure("late_p50", "dispatch to start, inline, p50", "ms", 1),
-    Figure("late_p99", "dispatch to start, inline, p99", "ms"),
+    Figure("late_p50", "dispatch to start, inline, p50", "ms", 0.5),
+    Figure("late_p99", "dispatch to start, inline, p99", "ms", 2),
     Figure("warm_late_p50", "the same with one every 2 ms, p50", "ms"),
     Figure("warm_late_p99", "the same with one every 2 ms, p99", "ms"),
     Figure("forked_late_p50", "dispatch to start, fork, p50", "ms", 4),
-    Figure("forked_late_p99", "dispatch to start, fork, p99", "ms"),
+    Figure("forked_late_p99", "dispatch to start, fork, p99", "ms", 10),
     Figure("pooled_late_p50", "dispatch to start, pool, p50", "ms", 1),
-    Figure("pooled_late_p99", "dispatch to start, pool, p99", "ms"),
+    Figure("pooled_late_p99", "dispatch to start, pool, p99", "ms", 3),
     # throughput.py
-    Figure("noop", "no-op inline jobs", "/s", {"redis": 10_000, "sqlite": 5_000}, more=True),
+    Figure("noop", "no-op inline jobs", "/s", {"redis": 25_000, "sqlite": 15_000}, more=True),
     Figure("forked_noop", "no-op forked jobs", "/s", 400, more=True),
-    Figure("pooled_noop", "no-op jobs in the pool", "/s", 5_000, more=True),
+    Figure("pooled_noop", "no-op jobs in the pool", "/s", 8_000, more=True),
     Figure("fresh_noop", "no-op Python jobs by exec", "/s"),
     Figure("dispatch_single", "dispatch, one at a time", "/s"),
-    Figure("dispatch_batch", "dispatch, in batches of 1,000", "/s"),
+    Figure("dispatch_batch", "dispatch, in batches of 1,000", "/s", 40_000, more=True),
     # elsewhere.py
     Figure("offload_p50", "an offloaded call, there and back, p50", "ms"),
     Figure("offload_p99", "an offloaded call, there and back, p99", "ms"),
@@ -69,8 +69,8 @@ FIGURES: Sequence[Figure] = (
     Figure("program_p99", "kqueue.io.run of `true`, p99", "ms"),
     # parked.py
     Figure("sleepers_1000", "1,000 jobs that wait 1 s: done after", "s"),
-    Figure("sleepers_10000", "10,000 jobs that wait 1 s: done after", "s"),
-    Figure("parked_memory", "memory of a parked job (of 10,000)", "KiB"),
+    Figure("sleepers_10000", "10,000 jobs that wait 1 s: done after", "s", 1.6),
+    Figure("parked_memory", "memory of a parked job (of 10,000)", "KiB", 4),
     # lasting.py
     Figure("lasting_growth", "supervisor: growth from 20,000 to 100,000 isolated jobs", "MiB", 0.5),
     # http_jobs.py
