@@ -10,6 +10,7 @@ are atomic. Fork-safe: a child that finds another process's lists starts new one
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  # the first look-up of a name would: who forks meanwhile would leave its lock held in the child
 import hashlib
 import os
 import random

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,8 @@ from kqueue.kernel import sleep
 
 from ..servers import Proxy, RedisServer
 from .conftest import RedisRig, new_job, only
+
+ROOT = Path(__file__).resolve().parents[2]
 
 JOB = "kq:{q}:job:"
 PAST = "kq:{q}:past:"
@@ -884,6 +888,20 @@ def test_a_forked_child_and_its_parent_do_not_share_a_connection(rig: RedisRig, 
     assert all(client.enqueue([new_job(f"parent{n}")]) == [True] for n in range(20))
     assert os.waitpid(pid, 0)[1] == 0
     assert client.stats()["q"].ready == 41
+
+
+def test_looking_a_name_up_imports_no_codec(rig: RedisRig) -> None:
+    """A thread that imports while another one forks leaves the child with a lock that nobody gives back."""
+    program = f"""
+import sys
+from kqueue.client.redis import RedisClient
+import redis
+before = set(sys.modules)
+RedisClient({rig.url!r}).stats()
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "encodings.idna" not in done.stdout.split()
 
 
 def test_a_client_says_in_one_line_what_is_wrong(rig: RedisRig) -> None:
