@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from kqueue.registry import registry
+
 APP = Path(__file__).resolve().parent.parent / "scripts/bench_app"
 sys.path.append(str(APP))
 
+_ours = dict(registry._jobs)
+registry._jobs.clear()  # its jobs are for its own daemons, and some have the names of ours
 import costs  # noqa: E402  (scripts are no package of ours)
 import distant  # noqa: E402
 import pages  # noqa: E402
@@ -24,6 +28,9 @@ import stages  # noqa: E402
 import stepping  # noqa: E402
 from bench import Bench  # noqa: E402
 from light import noop  # noqa: E402
+
+registry._jobs.clear()
+registry._jobs.update(_ours)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02])
