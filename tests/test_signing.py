@@ -8,11 +8,13 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import kqueue
+import kqueue.dispatch
 from kqueue import BoundJob, KQueueRuntime, SecurityConfig, current, enqueue, events, job, sleep
 from kqueue.brokers.base import Row
 from kqueue.brokers.commands.memory import MemoryStore
@@ -292,7 +294,9 @@ def test_what_inline_jobs_enqueue_is_signed_and_so_are_follow_ups(house: House) 
     assert decode(runtime.keys.check(follow_up.envelope)).args == ["after"]
 
 
-def test_limits_of_size_count_the_json(house: House) -> None:
+def test_limits_of_size_count_the_json(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = SimpleNamespace(time=lambda: 1_790_000_000.123)  # it stands there with as many digits as it has
+    monkeypatch.setattr(kqueue.dispatch, "time", frozen)
     limit = 1024
     exact = "x" * (limit - len(prepare(house.note.job(""), None, arguments_too=False).envelope))
     envelope = prepare(house.note.job(exact), house.note.registration, keys=keys(OLD), max_bytes=limit)
